@@ -1,0 +1,1 @@
+//! Everything that measures or predicts, as trireme bench.

@@ -1,0 +1,1 @@
+//! Memory and operators on a device; all unsafe arithmetic ends here.

@@ -1,0 +1,1 @@
+//! KV to the remaining tokens.

@@ -1,0 +1,1 @@
+//! Physical experts and their computation; the dispatch/combine client; placement and its balancer.

@@ -1,0 +1,1 @@
+//! Bytes between memory regions of different workers.

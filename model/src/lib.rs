@@ -1,0 +1,1 @@
+//! What follows from a checkpoint and token ids alone.

@@ -1,0 +1,1 @@
+//! Prompts to KV and a first token, chunk by chunk.

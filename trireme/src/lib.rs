@@ -1,0 +1,1 @@
+//! The trireme binary: any role, or a whole cluster.
