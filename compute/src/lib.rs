@@ -1,1 +1,29 @@
 //! Memory and operators on a device; all unsafe arithmetic ends here.
+//!
+//! The crate knows no model: shapes, formats and rules come in as values. Two invariants hold for every operator of
+//! every back end:
+//!
+//! * **Row invariance.** The bits of a result for one row depend on that row's inputs alone: the sequence of float
+//!   operations behind an output element is fixed by the reduction length, never by how many rows share the call,
+//!   where in a tile the element falls, or how many threads there are.
+//! * **One truth.** [`reference`] says in plain scalar code what each operator means; every instruction set is held
+//!   to it by tests within a stated tolerance. Two instruction sets may differ in bits, therefore the execution
+//!   fingerprint names the one in use.
+#![allow(unsafe_code)] // SIMD intrinsics and the thread pool's erased closure; each block argues its safety.
+
+mod activations;
+pub mod cpu;
+pub mod fp8;
+mod kv;
+mod matrix;
+pub mod reference;
+mod rope;
+mod routing;
+
+pub use activations::{ActivationFormat, Activations, WireError};
+pub use cpu::{Cpu, Isa, ThreadPool};
+pub use fp8::ScaleFormat;
+pub use kv::{KvFormat, KvGeometry, KvSlot, KvView, KvViewMut, MlaRow, MlaShape};
+pub use matrix::{HeadMatrices, Matrix, MatrixError, WeightFormat};
+pub use rope::{RopeRows, RopeTable};
+pub use routing::{RoutingRule, Scoring, Selection};

@@ -1,0 +1,257 @@
+//! Activations on their way into a matrix: rounded or quantised, in memory and on the wire.
+
+use std::ops::Range;
+
+use crate::cpu::Cpu;
+use crate::fp8::{self, BLOCK, ScaleFormat};
+
+/// What activations are rounded to before a matrix product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ActivationFormat {
+    /// As they are.
+    F32,
+    /// Rounded to bf16.
+    Bf16,
+    /// E4M3 per token and 128 channels, with a scale of the given format.
+    Fp8(ScaleFormat),
+}
+
+impl ActivationFormat {
+    /// Bytes of one row of `k` channels on the wire: for FP8 `k` codes, then `ceil(k/128)` f32 scales; else the values.
+    /// All little endian.
+    pub fn wire_row_bytes(self, k: usize) -> usize {
+        match self {
+            Self::F32 => 4 * k,
+            Self::Bf16 => 2 * k,
+            Self::Fp8(_) => k + 4 * k.div_ceil(BLOCK),
+        }
+    }
+}
+
+/// Bytes that are no activations of the announced shape.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum WireError {
+    /// Wrong length.
+    #[error("{rows} activation rows of {channels} channels take {expected} bytes, got {got}")]
+    Length {
+        /// Rows announced.
+        rows: usize,
+        /// Channels announced.
+        channels: usize,
+        /// Bytes that they take.
+        expected: usize,
+        /// Bytes given.
+        got: usize,
+    },
+}
+
+/// A reusable buffer of activation rows `[m, k]` in one format.
+///
+/// Rows are padded with zeros to a multiple of 128 channels: kernels read whole blocks. FP8 rows are kept as codes for
+/// the wire and as bf16 for the product; the conversion is exact.
+pub struct Activations {
+    format: ActivationFormat,
+    rows: usize,
+    channels: usize,
+    pub(crate) f32: Vec<f32>,
+    pub(crate) bf16: Vec<u16>,
+    codes: Vec<u8>,
+    pub(crate) scales: Vec<f32>,
+}
+
+impl Default for Activations {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Activations {
+    /// An empty buffer. It grows to the largest batch it is given and stays there.
+    pub fn new() -> Self {
+        Self {
+            format: ActivationFormat::F32,
+            rows: 0,
+            channels: 0,
+            f32: Vec::new(),
+            bf16: Vec::new(),
+            codes: Vec::new(),
+            scales: Vec::new(),
+        }
+    }
+
+    /// Takes rows `x` `[m, k]`, rounding or quantising them: FP8 per row and 128 channels with
+    /// `scale = max(amax, 1e-4) / 448`, nearest even.
+    ///
+    /// # Panics
+    /// If `x` is not `m * k` long.
+    pub fn prepare(&mut self, cpu: &Cpu, x: &[f32], m: usize, k: usize, format: ActivationFormat) {
+        assert_eq!(x.len(), m * k, "activations [{m}, {k}]");
+        self.shape(m, k, format);
+        if m == 0 || k == 0 {
+            return;
+        }
+        let _ = cpu;
+        let stride = self.stride();
+        let blocks = k.div_ceil(BLOCK);
+        for (row, x) in x.chunks_exact(k).enumerate() {
+            match format {
+                ActivationFormat::F32 => self.f32[row * stride..][..k].copy_from_slice(x),
+                ActivationFormat::Bf16 => {
+                    for (out, &x) in self.bf16[row * stride..].iter_mut().zip(x) {
+                        *out = fp8::to_bf16(x);
+                    }
+                }
+                ActivationFormat::Fp8(scale_format) => {
+                    for (block, x) in x.chunks(BLOCK).enumerate() {
+                        let amax = x.iter().fold(0.0f32, |a, x| a.max(x.abs()));
+                        let scale = fp8::scale(amax, fp8::ACTIVATION_AMAX_MIN, scale_format);
+                        self.scales[row * blocks + block] = scale;
+                        for (i, &x) in x.iter().enumerate() {
+                            let code = fp8::encode(x / scale);
+                            self.codes[row * k + block * BLOCK + i] = code;
+                            self.bf16[row * stride + block * BLOCK + i] =
+                                fp8::E4M3_TO_BF16[usize::from(code)];
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes `m` rows of `k` channels as [`Self::encode_rows`] wrote them. Any bytes of the right length are taken:
+    /// strange values give strange numbers, nothing worse.
+    pub fn read_wire(
+        &mut self,
+        format: ActivationFormat,
+        m: usize,
+        k: usize,
+        bytes: &[u8],
+    ) -> Result<(), WireError> {
+        let row_bytes = format.wire_row_bytes(k);
+        let expected = m.saturating_mul(row_bytes);
+        if bytes.len() != expected {
+            return Err(WireError::Length { rows: m, channels: k, expected, got: bytes.len() });
+        }
+        self.shape(m, k, format);
+        if m == 0 || k == 0 {
+            return Ok(());
+        }
+        let stride = self.stride();
+        let blocks = k.div_ceil(BLOCK);
+        for (row, bytes) in bytes.chunks_exact(row_bytes).enumerate() {
+            match format {
+                ActivationFormat::F32 => {
+                    for (out, bytes) in self.f32[row * stride..].iter_mut().zip(bytes.chunks_exact(4)) {
+                        *out = f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+                    }
+                }
+                ActivationFormat::Bf16 => {
+                    for (out, bytes) in self.bf16[row * stride..].iter_mut().zip(bytes.chunks_exact(2)) {
+                        *out = u16::from_le_bytes([bytes[0], bytes[1]]);
+                    }
+                }
+                ActivationFormat::Fp8(_) => {
+                    let (codes, scales) = bytes.split_at(k);
+                    self.codes[row * k..][..k].copy_from_slice(codes);
+                    for (out, &code) in self.bf16[row * stride..].iter_mut().zip(codes) {
+                        *out = fp8::E4M3_TO_BF16[usize::from(code)];
+                    }
+                    for (out, bytes) in self.scales[row * blocks..].iter_mut().zip(scales.chunks_exact(4)) {
+                        *out = f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A new buffer holding rows from the wire; see [`Self::read_wire`].
+    pub fn from_wire(format: ActivationFormat, m: usize, k: usize, bytes: &[u8]) -> Result<Self, WireError> {
+        let mut activations = Self::new();
+        activations.read_wire(format, m, k, bytes)?;
+        Ok(activations)
+    }
+
+    /// Appends one row in wire form ([`ActivationFormat::wire_row_bytes`] bytes).
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn encode_row(&self, row: usize, out: &mut Vec<u8>) {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        let (k, stride) = (self.channels, self.stride());
+        out.reserve(self.format.wire_row_bytes(k));
+        match self.format {
+            ActivationFormat::F32 => {
+                out.extend(self.f32[row * stride..][..k].iter().flat_map(|x| x.to_le_bytes()));
+            }
+            ActivationFormat::Bf16 => {
+                out.extend(self.bf16[row * stride..][..k].iter().flat_map(|x| x.to_le_bytes()));
+            }
+            ActivationFormat::Fp8(_) => {
+                let blocks = k.div_ceil(BLOCK);
+                out.extend_from_slice(&self.codes[row * k..][..k]);
+                out.extend(self.scales[row * blocks..][..blocks].iter().flat_map(|x| x.to_le_bytes()));
+            }
+        }
+    }
+
+    /// Appends rows in wire form, one after the other.
+    ///
+    /// # Panics
+    /// If the range reaches past the rows.
+    pub fn encode_rows(&self, rows: Range<usize>, out: &mut Vec<u8>) {
+        for row in rows {
+            self.encode_row(row, out);
+        }
+    }
+
+    /// Value `(row, channel)` as the product sees it, scale included.
+    pub fn value(&self, row: usize, channel: usize) -> f32 {
+        let i = row * self.stride() + channel;
+        match self.format {
+            ActivationFormat::F32 => self.f32[i],
+            ActivationFormat::Bf16 => fp8::from_bf16(self.bf16[i]),
+            ActivationFormat::Fp8(_) => {
+                let scale = self.scales[row * self.channels.div_ceil(BLOCK) + channel / BLOCK];
+                fp8::from_bf16(self.bf16[i]) * scale
+            }
+        }
+    }
+
+    /// Number of rows (`m`).
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Channels of a row (`k`).
+    pub fn channels(&self) -> usize {
+        self.channels
+    }
+
+    /// What the rows are rounded to.
+    pub fn format(&self) -> ActivationFormat {
+        self.format
+    }
+
+    /// Values from one row to the next in `f32` and `bf16`.
+    pub(crate) fn stride(&self) -> usize {
+        self.channels.next_multiple_of(BLOCK)
+    }
+
+    /// Sizes the buffers for `[m, k]`; padding is zero afterwards.
+    fn shape(&mut self, m: usize, k: usize, format: ActivationFormat) {
+        (self.rows, self.channels, self.format) = (m, k, format);
+        let padded = m * self.stride();
+        let fp8 = matches!(format, ActivationFormat::Fp8(_));
+        // Clearing first makes the padding zero whatever shape was here before; capacity stays.
+        let resize = |wanted: bool| if wanted { padded } else { 0 };
+        self.f32.clear();
+        self.f32.resize(resize(format == ActivationFormat::F32), 0.0);
+        self.bf16.clear();
+        self.bf16.resize(resize(format != ActivationFormat::F32), 0);
+        self.codes.clear();
+        self.codes.resize(if fp8 { m * k } else { 0 }, 0);
+        self.scales.clear();
+        self.scales.resize(if fp8 { m * k.div_ceil(BLOCK) } else { 0 }, 0.0);
+    }
+}
