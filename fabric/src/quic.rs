@@ -1,0 +1,180 @@
+//! The transport between processes: QUIC with mutual TLS on one UDP port and one I/O thread.
+//!
+//! A connection carries one long-lived unidirectional stream per channel and direction; its life is in
+//! [`connection`]. Device threads only touch bounded queues ([`outbox`], [`Inbox`]) and the table of peers; sockets,
+//! timers and cryptography belong to the I/O thread, a current-thread runtime that sleeps until a packet, a timer
+//! or a queued frame wakes it.
+
+mod connection;
+mod endpoint;
+mod hello;
+mod outbox;
+mod path;
+mod socket;
+mod tls;
+
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+use tokio::sync::{Notify, mpsc};
+
+use crate::error::{DialError, FabricError, SendError};
+use crate::event::{Event, PeerId, PeerInfo};
+use crate::frame::{Channel, Frame};
+use crate::inbox::Inbox;
+use crate::limits::Limits;
+use crate::stats::Stats;
+use crate::sync::lock;
+use endpoint::{Dial, Peers};
+use hello::Hello;
+use path::Path;
+
+const SCHEME: &str = "quic://";
+
+/// Dials that wait for the I/O thread to look at them.
+const DIALS_MAX: usize = 256;
+
+/// How to open a QUIC end.
+#[derive(Clone)]
+pub struct QuicOptions {
+    /// UDP address to bind; port 0 takes a free one. A loopback address gets loopback's datagram size, any other
+    /// one path MTU discovery.
+    pub bind: SocketAddr,
+    /// The only certificate authority peers are checked against.
+    pub ca_pem: String,
+    /// Our certificate chain, for the name `trireme`.
+    pub cert_pem: String,
+    /// Its private key.
+    pub key_pem: String,
+    /// What this worker calls itself.
+    pub worker: String,
+    /// Fresh at each start of this process.
+    pub incarnation: u64,
+    /// Bounds of queues and frames.
+    pub limits: Limits,
+}
+
+/// A worker's end on the network.
+pub(crate) struct Endpoint {
+    address: String,
+    bound: SocketAddr,
+    limits: Limits,
+    peers: Arc<Peers>,
+    receivers: [Receiver<Event>; 2],
+    dials: mpsc::Sender<Dial>,
+    closing: Arc<Notify>,
+    io_thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Endpoint {
+    pub fn start(options: QuicOptions) -> Result<Self, FabricError> {
+        options.limits.validate()?;
+        let configs = tls::configs(&options)?;
+        let path = Path::of(options.bind);
+        let (socket, bound) = socket::bind(options.bind)
+            .map_err(|source| FabricError::Bind { address: options.bind, source })?;
+        let address = format!("{SCHEME}{bound}");
+        let hello = Hello::new(options.worker, options.incarnation, address.clone())?;
+
+        let (kv, kv_events) = Inbox::new(&options.limits);
+        let (experts, experts_events) = Inbox::new(&options.limits);
+        let peers = Arc::new(Peers::default());
+        let (dials, dials_received) = mpsc::channel(DIALS_MAX);
+        let closing = Arc::new(Notify::new());
+        let setup = endpoint::Setup {
+            socket,
+            path,
+            configs,
+            hello,
+            limits: options.limits.clone(),
+            peers: Arc::clone(&peers),
+            inboxes: [kv, experts],
+            dials: dials_received,
+            closing: Arc::clone(&closing),
+        };
+        let io_thread = endpoint::spawn(setup).map_err(FabricError::Thread)?;
+        Ok(Self {
+            address,
+            bound,
+            limits: options.limits,
+            peers,
+            receivers: [kv_events, experts_events],
+            dials,
+            closing,
+            io_thread: Mutex::new(Some(io_thread)),
+        })
+    }
+
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    pub fn connect(&self, address: &str, deadline: Duration) -> Result<PeerId, FabricError> {
+        let unreachable = |source| FabricError::Unreachable { address: address.to_owned(), source };
+        let host = address.strip_prefix(SCHEME).ok_or_else(|| FabricError::Address {
+            address: address.to_owned(),
+            expected: "quic://HOST:PORT",
+        })?;
+        // A name may have addresses of both families; only the bound one's can be reached from this socket.
+        let remote = host
+            .to_socket_addrs()
+            .ok()
+            .and_then(|mut found| found.find(|a| a.is_ipv4() == self.bound.is_ipv4()))
+            .ok_or_else(|| unreachable(DialError::Unresolved))?;
+        if let Some(peer) = self.peers.dialled(remote) {
+            return Ok(peer);
+        }
+        let (answer, answered) = crossbeam_channel::bounded(1);
+        self.dials.try_send(Dial { remote, answer }).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => unreachable(DialError::Overloaded),
+            mpsc::error::TrySendError::Closed(_) => FabricError::Closed,
+        })?;
+        match answered.recv_timeout(deadline) {
+            Ok(connected) => connected.map_err(unreachable),
+            Err(RecvTimeoutError::Timeout) => Err(unreachable(DialError::TimedOut(deadline))),
+            Err(RecvTimeoutError::Disconnected) => Err(FabricError::Closed),
+        }
+    }
+
+    pub fn try_send(&self, peer: PeerId, channel: Channel, frame: Frame) -> Result<(), SendError> {
+        if !frame.fits(&self.limits) {
+            return Err(SendError::Oversized(frame));
+        }
+        let sent = self.peers.try_send(peer, channel, frame);
+        if matches!(sent, Err(SendError::Full(_))) {
+            self.peers.counters.sends_full.fetch_add(1, Relaxed);
+        }
+        sent
+    }
+
+    pub fn receiver(&self, channel: Channel) -> Receiver<Event> {
+        self.receivers[channel.index()].clone()
+    }
+
+    pub fn peer(&self, peer: PeerId) -> Option<PeerInfo> {
+        self.peers.info(peer)
+    }
+
+    pub fn stats(&self) -> Stats {
+        self.peers.stats()
+    }
+
+    pub fn close(&self) {
+        self.closing.notify_one();
+        if let Some(io_thread) = lock(&self.io_thread).take()
+            && io_thread.join().is_err()
+        {
+            tracing::error!("the fabric's I/O thread panicked");
+        }
+    }
+}
+
+impl Drop for Endpoint {
+    fn drop(&mut self) {
+        self.close();
+    }
+}

@@ -1,0 +1,193 @@
+//! A connection's life on the I/O thread, from its hello to its `PeerLost`.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use quinn::{Connection, ConnectionError, ReadError, ReadExactError, RecvStream, SendStream, VarInt};
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+
+use super::endpoint::Io;
+use super::hello::Streams;
+use super::outbox::Queue;
+use crate::event::{LossReason, PeerId};
+use crate::frame::{Channel, Frame, FrameHeader, ProtocolError};
+use crate::inbox::admitted;
+
+/// Frames that one write takes together: many small ones share a packet, and a queue of large ones does not
+/// become one long write.
+const FRAMES_PER_WRITE: usize = 32;
+
+/// Late enough for MTU discovery to have settled.
+const MTU_CHECK_AFTER: Duration = Duration::from_secs(5);
+
+/// Application error codes that close a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum CloseCode {
+    Goodbye = 0,
+    Protocol = 1,
+    Superseded = 2,
+    Overloaded = 3,
+}
+
+/// Closes with a code and, for the peer's log, a text.
+pub(crate) fn close(connection: &Connection, code: CloseCode, text: &str) {
+    connection.close(VarInt::from_u32(code as u32), text.as_bytes());
+}
+
+/// A connection that finished its handshake.
+pub(crate) struct Live {
+    pub peer: PeerId,
+    pub connection: Connection,
+    pub streams: Streams,
+    pub queues: [Queue; 2],
+    pub superseded: Arc<Notify>,
+}
+
+/// Runs a live connection until it ends, and says why it did. No frame of it is delivered after this returns.
+pub(crate) async fn run(io: Arc<Io>, live: Live) -> LossReason {
+    let Live { peer, connection, streams, queues, superseded } = live;
+    let mut pumps = JoinSet::new();
+    for (channel, stream) in Channel::ALL.into_iter().zip(streams.receive) {
+        pumps.spawn(receive(Arc::clone(&io), peer, channel, stream));
+    }
+    for (queue, stream) in queues.into_iter().zip(streams.send) {
+        pumps.spawn(send(Arc::clone(&io), queue, stream));
+    }
+    let mtu_check = tokio::time::sleep(MTU_CHECK_AFTER);
+    tokio::pin!(mtu_check);
+    let mut mtu_checked = false;
+
+    let reason = loop {
+        tokio::select! {
+            error = connection.closed() => break loss_reason(error),
+            () = superseded.notified() => {
+                close(&connection, CloseCode::Superseded, "a newer incarnation is here");
+                break LossReason::Superseded;
+            }
+            Some(ended) = pumps.join_next() => {
+                // A pump that ends well ended with the connection, which then says why itself.
+                if let Ok(Err(error)) = ended {
+                    io.peers.counters.protocol_errors.fetch_add(1, Relaxed);
+                    close(&connection, CloseCode::Protocol, &error.to_string());
+                    break LossReason::Protocol(error);
+                }
+            }
+            () = &mut mtu_check, if !mtu_checked => {
+                mtu_checked = true;
+                check_mtu(&io, &connection);
+            }
+        }
+    };
+    pumps.shutdown().await;
+    reason
+}
+
+/// Reads a channel's frames into its inbox. Reads nothing while the inbox is full: QUIC's flow control then stops
+/// the sender.
+async fn receive(
+    io: Arc<Io>,
+    peer: PeerId,
+    channel: Channel,
+    mut stream: RecvStream,
+) -> Result<(), ProtocolError> {
+    let inbox = &io.inboxes[channel.index()];
+    loop {
+        let mut header = [0; FrameHeader::BYTES];
+        match stream.read_exact(&mut header).await {
+            Ok(()) => (),
+            Err(ReadExactError::ReadError(error)) => return ended_by(error),
+            Err(ReadExactError::FinishedEarly(_)) => return Err(ProtocolError::StreamEnded),
+        }
+        let header = FrameHeader::decode(header, &io.limits)?;
+        let Some(admission) = inbox.admit(header.payload_bytes()).await else { return Ok(()) };
+        let mut payload = Vec::with_capacity(header.payload_bytes());
+        while payload.len() < header.payload_bytes() {
+            match stream.read_chunk(header.payload_bytes() - payload.len(), true).await {
+                Ok(Some(chunk)) => payload.extend_from_slice(&chunk.bytes),
+                Ok(None) => return Err(ProtocolError::StreamEnded),
+                Err(error) => return ended_by(error),
+            }
+        }
+        io.peers.counters.received(payload.len());
+        let mut body = admitted(payload, admission);
+        let head = body.split_to(header.head_bytes as usize);
+        inbox.deliver(peer, head, body);
+    }
+}
+
+/// Writes a channel's queued frames, without copying their bodies.
+async fn send(io: Arc<Io>, mut queue: Queue, mut stream: SendStream) -> Result<(), ProtocolError> {
+    let mut frames = Vec::with_capacity(FRAMES_PER_WRITE);
+    let mut pieces: Vec<Bytes> = Vec::with_capacity(4 * FRAMES_PER_WRITE);
+    while queue.take(&mut frames, FRAMES_PER_WRITE).await {
+        let (mut bytes, count) = (0, frames.len());
+        for frame in frames.drain(..) {
+            bytes += frame.bytes();
+            append(&mut pieces, frame);
+        }
+        if stream.write_all_chunks(&mut pieces).await.is_err() {
+            // The connection is lost, which `run` learns from itself; or the peer stopped a stream that it must keep.
+            return if stream_stopped(&mut stream).await { Err(ProtocolError::StreamEnded) } else { Ok(()) };
+        }
+        pieces.clear();
+        queue.written(bytes);
+        io.peers.counters.frames_sent.fetch_add(count as u64, Relaxed);
+        io.peers.counters.bytes_sent.fetch_add(bytes as u64, Relaxed);
+    }
+    Ok(())
+}
+
+/// Header and head travel as one small piece, the body's pieces as they are.
+fn append(pieces: &mut Vec<Bytes>, frame: Frame) {
+    let mut start = BytesMut::with_capacity(FrameHeader::BYTES + frame.head.len());
+    start.extend_from_slice(&FrameHeader::of(&frame).encode());
+    start.extend_from_slice(&frame.head);
+    pieces.push(start.freeze());
+    pieces.extend(frame.body.into_iter().filter(|piece| !piece.is_empty()));
+}
+
+/// Whether a failed write is the peer's doing, the connection being alive.
+async fn stream_stopped(stream: &mut SendStream) -> bool {
+    matches!(stream.stopped().await, Ok(Some(_)))
+}
+
+/// A stream's end: with the connection that is none of the pump's business, otherwise against the protocol.
+fn ended_by(error: ReadError) -> Result<(), ProtocolError> {
+    match error {
+        ReadError::ConnectionLost(_) => Ok(()),
+        _ => Err(ProtocolError::StreamEnded),
+    }
+}
+
+fn loss_reason(error: ConnectionError) -> LossReason {
+    match error {
+        ConnectionError::TimedOut => LossReason::Silent,
+        // Ours: only a closing end closes a connection that `run` still watches.
+        ConnectionError::LocallyClosed => LossReason::Closed,
+        ConnectionError::ApplicationClosed(closed) => {
+            let detail = || String::from_utf8_lossy(&closed.reason).into_owned();
+            match closed.error_code.into_inner() {
+                code if code == CloseCode::Goodbye as u64 => LossReason::Closed,
+                code if code == CloseCode::Superseded as u64 => LossReason::Superseded,
+                _ => LossReason::Refused { detail: detail() },
+            }
+        }
+        other => LossReason::Failed { detail: other.to_string() },
+    }
+}
+
+/// A datagram size below the configured one costs up to four fifths of the throughput: say so.
+fn check_mtu(io: &Io, connection: &Connection) {
+    let current = connection.stats().path.current_mtu;
+    if current < io.path.mtu_bytes {
+        tracing::warn!(
+            peer = %connection.remote_address(),
+            current,
+            configured = io.path.mtu_bytes,
+            "small datagrams on this path: expect low throughput"
+        );
+    }
+}

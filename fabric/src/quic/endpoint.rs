@@ -1,0 +1,330 @@
+//! The I/O thread: accepts and dials connections, and keeps the table of live peers.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, RwLock};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam_channel::Sender;
+use quinn::{ClientConfig, Connection, EndpointConfig, Incoming, ServerConfig, TokioRuntime};
+use tokio::sync::{Notify, Semaphore, mpsc};
+
+use super::connection::{self, CloseCode, Live, close};
+use super::hello::{self, Hello};
+use super::outbox::{Outbox, outbox};
+use super::path::{Path, UDP_PAYLOAD_BYTES_MAX};
+use super::{socket, tls};
+use crate::error::{DialError, SendError};
+use crate::event::{Event, LossReason, PeerId, PeerInfo};
+use crate::frame::{Channel, Frame};
+use crate::inbox::Inbox;
+use crate::limits::Limits;
+use crate::stats::{Counters, Stats};
+use crate::sync::{lock, read, write};
+
+/// From the first packet to the hello. A peer that is silent for 1.5 s fails earlier.
+const HANDSHAKE_MAX: Duration = Duration::from_secs(3);
+/// Strangers in the handshake at once; more are refused before they cost any cryptography.
+const HANDSHAKES_MAX: usize = 64;
+/// For the goodbyes to leave the socket.
+const CLOSE_MAX: Duration = Duration::from_millis(100);
+
+/// A caller that waits for a connection.
+pub(crate) struct Dial {
+    pub remote: SocketAddr,
+    pub answer: Sender<Result<PeerId, DialError>>,
+}
+
+/// Live peers, shared with the threads that send.
+#[derive(Default)]
+pub(crate) struct Peers {
+    pub counters: Counters,
+    live: RwLock<HashMap<PeerId, Peer>>,
+}
+
+struct Peer {
+    info: PeerInfo,
+    /// The address we dialled, if we did.
+    dialled: Option<SocketAddr>,
+    outboxes: [Outbox; 2],
+    connection: Connection,
+    superseded: Arc<Notify>,
+}
+
+impl Peers {
+    /// The live connection that was dialled to `remote`.
+    pub fn dialled(&self, remote: SocketAddr) -> Option<PeerId> {
+        let live = read(&self.live);
+        live.iter().find(|(_, peer)| peer.dialled == Some(remote)).map(|(id, _)| *id)
+    }
+
+    pub fn try_send(&self, peer: PeerId, channel: Channel, frame: Frame) -> Result<(), SendError> {
+        let live = read(&self.live);
+        let peer = live.get(&peer).ok_or(SendError::Gone)?;
+        peer.outboxes[channel.index()].offer(frame)
+    }
+
+    pub fn info(&self, peer: PeerId) -> Option<PeerInfo> {
+        read(&self.live).get(&peer).map(|peer| peer.info.clone())
+    }
+
+    pub fn stats(&self) -> Stats {
+        let mut stats = self.counters.snapshot();
+        let live = read(&self.live);
+        stats.peers = live.len() as u64;
+        for peer in live.values() {
+            let path = peer.connection.stats().path;
+            stats.packets_lost += path.lost_packets;
+            let mtu_bytes = u64::from(path.current_mtu);
+            stats.mtu_bytes_min = match stats.mtu_bytes_min {
+                0 => mtu_bytes,
+                least => least.min(mtu_bytes),
+            };
+        }
+        stats
+    }
+}
+
+/// What the I/O thread starts from.
+pub(crate) struct Setup {
+    pub socket: UdpSocket,
+    pub path: Path,
+    pub configs: tls::Configs,
+    pub hello: Hello,
+    pub limits: Limits,
+    pub peers: Arc<Peers>,
+    pub inboxes: [Inbox; 2],
+    pub dials: mpsc::Receiver<Dial>,
+    pub closing: Arc<Notify>,
+}
+
+/// What its tasks share. Dropped with the last of them, which ends the receivers.
+pub(crate) struct Io {
+    pub limits: Limits,
+    pub path: Path,
+    pub peers: Arc<Peers>,
+    pub inboxes: [Inbox; 2],
+    endpoint: quinn::Endpoint,
+    client: ClientConfig,
+    hello: Hello,
+    next_peer: AtomicU64,
+    handshakes: Arc<Semaphore>,
+    /// Callers by the address that is being dialled for them.
+    dialling: Mutex<HashMap<SocketAddr, Vec<Dial>>>,
+}
+
+/// Starts the I/O thread and waits until its endpoint stands.
+pub(crate) fn spawn(setup: Setup) -> io::Result<JoinHandle<()>> {
+    let (started, starting) = crossbeam_channel::bounded(1);
+    let thread = std::thread::Builder::new().name("fabric-io".to_owned()).spawn(move || {
+        // Built here, so that a caller inside another runtime never drops this one.
+        let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+            Ok(runtime) => runtime,
+            Err(error) => return drop(started.send(Err(error))),
+        };
+        runtime.block_on(async move {
+            let Setup { socket, path, configs, hello, limits, peers, inboxes, dials, closing } = setup;
+            let (endpoint, client) = match open(socket, path, &configs, &limits) {
+                Ok(opened) => opened,
+                Err(error) => return drop(started.send(Err(error))),
+            };
+            let io = Arc::new(Io {
+                limits,
+                path,
+                peers,
+                inboxes,
+                endpoint,
+                client,
+                hello,
+                next_peer: AtomicU64::new(1),
+                handshakes: Arc::new(Semaphore::new(HANDSHAKES_MAX)),
+                dialling: Mutex::default(),
+            });
+            drop(started.send(Ok(())));
+            serve(io, dials, closing).await;
+        });
+        // Dropping the runtime drops every task that is left, and with them the inboxes.
+    })?;
+    match starting.recv() {
+        Ok(Ok(())) => Ok(thread),
+        Ok(Err(error)) => Err(error),
+        Err(_) => Err(io::Error::other("it ended while starting")),
+    }
+}
+
+fn open(
+    udp: UdpSocket,
+    path: Path,
+    configs: &tls::Configs,
+    limits: &Limits,
+) -> io::Result<(quinn::Endpoint, ClientConfig)> {
+    let transport = path.transport(limits);
+    let mut client = ClientConfig::new(Arc::clone(&configs.client) as _);
+    client.transport_config(Arc::clone(&transport));
+    let mut server = ServerConfig::with_crypto(Arc::clone(&configs.server) as _);
+    server.transport_config(transport).migration(false).max_incoming(HANDSHAKES_MAX);
+
+    let mut config = EndpointConfig::default();
+    // A transport parameter: at quinn's default of 1,472 the peer would not send larger datagrams.
+    config.max_udp_payload_size(UDP_PAYLOAD_BYTES_MAX.min(path.mtu_bytes)).map_err(io::Error::other)?;
+    let socket = socket::register(udp, path)?;
+    let endpoint =
+        quinn::Endpoint::new_with_abstract_socket(config, Some(server), socket, Arc::new(TokioRuntime))?;
+    Ok((endpoint, client))
+}
+
+async fn serve(io: Arc<Io>, mut dials: mpsc::Receiver<Dial>, closing: Arc<Notify>) {
+    loop {
+        tokio::select! {
+            Some(incoming) = io.endpoint.accept() => accept(&io, incoming),
+            Some(dial) = dials.recv() => begin_dial(&io, dial),
+            () = closing.notified() => break,
+        }
+    }
+    io.endpoint.close(quinn::VarInt::from_u32(CloseCode::Goodbye as u32), b"closing");
+    // The goodbyes are sent by the connections' own tasks; a peer that does not answer is not waited for.
+    drop(tokio::time::timeout(CLOSE_MAX, io.endpoint.wait_idle()).await);
+    write(&io.peers.live).clear();
+}
+
+fn accept(io: &Arc<Io>, incoming: Incoming) {
+    let Ok(permit) = Arc::clone(&io.handshakes).try_acquire_owned() else {
+        io.peers.counters.handshakes_failed.fetch_add(1, Relaxed);
+        return incoming.refuse();
+    };
+    let io = Arc::clone(io);
+    tokio::spawn(async move {
+        let _permit = permit;
+        let remote = incoming.remote_address();
+        let handshake = async {
+            let connection = incoming.await.map_err(hello::HandshakeError::from)?;
+            greet(&io, connection, None).await
+        };
+        let failed = match tokio::time::timeout(HANDSHAKE_MAX, handshake).await {
+            Ok(Ok(_)) => return,
+            Ok(Err(error)) => error,
+            Err(_) => DialError::TimedOut(HANDSHAKE_MAX),
+        };
+        io.peers.counters.handshakes_failed.fetch_add(1, Relaxed);
+        tracing::warn!(peer = %remote, error = %failed, "refused a connection");
+    });
+}
+
+/// Joins the dial that already runs to this address, or starts one.
+fn begin_dial(io: &Arc<Io>, dial: Dial) {
+    let remote = dial.remote;
+    // The caller looked before it queued; since then an earlier dial may have succeeded.
+    if let Some(peer) = io.peers.dialled(remote) {
+        return drop(dial.answer.send(Ok(peer)));
+    }
+    let mut dialling = lock(&io.dialling);
+    let waiting = dialling.entry(remote).or_default();
+    waiting.push(dial);
+    if waiting.len() > 1 {
+        return;
+    }
+    drop(dialling);
+    let io = Arc::clone(io);
+    tokio::spawn(async move {
+        let connected = match tokio::time::timeout(HANDSHAKE_MAX, dial_once(&io, remote)).await {
+            Ok(connected) => connected,
+            Err(_) => Err(DialError::TimedOut(HANDSHAKE_MAX)),
+        };
+        for waiting in lock(&io.dialling).remove(&remote).unwrap_or_default() {
+            // A caller that gave up at its deadline is no error.
+            drop(waiting.answer.send(connected.clone()));
+        }
+    });
+}
+
+async fn dial_once(io: &Arc<Io>, remote: SocketAddr) -> Result<PeerId, DialError> {
+    let connecting = io
+        .endpoint
+        .connect_with(io.client.clone(), remote, tls::SERVER_NAME)
+        .map_err(|error| DialError::Handshake { detail: error.to_string() })?;
+    let connection = connecting.await.map_err(hello::HandshakeError::from)?;
+    greet(io, connection, Some(remote)).await
+}
+
+/// Exchanges hellos, enters the peer into the table and starts its life.
+async fn greet(
+    io: &Arc<Io>,
+    connection: Connection,
+    dialled: Option<SocketAddr>,
+) -> Result<PeerId, DialError> {
+    let (Hello(mut info), streams) = match hello::exchange(&connection, &io.hello).await {
+        Ok(greeted) => greeted,
+        Err(error) => {
+            if let hello::HandshakeError::Protocol(error) = &error {
+                io.peers.counters.protocol_errors.fetch_add(1, Relaxed);
+                close(&connection, CloseCode::Protocol, &error.to_string());
+            }
+            return Err(error.into());
+        }
+    };
+    if let Some(remote) = dialled {
+        info.address = format!("{}{remote}", super::SCHEME);
+    }
+    let (kv, kv_queue) = outbox(&io.limits);
+    let (experts, experts_queue) = outbox(&io.limits);
+    let superseded = Arc::new(Notify::new());
+    let peer = PeerId(io.next_peer.fetch_add(1, Relaxed));
+    let entry = Peer {
+        info,
+        dialled,
+        outboxes: [kv, experts],
+        connection: connection.clone(),
+        superseded: Arc::clone(&superseded),
+    };
+    if !enter(io, peer, entry) {
+        close(&connection, CloseCode::Overloaded, "too many peers or unread events");
+        return Err(DialError::Overloaded);
+    }
+    let live = Live { peer, connection, streams, queues: [kv_queue, experts_queue], superseded };
+    let io = Arc::clone(io);
+    tokio::spawn(async move {
+        let reason = connection::run(Arc::clone(&io), live).await;
+        leave(&io, peer, reason);
+    });
+    Ok(peer)
+}
+
+/// Makes the peer known and announces it. `false`: there is no room.
+fn enter(io: &Io, peer: PeerId, entry: Peer) -> bool {
+    let mut live = write(&io.peers.live);
+    let room = io.inboxes.iter().all(|inbox| inbox.has_room_for_peers(live.len(), 1));
+    if live.len() >= io.limits.peers_max || !room {
+        return false;
+    }
+    // Its old process cannot be alive: do not wait until it has been silent for long enough.
+    for older in live.values() {
+        if older.info.worker == entry.info.worker && older.info.incarnation != entry.info.incarnation {
+            older.superseded.notify_one();
+        }
+    }
+    let info = entry.info.clone();
+    // Into the table first: whoever reads the event may answer at once.
+    live.insert(peer, entry);
+    drop(live);
+    tracing::debug!(%peer, worker = info.worker, incarnation = info.incarnation, "peer up");
+    io.peers.counters.peers_up.fetch_add(1, Relaxed);
+    for inbox in &io.inboxes {
+        inbox.announce(Event::PeerUp { peer, info: info.clone() });
+    }
+    true
+}
+
+/// Forgets the peer and announces its loss, after its last frame.
+fn leave(io: &Io, peer: PeerId, reason: LossReason) {
+    let Some(entry) = write(&io.peers.live).remove(&peer) else { return };
+    let lost_packets = entry.connection.stats().path.lost_packets;
+    io.peers.counters.packets_lost.fetch_add(lost_packets, Relaxed);
+    io.peers.counters.peers_lost.fetch_add(1, Relaxed);
+    tracing::info!(%peer, worker = entry.info.worker, %reason, "peer lost");
+    for inbox in &io.inboxes {
+        inbox.announce(Event::PeerLost { peer, reason: reason.clone() });
+    }
+}

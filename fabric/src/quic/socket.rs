@@ -1,0 +1,93 @@
+//! The UDP socket: buffers as large as the system lets us have, and segmented sends within what UDP can carry.
+
+use std::fmt;
+use std::io::{self, IoSliceMut};
+use std::net::{SocketAddr, UdpSocket};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use quinn::udp::{RecvMeta, Transmit};
+use quinn::{AsyncUdpSocket, Runtime, TokioRuntime, UdpPoller};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::path::{Path, UDP_PAYLOAD_BYTES_MAX};
+
+/// UDP drops what the receive buffer cannot hold; the system's 208 KiB default loses packets on loopback already.
+const SOCKET_BUFFER_BYTES: usize = 4 << 20;
+
+/// Binds a socket with large buffers and says which address it got.
+pub(crate) fn bind(address: SocketAddr) -> io::Result<(UdpSocket, SocketAddr)> {
+    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
+    socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES)?;
+    socket.set_send_buffer_size(SOCKET_BUFFER_BYTES)?;
+    // Linux answers with twice what it granted, to account for its own overhead.
+    let granted = socket.recv_buffer_size()? / if cfg!(target_os = "linux") { 2 } else { 1 };
+    if granted < SOCKET_BUFFER_BYTES {
+        tracing::warn!(
+            granted,
+            wanted = SOCKET_BUFFER_BYTES,
+            "small UDP receive buffer: expect lost packets under load; raise net.core.rmem_max"
+        );
+    }
+    socket.bind(&address.into())?;
+    let socket = UdpSocket::from(socket);
+    let bound = socket.local_addr()?;
+    Ok((socket, bound))
+}
+
+/// Hands the socket to quinn. To be called on the I/O thread's runtime.
+pub(crate) fn register(socket: UdpSocket, path: Path) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+    let inner = TokioRuntime.wrap_udp_socket(socket)?;
+    Ok(Arc::new(Capped { inner, path }))
+}
+
+/// A socket whose segmented sends and receives stay within one UDP payload.
+struct Capped {
+    inner: Arc<dyn AsyncUdpSocket>,
+    path: Path,
+}
+
+impl AsyncUdpSocket for Capped {
+    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+        Arc::clone(&self.inner).create_io_poller()
+    }
+
+    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        self.inner.try_send(transmit)
+    }
+
+    fn poll_recv(
+        &self,
+        cx: &mut Context<'_>,
+        buffers: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        self.inner.poll_recv(cx, buffers, meta)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.inner.local_addr()
+    }
+
+    fn max_transmit_segments(&self) -> usize {
+        self.inner.max_transmit_segments().min(self.path.segments_max())
+    }
+
+    /// quinn sizes its receive buffer by this times the payload limit times 32: with the kernel's 64 that is 134 MB
+    /// for loopback's payload. What the kernel joins never exceeds one UDP payload, so this many are enough.
+    fn max_receive_segments(&self) -> usize {
+        let enough = usize::from(UDP_PAYLOAD_BYTES_MAX).div_ceil(usize::from(self.path.mtu_bytes));
+        self.inner.max_receive_segments().min(enough)
+    }
+
+    fn may_fragment(&self) -> bool {
+        self.inner.may_fragment()
+    }
+}
+
+impl fmt::Debug for Capped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Capped").field("path", &self.path).finish_non_exhaustive()
+    }
+}
