@@ -1,1 +1,26 @@
 //! One forward step of a DeepSeek model: layers, paged KV cache, batch, sampler.
+//!
+//! [`Engine::step`] takes rows of any number of sequences and gives logits for the rows that want them. Whether a
+//! sequence decodes, verifies a draft or runs a chunk of its prompt is not known here, and a row's bits depend on its
+//! own sequence alone (DESIGN.md section 4). Routed experts are reached through [`Experts`].
+//!
+//! Deliberately not here: which sequences run when (the roles' schedulers), where KV goes (`kvtransfer`), networks,
+//! clocks and tokio. One thread owns an engine.
+
+mod batch;
+mod deepseek;
+mod error;
+mod experts;
+mod kv_cache;
+mod options;
+mod rng;
+mod sampler;
+mod step;
+
+pub use batch::{LogitsWanted, SequenceInput};
+pub use error::{EngineError, InvalidBatch, StepError};
+pub use experts::{ExpertBank, ExpertBatch, ExpertJob, ExpertScratch, Experts, ExpertsError, LocalExperts};
+pub use kv_cache::{BlockAllocator, KvPool};
+pub use options::{ARITHMETIC_REVISION, EngineOptions, ResultFormat, wire_activation_format};
+pub use sampler::{Sampled, SequenceSampler};
+pub use step::{Engine, MtpInput, StepObserver, StepOutput};

@@ -1,0 +1,164 @@
+//! The paged KV cache: memory for latents and rotated keys, and who may use which block.
+//!
+//! The pool is `[block][layer][token]`: a block's layers lie together and one layer of a block is one contiguous piece,
+//! which is what a hand-off moves. The format of a row is [`model::KvLayout`]'s business.
+//!
+//! Invariant: the pool knows nothing of sequences. Which sequence owns a block is decided by the one thread that owns
+//! engine and [`BlockAllocator`]; nobody else ever writes here.
+
+use compute::{KvFormat as StoredFormat, KvGeometry, KvView, KvViewMut};
+use model::{BlockId, KvFormat, KvLayout};
+
+use crate::error::EngineError;
+
+/// Memory of all KV blocks of a worker.
+pub struct KvPool {
+    layout: KvLayout,
+    blocks: usize,
+    bytes: Vec<u8>,
+}
+
+impl KvPool {
+    /// Memory for `blocks` blocks of `layout`, all zero.
+    pub fn new(layout: KvLayout, blocks: usize) -> Result<Self, EngineError> {
+        let too_large = || EngineError::KvPoolTooLarge { blocks, block_bytes: layout.block_bytes() };
+        // Block ids are u32 on the wire.
+        if u32::try_from(blocks).is_err() {
+            return Err(too_large());
+        }
+        let size = layout.block_bytes().checked_mul(blocks).ok_or_else(too_large)?;
+        let mut bytes = Vec::new();
+        bytes.try_reserve_exact(size).map_err(|_| too_large())?;
+        bytes.resize(size, 0);
+        Ok(Self { layout, blocks, bytes })
+    }
+
+    /// How a row, a layer and a block are laid out.
+    pub fn layout(&self) -> &KvLayout {
+        &self.layout
+    }
+
+    /// Number of blocks.
+    pub fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    /// The rows of one layer of one block: `block_tokens * row_bytes` bytes.
+    ///
+    /// # Panics
+    /// Where block or layer does not exist: both come from tables that their owner has checked.
+    pub fn block_layer(&self, block: BlockId, layer: usize) -> &[u8] {
+        let start = self.offset(block, layer);
+        &self.bytes[start..start + self.layout.layer_stride()]
+    }
+
+    /// Overwrites the first rows of one layer of one block; `rows` holds whole rows, at most a block of them.
+    ///
+    /// # Panics
+    /// Where block or layer does not exist, or `rows` is no whole number of rows or longer than a block's layer.
+    pub fn write_block_layer(&mut self, block: BlockId, layer: usize, rows: &[u8]) {
+        assert!(rows.len().is_multiple_of(self.layout.row_bytes()), "{} bytes are no whole rows", rows.len());
+        assert!(rows.len() <= self.layout.layer_stride(), "{} bytes exceed a block's layer", rows.len());
+        let start = self.offset(block, layer);
+        self.bytes[start..start + rows.len()].copy_from_slice(rows);
+    }
+
+    fn offset(&self, block: BlockId, layer: usize) -> usize {
+        assert!((block.0 as usize) < self.blocks, "block {block} of {}", self.blocks);
+        assert!(layer < self.layout.layers, "layer {layer} of {}", self.layout.layers);
+        block.0 as usize * self.layout.block_bytes() + layer * self.layout.layer_stride()
+    }
+
+    /// The pool as the attention operators read it.
+    pub(crate) fn view(&self) -> KvView<'_> {
+        KvView { bytes: &self.bytes, geometry: geometry(&self.layout) }
+    }
+
+    /// The pool as the operator that stores rows writes it.
+    pub(crate) fn view_mut(&mut self) -> KvViewMut<'_> {
+        KvViewMut { geometry: geometry(&self.layout), bytes: &mut self.bytes }
+    }
+}
+
+/// `compute` does not know `model`: the same facts in its words.
+fn geometry(layout: &KvLayout) -> KvGeometry {
+    KvGeometry {
+        format: match layout.format {
+            KvFormat::F32 => StoredFormat::F32,
+            KvFormat::Bf16 => StoredFormat::Bf16,
+            KvFormat::Fp8 => StoredFormat::Fp8,
+        },
+        latent: layout.latent,
+        rope: layout.rope,
+        row_bytes: layout.row_bytes(),
+        layer_stride: layout.layer_stride(),
+        block_stride: layout.block_bytes(),
+        block_tokens: layout.block_tokens,
+    }
+}
+
+/// Which blocks of a pool are free. The last freed are the first handed out: their memory is the likeliest in cache.
+#[derive(Debug)]
+pub struct BlockAllocator {
+    free: Vec<BlockId>,
+    in_use: Vec<bool>,
+}
+
+impl BlockAllocator {
+    /// All of `blocks_max` blocks free; at most `u32::MAX`, as [`KvPool::new`] has it.
+    pub fn new(blocks_max: usize) -> Self {
+        let free = (0..blocks_max).rev().map(|block| BlockId(block as u32)).collect();
+        Self { free, in_use: vec![false; blocks_max] }
+    }
+
+    /// `count` blocks, or `None` and no change where fewer are free.
+    pub fn allocate(&mut self, count: usize) -> Option<Vec<BlockId>> {
+        let rest = self.free.len().checked_sub(count)?;
+        let mut blocks = self.free.split_off(rest);
+        blocks.reverse();
+        for block in &blocks {
+            self.in_use[block.0 as usize] = true;
+        }
+        Some(blocks)
+    }
+
+    /// Gives blocks back.
+    ///
+    /// # Panics
+    /// Where a block is not in use: a block with two owners is a broken invariant, and going on would corrupt a cache.
+    pub fn free(&mut self, blocks: &[BlockId]) {
+        for &block in blocks.iter().rev() {
+            let in_use = self.in_use.get_mut(block.0 as usize);
+            assert!(in_use.is_some_and(std::mem::take), "block {block} freed while not in use");
+            self.free.push(block);
+        }
+    }
+
+    /// How many blocks [`Self::allocate`] could hand out now.
+    pub fn free_blocks(&self) -> usize {
+        self.free.len()
+    }
+
+    /// How many blocks there are.
+    pub fn blocks_max(&self) -> usize {
+        self.in_use.len()
+    }
+
+    /// Checks that every block is either free once or in use.
+    ///
+    /// # Panics
+    /// Where it is not.
+    pub fn check_invariants(&self) {
+        let mut free = vec![false; self.in_use.len()];
+        for block in &self.free {
+            let seen = std::mem::replace(&mut free[block.0 as usize], true);
+            assert!(!seen, "block {block} is free twice");
+        }
+        for (block, (&free, &in_use)) in free.iter().zip(&self.in_use).enumerate() {
+            assert!(free != in_use, "block {block}: free {free}, in use {in_use}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

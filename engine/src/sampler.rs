@@ -1,0 +1,201 @@
+//! From a row of logits to a token: one sequence's sampler.
+//!
+//! The order of operations is vLLM's: logit bias, then repetition, frequency and presence penalties, then the
+//! log-probabilities are taken, then temperature, min-p, top-k, top-p, and one draw. The draw is counter-based
+//! ([`crate::rng`]), so a token depends on (logits, parameters, seed, choice, position, tokens so far) and on nothing
+//! else: a sampler rebuilt on another worker by replaying [`SequenceSampler::observe`] goes on with the same tokens.
+//!
+//! What is deliberately not here: stop conditions. Whoever owns the sequence decides when it ends; it passes the tokens
+//! that may not come yet (`min_tokens`) as `suppress`.
+
+use std::collections::HashMap;
+
+use model::{SamplingParams, TokenId};
+
+use crate::rng;
+use truncation::{Candidate, Truncation};
+
+mod truncation;
+
+/// Below this temperature the best token is taken; dividing by less overflows f32 (vLLM's `_SAMPLING_EPS`).
+const GREEDY_BELOW: f32 = 1e-5;
+
+/// A sampled token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampled {
+    /// The token.
+    pub token: TokenId,
+    /// Its natural log-probability after bias and penalties, before temperature and truncation.
+    pub logprob: f32,
+    /// The most probable tokens in descending order, as many as [`SamplingParams::logprobs`] asks for.
+    pub top: Vec<(TokenId, f32)>,
+}
+
+/// How often a token occurred, as the penalties see it.
+#[derive(Clone, Copy, Default)]
+struct Occurrence {
+    in_prompt: bool,
+    generated: u32,
+}
+
+/// Samples the tokens of one completion.
+pub struct SequenceSampler {
+    params: SamplingParams,
+    choice: u32,
+    /// Kept only where a penalty is in force: the common request pays nothing for it.
+    occurrences: Option<HashMap<TokenId, Occurrence>>,
+    /// Tokens that survive truncation; stays empty unless top-k, top-p or min-p is in force.
+    candidates: Vec<Candidate>,
+}
+
+impl SequenceSampler {
+    /// A sampler for completion number `choice` of a request whose prompt is `prompt`.
+    ///
+    /// `params` must hold what [`SamplingParams::validate`] checks.
+    pub fn new(params: &SamplingParams, choice: u32, prompt: &[TokenId]) -> Self {
+        let penalised = params.repetition_penalty != 1.0
+            || params.presence_penalty != 0.0
+            || params.frequency_penalty != 0.0;
+        let occurrences = penalised.then(|| {
+            let seen = Occurrence { in_prompt: true, generated: 0 };
+            prompt.iter().map(|&token| (token, seen)).collect()
+        });
+        Self { params: params.clone(), choice, occurrences, candidates: Vec::new() }
+    }
+
+    /// Notes a token of the completion, sampled here or (after a hand-off) elsewhere.
+    pub fn observe(&mut self, token: TokenId) {
+        if let Some(occurrences) = &mut self.occurrences {
+            occurrences.entry(token).or_default().generated += 1;
+        }
+    }
+
+    /// Samples the token at `position` of the sequence from `logits` (one per vocabulary entry; overwritten).
+    ///
+    /// Tokens in `suppress` get probability zero. The caller passes the token to [`Self::observe`] once it is accepted.
+    pub fn sample(&mut self, logits: &mut [f32], position: usize, suppress: &[TokenId]) -> Sampled {
+        self.adjust(logits, suppress);
+        let best = argmax(logits);
+        let log_total = log_sum_exp(logits, logits[best]);
+        let logprob = |index: usize, logits: &[f32]| (f64::from(logits[index]) - log_total) as f32;
+        let top = match self.params.logprobs {
+            Some(count) if count > 0 => largest(logits, count as usize)
+                .into_iter()
+                .map(|index| (TokenId(index as u32), logprob(index, logits)))
+                .collect(),
+            _ => Vec::new(),
+        };
+        if self.params.temperature < GREEDY_BELOW || !logits[best].is_finite() {
+            return Sampled { token: TokenId(best as u32), logprob: logprob(best, logits), top };
+        }
+        let uniform = rng::uniform(self.params.seed, self.choice, position as u64);
+        let chosen = self.draw(logits, logits[best], uniform);
+        Sampled { token: TokenId(chosen as u32), logprob: logprob(chosen, logits), top }
+    }
+
+    /// Bias, penalties and suppression, in place.
+    fn adjust(&self, logits: &mut [f32], suppress: &[TokenId]) {
+        for &(token, bias) in &self.params.logit_bias {
+            if let Some(logit) = logits.get_mut(token.0 as usize) {
+                *logit += bias;
+            }
+        }
+        // Each token is adjusted on its own, so the map's order does not matter.
+        for (token, seen) in self.occurrences.iter().flatten() {
+            if let Some(logit) = logits.get_mut(token.0 as usize) {
+                *logit = self.penalised(*logit, *seen);
+            }
+        }
+        for token in suppress {
+            if let Some(logit) = logits.get_mut(token.0 as usize) {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+    }
+
+    /// Repetition looks at prompt and completion, frequency and presence at the completion alone.
+    fn penalised(&self, logit: f32, seen: Occurrence) -> f32 {
+        let mut logit = logit;
+        if seen.in_prompt || seen.generated > 0 {
+            let penalty = self.params.repetition_penalty;
+            logit = if logit > 0.0 { logit / penalty } else { logit * penalty };
+        }
+        logit -= self.params.frequency_penalty * seen.generated as f32;
+        if seen.generated > 0 {
+            logit -= self.params.presence_penalty;
+        }
+        logit
+    }
+
+    /// The index that `uniform` in `[0, 1)` falls on.
+    fn draw(&mut self, logits: &[f32], peak: f32, uniform: f64) -> usize {
+        let temperature = self.params.temperature;
+        let limits =
+            Truncation { top_k: self.params.top_k, top_p: self.params.top_p, min_p: self.params.min_p };
+        if limits.keeps_all(logits.len()) {
+            let weights = logits.iter().map(|&logit| weight(logit, peak, temperature));
+            return pick(weights.clone().enumerate(), weights.map(f64::from).sum(), uniform);
+        }
+        limits.apply(logits, peak, temperature, &mut self.candidates);
+        let total = self.candidates.iter().map(|candidate| f64::from(candidate.weight)).sum();
+        let weights = self.candidates.iter().map(|candidate| (candidate.token as usize, candidate.weight));
+        pick(weights, total, uniform)
+    }
+}
+
+/// Probability relative to the best token's.
+fn weight(logit: f32, peak: f32, temperature: f32) -> f32 {
+    ((logit - peak) / temperature).exp()
+}
+
+/// Inverts the cumulative distribution. Rounding may leave `uniform * total` unreached: the last possible token then.
+fn pick(weights: impl Iterator<Item = (usize, f32)>, total: f64, uniform: f64) -> usize {
+    let target = uniform * total;
+    let mut cumulative = 0.0;
+    let mut last = 0;
+    for (index, weight) in weights {
+        if weight > 0.0 {
+            cumulative += f64::from(weight);
+            last = index;
+            if cumulative > target {
+                break;
+            }
+        }
+    }
+    last
+}
+
+/// Index of the largest value, the lowest index among equals. NaN never wins.
+fn argmax(logits: &[f32]) -> usize {
+    let mut best = 0;
+    let mut highest = f32::NEG_INFINITY;
+    for (index, &logit) in logits.iter().enumerate() {
+        if logit > highest {
+            (best, highest) = (index, logit);
+        }
+    }
+    best
+}
+
+/// `ln(sum(exp(logits)))`, summed in index order.
+fn log_sum_exp(logits: &[f32], peak: f32) -> f64 {
+    let total: f64 = logits.iter().map(|&logit| f64::from(weight(logit, peak, 1.0))).sum();
+    f64::from(peak) + total.ln()
+}
+
+/// Indices of the `count` largest values in descending order, lower indices first among equals.
+fn largest(logits: &[f32], count: usize) -> Vec<usize> {
+    let mut best: Vec<usize> = Vec::with_capacity(count + 1);
+    for (index, &logit) in logits.iter().enumerate() {
+        if best.len() == count && best.last().is_some_and(|&last| logits[last] >= logit) {
+            continue;
+        }
+        let place = best.partition_point(|&other| logits[other] >= logit);
+        best.insert(place, index);
+        best.truncate(count);
+    }
+    best
+}
+
+#[cfg(test)]
+mod tests;

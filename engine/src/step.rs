@@ -1,0 +1,268 @@
+//! The engine: everything one worker needs to run forward steps, and the step itself.
+
+use compute::{Activations, Cpu, MlaRow, RopeTable};
+use model::{Checkpoint, ExecutionFingerprint, KvLayout, ModelConfig, schema};
+
+use crate::batch::{BatchLimits, SequenceInput, StepBatch, recycle};
+use crate::deepseek::{
+    DeepSeek, LayerWorkspace, Linear, Loader, MtpModule, MtpWorkspace, RmsNorm, StepContext, embed,
+    rope_table,
+};
+use crate::error::{EngineError, InvalidBatch, StepError};
+use crate::experts::Experts;
+use crate::kv_cache::KvPool;
+use crate::options::{ARITHMETIC_REVISION, EngineOptions};
+
+/// Watches a step from inside. `()` watches nothing.
+pub trait StepObserver {
+    /// The KV rows that this step adds to `layer` are in the pool, and will not change: they may be pushed while the
+    /// rest of the step runs.
+    fn layer_done(&mut self, _layer: usize, _kv: &KvPool) {}
+
+    /// The router of `layer` chose `ids` with `weights`, both `[rows, topk]`, best first.
+    fn routed(&mut self, _layer: usize, _ids: &[u16], _weights: &[f32]) {}
+
+    /// The residual stream after `layer`, `[rows, hidden]`.
+    fn layer_hidden(&mut self, _layer: usize, _hidden: &[f32]) {}
+}
+
+impl StepObserver for () {}
+
+/// What a step gives, for the wanted rows in the batch's order.
+#[derive(Clone, Copy, Debug)]
+pub struct StepOutput<'a> {
+    /// `[wanted, vocab]`
+    pub logits: &'a [f32],
+    /// `[wanted, hidden]`, after the final norm: what an MTP module takes.
+    pub hidden: &'a [f32],
+}
+
+/// One sequence's rows for the MTP module.
+#[derive(Clone, Copy, Debug)]
+pub struct MtpInput<'a> {
+    /// As for the main model, but `tokens[i]` is the token *after* position `position + i`.
+    pub sequence: SequenceInput<'a>,
+    /// `[tokens, hidden]`: the main model's hidden states at these positions, after the final norm. For further drafts
+    /// from the same module, its own [`StepOutput::hidden`].
+    pub hidden: &'a [f32],
+}
+
+/// A model ready to step, with its KV cache.
+pub struct Engine {
+    config: ModelConfig,
+    fingerprint: ExecutionFingerprint,
+    limits: BatchLimits,
+    cpu: Cpu,
+    model: DeepSeek,
+    mtp: Option<(MtpModule, MtpWorkspace)>,
+    experts: Box<dyn Experts>,
+    kv: KvPool,
+    rope: RopeTable,
+    batch: StepBatch,
+    attention_rows: Vec<MlaRow<'static>>,
+    workspace: Workspace,
+}
+
+impl Engine {
+    /// Loads everything but the routed experts, which `experts` reaches.
+    ///
+    /// `progress` is told `(bytes done, bytes in all)`.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        options: &EngineOptions,
+        experts: Box<dyn Experts>,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self, EngineError> {
+        let config = checkpoint.config().clone();
+        let kv_format = options.validate(&config)?;
+        let layout = KvLayout::for_model(&config, kv_format, usize::from(options.mtp));
+        let cpu = Cpu::new(options.threads);
+        let fingerprint = ExecutionFingerprint {
+            weights: checkpoint.weights_hash(),
+            numerics: options.numerics,
+            kv_layout_digest: layout.digest(),
+            backend: format!("cpu-{}", cpu.isa().name()),
+            arithmetic_revision: ARITHMETIC_REVISION,
+        };
+
+        let schema::GlobalTensors { embed_tokens, norm, lm_head } = schema::global(&config);
+        let plan = [embed_tokens, norm, lm_head].into_iter();
+        let plan =
+            plan.chain((0..layout.layers).flat_map(|layer| schema::layer(&config, layer).into_specs()));
+        let mut loader = Loader::new(checkpoint, options.numerics, plan, progress)?;
+        let model = DeepSeek::load(&mut loader)?;
+        let mtp = options.mtp.then(|| MtpModule::load(&mut loader)).transpose()?;
+        let rows_max = options.step_tokens_max;
+        tracing::info!(
+            bytes = loader.bytes_done(),
+            numerics = %options.numerics,
+            backend = fingerprint.backend,
+            kv_layout = layout.describe(),
+            kv_blocks = options.kv_blocks_max,
+            "model loaded"
+        );
+        Ok(Self {
+            limits: BatchLimits::new(&config, rows_max, options.kv_blocks_max, layout.block_tokens),
+            kv: KvPool::new(layout, options.kv_blocks_max)?,
+            rope: rope_table(&config),
+            mtp: mtp.map(|module| (module, MtpWorkspace::new(&config, rows_max))),
+            workspace: Workspace::new(&config, rows_max),
+            batch: StepBatch::default(),
+            attention_rows: Vec::with_capacity(rows_max),
+            fingerprint,
+            cpu,
+            model,
+            experts,
+            config,
+        })
+    }
+
+    /// The model's configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// How the cache is laid out.
+    pub fn kv_layout(&self) -> &KvLayout {
+        self.kv.layout()
+    }
+
+    /// What must be equal for two workers to give the same bits.
+    pub fn fingerprint(&self) -> &ExecutionFingerprint {
+        &self.fingerprint
+    }
+
+    /// The KV cache.
+    pub fn kv(&self) -> &KvPool {
+        &self.kv
+    }
+
+    /// The KV cache, for rows that were computed elsewhere.
+    pub fn kv_mut(&mut self) -> &mut KvPool {
+        &mut self.kv
+    }
+
+    /// The largest number of rows in a step.
+    pub fn step_tokens_max(&self) -> usize {
+        self.limits.step_tokens_max
+    }
+
+    /// Runs `batch` through the main model.
+    ///
+    /// # Errors
+    /// [`StepError::Invalid`] before anything is computed; [`StepError::Experts`] where the routed experts fail, after
+    /// which the rows of this step count as not in the cache. The engine can go on in either case.
+    pub fn step(
+        &mut self,
+        batch: &[SequenceInput<'_>],
+        observer: &mut dyn StepObserver,
+    ) -> Result<StepOutput<'_>, StepError> {
+        self.batch.form(batch.iter().copied(), &self.limits)?;
+        let attention_rows = self.batch.attention_rows(recycle(std::mem::take(&mut self.attention_rows)));
+        let mut step = StepContext {
+            cpu: &self.cpu,
+            kv: &mut self.kv,
+            rope: &self.rope,
+            experts: self.experts.as_mut(),
+            observer,
+            batch: &self.batch,
+            attention_rows: &attention_rows,
+        };
+        let hidden = &mut self.workspace.hidden[..self.batch.rows() * self.config.hidden_size];
+        embed(&self.model.embedding, &self.batch.tokens, hidden);
+        let result = self
+            .model
+            .layers
+            .iter()
+            .try_for_each(|layer| layer.forward(&mut step, &mut self.workspace.layer, hidden));
+        self.attention_rows = recycle(attention_rows);
+        result?;
+        let DeepSeek { norm, head, .. } = &self.model;
+        Ok(self.workspace.finish(&self.cpu, &self.batch.wanted, norm, head))
+    }
+
+    /// Runs `batch` through the MTP module, which stores its own layer of the cache.
+    ///
+    /// # Errors
+    /// As [`Self::step`]; [`InvalidBatch::NoMtp`] where the engine was loaded without the module.
+    pub fn mtp_step(
+        &mut self,
+        batch: &[MtpInput<'_>],
+        observer: &mut dyn StepObserver,
+    ) -> Result<StepOutput<'_>, StepError> {
+        let (module, mtp_workspace) = self.mtp.as_mut().ok_or(InvalidBatch::NoMtp)?;
+        self.batch.form(batch.iter().map(|input| input.sequence), &self.limits)?;
+        let hidden_size = self.config.hidden_size;
+        let rows = self.batch.rows();
+        mtp_workspace.gather_hidden(batch, hidden_size)?;
+        let attention_rows = self.batch.attention_rows(recycle(std::mem::take(&mut self.attention_rows)));
+        let mut step = StepContext {
+            cpu: &self.cpu,
+            kv: &mut self.kv,
+            rope: &self.rope,
+            experts: self.experts.as_mut(),
+            observer,
+            batch: &self.batch,
+            attention_rows: &attention_rows,
+        };
+        let hidden = &mut self.workspace.hidden[..rows * hidden_size];
+        let result = module.forward(
+            &mut step,
+            &mut self.workspace.layer,
+            mtp_workspace,
+            &self.model.embedding,
+            hidden,
+        );
+        self.attention_rows = recycle(attention_rows);
+        result?;
+        let head = module.head.as_ref().unwrap_or(&self.model.head);
+        Ok(self.workspace.finish(&self.cpu, &self.batch.wanted, &module.norm, head))
+    }
+}
+
+/// Buffers of a step, sized for the largest one.
+struct Workspace {
+    /// `[rows, hidden]`: the residual stream.
+    hidden: Vec<f32>,
+    layer: LayerWorkspace,
+    /// `[wanted, hidden]`, before and after the final norm.
+    wanted: Vec<f32>,
+    normed: Vec<f32>,
+    head_input: Activations,
+    /// `[wanted, vocab]`. Grows to the most rows ever wanted at once: a chunk of a prompt wants one, and room for
+    /// `step_tokens_max` of them would be 265 MB with V3's vocabulary and 512 rows.
+    logits: Vec<f32>,
+}
+
+impl Workspace {
+    fn new(config: &ModelConfig, rows_max: usize) -> Self {
+        let rows = || vec![0.0; rows_max * config.hidden_size];
+        Self {
+            hidden: rows(),
+            layer: LayerWorkspace::new(config, rows_max),
+            wanted: rows(),
+            normed: rows(),
+            head_input: Activations::new(),
+            logits: Vec::new(),
+        }
+    }
+
+    /// Final norm and head for the wanted rows of `hidden`.
+    fn finish(&mut self, cpu: &Cpu, rows: &[u32], norm: &RmsNorm, head: &Linear) -> StepOutput<'_> {
+        let width = head.input_width();
+        let wanted = &mut self.wanted[..rows.len() * width];
+        let normed = &mut self.normed[..rows.len() * width];
+        for (&row, wanted) in rows.iter().zip(wanted.chunks_exact_mut(width)) {
+            wanted.copy_from_slice(&self.hidden[row as usize * width..][..width]);
+        }
+        norm.forward(cpu, wanted, normed);
+        self.head_input.prepare(cpu, normed, rows.len(), width, head.input_format());
+        let size = rows.len() * head.width();
+        if self.logits.len() < size {
+            self.logits.resize(size, 0.0);
+        }
+        let logits = &mut self.logits[..size];
+        head.forward(cpu, &self.head_input, logits);
+        StepOutput { logits, hidden: normed }
+    }
+}
