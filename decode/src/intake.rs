@@ -1,0 +1,156 @@
+//! Hop 5: a request becomes a sequence with blocks and a ticket.
+//!
+//! Two halves. [`Intake::check`] runs on the service's threads and decides everything that does not depend on the
+//! worker's state: fields, fingerprint, ends. [`reserve`] runs on the device thread: blocks for the sequence's whole
+//! life, and a ticket that lets prefill push into those of the prompt.
+//!
+//! Invariant: a request that is refused here holds nothing.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use engine::SequenceSampler;
+use kvtransfer::{Receiver, Reservation};
+use model::{ExecutionFingerprint, ModelConfig, TokenId};
+use proto::fingerprint;
+use proto::sequence::{Sequence, SequenceLimits};
+use proto::ticket::KvTicket;
+use proto::v1;
+
+use crate::error::{Failure, Refusal};
+use crate::finish::FinishRule;
+use crate::outbox::Outbox;
+use crate::scheduler::{Admission, Event, NotAdmitted, Scheduler, SequenceId};
+
+/// What every request is held against.
+#[derive(Debug)]
+pub(crate) struct Intake {
+    fingerprint: ExecutionFingerprint,
+    limits: SequenceLimits,
+    end_of_sequence: Vec<TokenId>,
+}
+
+/// A checked request on its way to the device thread.
+pub(crate) struct Submission {
+    pub(crate) request_id: Arc<str>,
+    pub(crate) trace_id: String,
+    pub(crate) admission: Admission,
+    pub(crate) sampler: SequenceSampler,
+    pub(crate) outbox: Outbox,
+}
+
+/// A [`Submission`] that has no stream yet.
+pub(crate) struct Checked {
+    pub(crate) request_id: Arc<str>,
+    pub(crate) trace_id: String,
+    /// Whether the stream reports log-probabilities.
+    pub(crate) logprobs: bool,
+    admission: Admission,
+    sampler: SequenceSampler,
+}
+
+impl Checked {
+    /// Gives it the queue that its stream reads.
+    pub(crate) fn submit_with(self, outbox: Outbox) -> Submission {
+        let Self { request_id, trace_id, admission, sampler, .. } = self;
+        Submission { request_id, trace_id, admission, sampler, outbox }
+    }
+}
+
+impl Intake {
+    pub(crate) fn new(config: &ModelConfig, fingerprint: ExecutionFingerprint) -> Self {
+        Self {
+            fingerprint,
+            limits: SequenceLimits {
+                vocab_size: config.vocab_size,
+                context_tokens_max: config.max_position_embeddings,
+            },
+            end_of_sequence: config.eos_token_ids.clone(),
+        }
+    }
+
+    /// Checks a request that was received at `now`, fingerprint first: whoever runs another model would only learn
+    /// of a token outside the vocabulary.
+    pub(crate) fn check(&self, wire: Option<&v1::SequenceRequest>, now: Instant) -> Result<Checked, Refusal> {
+        let empty = v1::SequenceRequest::default();
+        let wire = wire.unwrap_or(&empty);
+        fingerprint::require_equal(&self.fingerprint, wire.fingerprint.as_ref())?;
+        let sequence = Sequence::from_wire(wire, self.limits)?;
+        let admission = Admission {
+            prompt_tokens: sequence.prompt.len(),
+            rule: FinishRule::new(&sequence.stopping, &self.end_of_sequence),
+            deadline: sequence.deadline.map(|left| now + left),
+        };
+        Ok(Checked {
+            request_id: Arc::from(sequence.request_id),
+            trace_id: sequence.trace.trace_id(),
+            logprobs: sequence.sampling.logprobs.is_some(),
+            admission,
+            // The prompt's share of the penalties is counted here, off the device thread.
+            sampler: SequenceSampler::new(&sequence.sampling, sequence.choice, &sequence.prompt),
+        })
+    }
+
+    /// Whether prefill may have sampled `token`.
+    pub(crate) fn in_vocabulary(&self, token: TokenId) -> bool {
+        (token.0 as usize) < self.limits.vocab_size
+    }
+}
+
+/// Takes blocks for the sequence's whole life and arms a ticket for those of its prompt.
+///
+/// `step_time` is how long a step takes at present; from it follows when to come back after [`Refusal::NoRoom`].
+pub(crate) fn reserve(
+    scheduler: &mut Scheduler,
+    receiver: &mut Receiver,
+    submission: &Submission,
+    step_time: Duration,
+    now: Instant,
+) -> Result<(SequenceId, KvTicket), Refusal> {
+    let _span = tracing::info_span!(
+        "intake",
+        hop = 5,
+        request_id = %submission.request_id,
+        trace_id = %submission.trace_id
+    )
+    .entered();
+    let admission = submission.admission.clone();
+    if admission.deadline.is_some_and(|deadline| deadline <= now) {
+        return Err(Refusal::DeadlineExceeded);
+    }
+    let prompt_tokens = admission.prompt_tokens;
+    let id = scheduler.admit(admission).map_err(|not| refusal(scheduler, not, step_time))?;
+    match receiver.issue(Reservation { first_block: 0, prompt_tokens }, now) {
+        Ok(ticket) => {
+            scheduler.apply(id, Event::Armed(ticket.ticket_id), now);
+            tracing::debug!(ticket = %ticket.ticket_id, blocks = ticket.blocks, "ticket issued");
+            Ok((id, ticket))
+        }
+        Err(error) => {
+            // It was never seen outside: no end to tell anybody, only blocks to give back.
+            scheduler.apply(id, Event::Failed(Failure::Cancelled), now);
+            scheduler.release(id);
+            Err(Refusal::Ticket(Arc::new(error)))
+        }
+    }
+}
+
+fn refusal(scheduler: &Scheduler, not: NotAdmitted, step_time: Duration) -> Refusal {
+    match not {
+        NotAdmitted::NeverFits { blocks, blocks_max } => Refusal::NeverFits { blocks, blocks_max },
+        NotAdmitted::NoRoom { blocks } => Refusal::NoRoom {
+            blocks,
+            blocks_free: scheduler.free_blocks(),
+            seats_free: scheduler.free_seats(),
+            retry_after: retry_after(scheduler.steps_until_room(), step_time),
+        },
+    }
+}
+
+/// When the first running sequence must have left, within what a client can be asked to wait.
+fn retry_after(steps: Option<u32>, step_time: Duration) -> Duration {
+    const MIN: Duration = Duration::from_millis(50);
+    // Also when nothing runs yet: everything that is held waits for its KV.
+    const MAX: Duration = Duration::from_secs(2);
+    steps.map_or(MAX, |steps| step_time.saturating_mul(steps).clamp(MIN, MAX))
+}

@@ -1,0 +1,224 @@
+//! What a decode worker counts. The device thread writes atomics and nothing else; health, the routers' reports and
+//! Prometheus read the same ones.
+//!
+//! Names start with `decode_`, as the crate does.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{EncodeLabelSet, EncodeMetric, MetricEncoder, NoLabelSet};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::{Registry, Unit};
+
+/// Upper bounds in microseconds: a step of the demo model takes about 1 ms, of V3 on a GPU 20 to 50 ms.
+const STEP_BOUNDS_US: &[u64] =
+    &[250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000];
+
+/// Upper bounds in microseconds: from a short prompt on loopback to a long one behind a queue.
+const HANDOFF_BOUNDS_US: &[u64] = &[
+    1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000, 2_500_000, 5_000_000,
+    10_000_000, 30_000_000,
+];
+
+/// Everything counted, cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    registry: Arc<Registry>,
+    /// Sequences that take part in steps.
+    pub(crate) running: Gauge,
+    /// Running sequences that the next step could run: those whose reader keeps up.
+    pub(crate) runnable: Gauge,
+    /// Sequences whose KV is on the way.
+    pub(crate) waiting: Gauge,
+    /// Blocks that no sequence holds.
+    pub(crate) blocks_free: Gauge,
+    /// Steps that gave tokens.
+    pub(crate) steps: Counter,
+    /// Tokens sampled here; first tokens are prefill's.
+    pub(crate) tokens: Counter,
+    /// Rounds of the device thread's loop, idle ones included.
+    pub(crate) rounds: Counter,
+    /// Sequences admitted.
+    pub(crate) admitted: Counter,
+    /// Sequences that ended by their own rule.
+    pub(crate) finished: Counter,
+    /// Time of a step, sampling included.
+    pub(crate) step_time: DurationHistogram,
+    /// Time from ticket to commit.
+    pub(crate) handoff_time: DurationHistogram,
+    failures: Family<Kind, Counter>,
+    refusals: Family<Kind, Counter>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Kind {
+    kind: &'static str,
+}
+
+impl Metrics {
+    /// Zeroes, for a pool of `kv_blocks`.
+    pub(crate) fn new(kv_blocks: usize) -> Self {
+        let mut registry = Registry::with_prefix("decode");
+        let mut gauge = |name: &str, help: &str| {
+            let gauge: Gauge = Gauge::default();
+            registry.register(name, help, gauge.clone());
+            gauge
+        };
+        let running = gauge("running", "Sequences that take part in steps");
+        let runnable = gauge("runnable", "Running sequences whose reader keeps up");
+        let waiting = gauge("waiting", "Sequences whose KV is on the way");
+        let blocks_free = gauge("kv_blocks_free", "KV blocks that no sequence holds");
+        let blocks = gauge("kv_blocks", "KV blocks in the pool");
+        blocks.set(as_gauge(kv_blocks));
+        blocks_free.set(as_gauge(kv_blocks));
+        let mut counter = |name: &str, help: &str| {
+            let counter: Counter = Counter::default();
+            registry.register(name, help, counter.clone());
+            counter
+        };
+        let steps = counter("steps", "Steps that gave tokens");
+        let tokens = counter("tokens", "Tokens sampled here");
+        let rounds = counter("rounds", "Rounds of the device thread's loop");
+        let admitted = counter("admitted", "Sequences admitted");
+        let finished = counter("finished", "Sequences that ended by their own rule");
+        let step_time = DurationHistogram::new(STEP_BOUNDS_US);
+        registry.register_with_unit(
+            "step",
+            "Time of a step, sampling included",
+            Unit::Seconds,
+            step_time.clone(),
+        );
+        let handoff_time = DurationHistogram::new(HANDOFF_BOUNDS_US);
+        registry.register_with_unit(
+            "handoff",
+            "Time from ticket to commit",
+            Unit::Seconds,
+            handoff_time.clone(),
+        );
+        let failures = Family::default();
+        registry.register("failures", "Sequences that ended without finishing", failures.clone());
+        let refusals = Family::default();
+        registry.register("refusals", "Requests that did not become sequences", refusals.clone());
+        Self {
+            registry: Arc::new(registry),
+            running,
+            runnable,
+            waiting,
+            blocks_free,
+            steps,
+            tokens,
+            rounds,
+            admitted,
+            finished,
+            step_time,
+            handoff_time,
+            failures,
+            refusals,
+        }
+    }
+
+    /// Counts a sequence that ended without finishing.
+    pub(crate) fn failed(&self, kind: &'static str) {
+        self.failures.get_or_create(&Kind { kind }).inc();
+    }
+
+    /// Counts a request that did not become a sequence.
+    pub(crate) fn refused(&self, kind: &'static str) {
+        self.refusals.get_or_create(&Kind { kind }).inc();
+    }
+
+    /// All of it in Prometheus' text format.
+    pub(crate) fn text(&self) -> String {
+        let mut text = String::new();
+        // Writing into a String cannot fail.
+        let _ = encode(&mut text, &self.registry);
+        text
+    }
+}
+
+/// A count as Prometheus' gauges hold it.
+pub(crate) fn as_gauge(count: usize) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}
+
+/// A histogram of durations that takes no lock to observe: prometheus-client's own holds a mutex while it is scraped,
+/// and a scrape must not stop the device thread.
+#[derive(Clone)]
+pub(crate) struct DurationHistogram(Arc<Buckets>);
+
+struct Buckets {
+    bounds_us: &'static [u64],
+    /// One per bound, then one for what exceeds them all.
+    counts: Box<[AtomicU64]>,
+    sum_us: AtomicU64,
+}
+
+impl DurationHistogram {
+    fn new(bounds_us: &'static [u64]) -> Self {
+        let counts = (0..=bounds_us.len()).map(|_| AtomicU64::new(0)).collect();
+        Self(Arc::new(Buckets { bounds_us, counts, sum_us: AtomicU64::new(0) }))
+    }
+
+    pub(crate) fn observe(&self, duration: Duration) {
+        let us = u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
+        let bucket = self.0.bounds_us.partition_point(|&bound| bound < us);
+        self.0.counts[bucket].fetch_add(1, Ordering::Relaxed);
+        self.0.sum_us.fetch_add(us, Ordering::Relaxed);
+    }
+}
+
+impl fmt::Debug for DurationHistogram {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DurationHistogram").field("counts", &self.0.counts).finish_non_exhaustive()
+    }
+}
+
+impl EncodeMetric for DurationHistogram {
+    fn encode(&self, mut encoder: MetricEncoder<'_>) -> Result<(), fmt::Error> {
+        let seconds = |us: u64| us as f64 / 1e6;
+        let bounds = self.0.bounds_us.iter().map(|&us| seconds(us)).chain([f64::INFINITY]);
+        let counts = self.0.counts.iter().map(|count| count.load(Ordering::Relaxed));
+        let buckets: Vec<(f64, u64)> = bounds.zip(counts).collect();
+        let count = buckets.iter().map(|(_, count)| count).sum();
+        let sum = seconds(self.0.sum_us.load(Ordering::Relaxed));
+        encoder.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)
+    }
+
+    fn metric_type(&self) -> MetricType {
+        MetricType::Histogram
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_text_holds_what_was_counted() {
+        let metrics = Metrics::new(7);
+        metrics.steps.inc();
+        metrics.failed("lease");
+        metrics.step_time.observe(Duration::from_micros(400));
+        metrics.step_time.observe(Duration::from_secs(60));
+        let text = metrics.text();
+        for line in [
+            "decode_kv_blocks_free 7",
+            "decode_steps_total 1",
+            "decode_failures_total{kind=\"lease\"} 1",
+            "decode_step_seconds_bucket{le=\"0.00025\"} 0",
+            "decode_step_seconds_bucket{le=\"0.0005\"} 1",
+            "decode_step_seconds_bucket{le=\"1.0\"} 1",
+            "decode_step_seconds_bucket{le=\"+Inf\"} 2",
+            "decode_step_seconds_count 2",
+            "decode_step_seconds_sum 60.0004",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
+        }
+    }
+}

@@ -1,0 +1,439 @@
+//! Which sequences a worker holds, in what state, and which of them the next step runs: a synchronous function of
+//! (state, event, now).
+//!
+//! ```text
+//!            admit            HandedOff              Sampled (rule ends it)
+//!  request ────────► waiting ───────────► running ─────────────────────────► finished ──► released
+//!                       │   for its KV       │ ▲ Sampled                         ▲
+//!                       │                    └─┘                                 │
+//!                       └── Cancelled, Failed, deadline, stalled reader ─────────┘ (from running too)
+//! ```
+//!
+//! A sequence is admitted only with blocks for its whole life, prompt and `max_tokens`: it can never be evicted, run
+//! out of memory half-way, or wait for another one's end. It holds them until [`Scheduler::release`], which comes after
+//! its ticket is revoked; so a finished sequence's memory still has an owner while a push to it may be in the air.
+//!
+//! Invariant: every block is free or belongs to exactly one sequence; [`Scheduler::check_invariants`] says it all.
+//! Deliberately absent: clocks, threads, the engine, and what happens to a sampled token besides ending its sequence.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use engine::BlockAllocator;
+use model::{BlockId, TokenId};
+use proto::ticket::TicketId;
+
+use crate::error::Failure;
+use crate::finish::{Finish, FinishRule};
+
+/// A sequence within this worker; numbers are never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SequenceId(pub u64);
+
+/// Bounds on what the scheduler holds.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Sequences held at once, in any state.
+    pub sequences_max: usize,
+    /// Sequences in one step.
+    pub batch_max: usize,
+    /// Blocks in the pool.
+    pub kv_blocks: usize,
+    /// Tokens in a block.
+    pub block_tokens: usize,
+    /// How long a running sequence may wait for its reader.
+    pub reader_stall_max: Duration,
+}
+
+/// A request that wants to become a sequence.
+#[derive(Debug, Clone)]
+pub struct Admission {
+    /// Tokens whose KV is handed over, at least one.
+    pub prompt_tokens: usize,
+    /// When it ends.
+    pub rule: FinishRule,
+    /// When nobody wants the answer any more.
+    pub deadline: Option<Instant>,
+}
+
+/// Why a request was not admitted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NotAdmitted {
+    /// It needs more blocks than there are.
+    NeverFits {
+        /// Blocks for prompt and completion.
+        blocks: usize,
+        /// Blocks in the pool.
+        blocks_max: usize,
+    },
+    /// Blocks or seats are taken at the moment.
+    NoRoom {
+        /// Blocks for prompt and completion.
+        blocks: usize,
+    },
+}
+
+/// What happens to a sequence.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// A ticket was issued for its blocks.
+    Armed(TicketId),
+    /// All of its KV is committed; prefill sampled this token.
+    HandedOff(TokenId),
+    /// A step sampled this token.
+    Sampled(TokenId),
+    /// Its event queue has no room for another token: it pauses.
+    ReaderFull,
+    /// Its event queue has room again.
+    ReaderReady,
+    /// It ends here, whatever it was doing.
+    Failed(Failure),
+}
+
+/// How a sequence ended.
+#[derive(Debug, Clone)]
+pub enum End {
+    /// By its own rule.
+    Finished(Finish),
+    /// By something that happened to it.
+    Failed(Failure),
+}
+
+/// One sequence that holds blocks.
+#[derive(Debug)]
+pub struct Sequence {
+    state: State,
+    /// In order of position; covers prompt and completion.
+    block_table: Vec<BlockId>,
+    prompt_tokens: usize,
+    /// Tokens of the completion, the first one included.
+    generated: u32,
+    rule: FinishRule,
+    deadline: Option<Instant>,
+    /// Issued and not yet known to be dead: must be revoked before the blocks are freed.
+    ticket: Option<TicketId>,
+}
+
+#[derive(Debug)]
+enum State {
+    /// Its KV is on the way.
+    Waiting,
+    /// `last` is sampled, its KV is not computed yet. `paused` since its reader fell behind.
+    Running { last: TokenId, paused: Option<Instant> },
+    /// Blocks are held until released.
+    Finished(End),
+}
+
+impl Sequence {
+    /// The blocks in order of position.
+    pub fn block_table(&self) -> &[BlockId] {
+        &self.block_table
+    }
+
+    /// What the next step computes: the last token and its position. `None` unless running.
+    pub fn step_input(&self) -> Option<(&TokenId, usize)> {
+        match &self.state {
+            State::Running { last, .. } => Some((last, self.length() - 1)),
+            State::Waiting | State::Finished(_) => None,
+        }
+    }
+
+    /// Tokens of prompt and completion so far: the position of the token that is sampled next.
+    pub fn length(&self) -> usize {
+        self.prompt_tokens + self.generated as usize
+    }
+
+    /// Tokens that must not be sampled next.
+    pub fn suppressed(&self) -> &[TokenId] {
+        self.rule.suppressed(self.generated)
+    }
+
+    /// The ticket to revoke before the blocks may go to somebody else.
+    pub fn ticket(&self) -> Option<TicketId> {
+        self.ticket
+    }
+}
+
+/// Sequences, their blocks, and whose turn it is.
+#[derive(Debug)]
+pub struct Scheduler {
+    limits: Limits,
+    blocks: BlockAllocator,
+    /// Ordered, so that a run is a function of its events alone.
+    sequences: BTreeMap<SequenceId, Sequence>,
+    tickets: HashMap<TicketId, SequenceId>,
+    /// Running sequences, the one that waited longest for a step first.
+    turns: VecDeque<SequenceId>,
+    /// Ended sequences that hold blocks, in order of their end.
+    finished: VecDeque<SequenceId>,
+    paused: usize,
+    next_id: u64,
+}
+
+impl Scheduler {
+    /// An empty scheduler over a pool of `limits.kv_blocks` free blocks.
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            blocks: BlockAllocator::new(limits.kv_blocks),
+            sequences: BTreeMap::new(),
+            tickets: HashMap::with_capacity(limits.sequences_max),
+            turns: VecDeque::with_capacity(limits.sequences_max),
+            finished: VecDeque::with_capacity(limits.sequences_max),
+            paused: 0,
+            next_id: 0,
+        }
+    }
+
+    /// Takes a request in with blocks for its whole life; it waits for its KV from here on.
+    pub fn admit(&mut self, admission: Admission) -> Result<SequenceId, NotAdmitted> {
+        let tokens = admission.prompt_tokens + admission.rule.tokens_max() as usize;
+        let blocks = tokens.div_ceil(self.limits.block_tokens);
+        if blocks > self.limits.kv_blocks {
+            return Err(NotAdmitted::NeverFits { blocks, blocks_max: self.limits.kv_blocks });
+        }
+        if self.sequences.len() >= self.limits.sequences_max {
+            return Err(NotAdmitted::NoRoom { blocks });
+        }
+        let block_table = self.blocks.allocate(blocks).ok_or(NotAdmitted::NoRoom { blocks })?;
+        let id = SequenceId(self.next_id);
+        self.next_id += 1;
+        let sequence = Sequence {
+            state: State::Waiting,
+            block_table,
+            prompt_tokens: admission.prompt_tokens,
+            generated: 0,
+            rule: admission.rule,
+            deadline: admission.deadline,
+            ticket: None,
+        };
+        self.sequences.insert(id, sequence);
+        Ok(id)
+    }
+
+    /// Tells what happened to a sequence. What no longer matters to its state is ignored: a cancel, a deadline, an
+    /// arrival and the end of a step may all race, and the first of them that ends a sequence wins.
+    pub fn apply(&mut self, id: SequenceId, event: Event, now: Instant) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        match (&mut sequence.state, event) {
+            (State::Finished(_), _) => {}
+            (State::Waiting, Event::Armed(ticket)) => {
+                sequence.ticket = Some(ticket);
+                self.tickets.insert(ticket, id);
+            }
+            (State::Waiting, Event::HandedOff(first)) => {
+                if let Some(ticket) = sequence.ticket.take() {
+                    self.tickets.remove(&ticket);
+                }
+                sequence.state = State::Running { last: first, paused: None };
+                self.turns.push_back(id);
+                self.accept(id, first);
+            }
+            (State::Running { .. }, Event::Sampled(token)) => self.accept(id, token),
+            (State::Running { paused: paused @ None, .. }, Event::ReaderFull) => {
+                *paused = Some(now);
+                self.paused += 1;
+            }
+            (State::Running { paused: paused @ Some(_), .. }, Event::ReaderReady) => {
+                *paused = None;
+                self.paused -= 1;
+            }
+            (_, Event::Failed(failure)) => self.end(id, End::Failed(failure)),
+            (State::Waiting, Event::Sampled(_) | Event::ReaderFull | Event::ReaderReady)
+            | (
+                State::Running { .. },
+                Event::Armed(_) | Event::HandedOff(_) | Event::ReaderFull | Event::ReaderReady,
+            ) => {}
+        }
+    }
+
+    /// Ends what time has ended: deadlines, and readers that took nothing for too long.
+    pub fn tick(&mut self, now: Instant) {
+        while let Some((id, failure)) = self.overdue(now) {
+            self.end(id, End::Failed(failure));
+        }
+    }
+
+    /// Ends everything: the worker cannot go on.
+    pub fn fail_all(&mut self, failure: &Failure) {
+        let ids: Vec<_> = self.sequences.keys().copied().collect();
+        for id in ids {
+            self.end(id, End::Failed(failure.clone()));
+        }
+    }
+
+    /// Forms the next step into `batch`, which is cleared first; empty when there is nothing to run.
+    ///
+    /// Up to `batch_max` sequences in the order in which they last had a turn, so that more of them than fit take turns.
+    /// Which sequences share a step changes none of their bits.
+    pub fn schedule(&mut self, batch: &mut Vec<SequenceId>) {
+        batch.clear();
+        for _ in 0..self.turns.len() {
+            if batch.len() == self.limits.batch_max {
+                break;
+            }
+            self.turns.rotate_left(1);
+            let Some(&id) = self.turns.back() else { break };
+            if matches!(self.sequences[&id].state, State::Running { paused: None, .. }) {
+                batch.push(id);
+            }
+        }
+    }
+
+    /// The sequence that ended longest ago and still holds its blocks.
+    pub fn next_finished(&self) -> Option<SequenceId> {
+        self.finished.front().copied()
+    }
+
+    /// Forgets a finished sequence and frees its blocks. Its ticket must be dead by now. `None` when `id` has not
+    /// finished.
+    pub fn release(&mut self, id: SequenceId) -> Option<End> {
+        if !matches!(self.sequences.get(&id)?.state, State::Finished(_)) {
+            return None;
+        }
+        let sequence = self.sequences.remove(&id)?;
+        self.finished.retain(|&finished| finished != id);
+        if let Some(ticket) = sequence.ticket {
+            self.tickets.remove(&ticket);
+        }
+        self.blocks.free(&sequence.block_table);
+        match sequence.state {
+            State::Finished(end) => Some(end),
+            State::Waiting | State::Running { .. } => None,
+        }
+    }
+
+    /// A sequence that is held here, in any state.
+    pub fn sequence(&self, id: SequenceId) -> Option<&Sequence> {
+        self.sequences.get(&id)
+    }
+
+    /// The sequence that a live ticket belongs to.
+    pub fn by_ticket(&self, ticket: TicketId) -> Option<SequenceId> {
+        self.tickets.get(&ticket).copied()
+    }
+
+    /// The next moment at which [`Self::tick`] has something to do.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.sequences.values().filter_map(|sequence| self.due(sequence)).map(|(at, _)| at).min()
+    }
+
+    /// Sequences whose KV is on the way.
+    pub fn waiting(&self) -> usize {
+        self.sequences.len() - self.turns.len() - self.finished.len()
+    }
+
+    /// Sequences that take part in steps, paused ones included.
+    pub fn running(&self) -> usize {
+        self.turns.len()
+    }
+
+    /// Sequences that the next step could run.
+    pub fn runnable(&self) -> usize {
+        self.turns.len() - self.paused
+    }
+
+    /// Whether no sequence is held in any state.
+    pub fn is_empty(&self) -> bool {
+        self.sequences.is_empty()
+    }
+
+    /// Blocks that no sequence holds.
+    pub fn free_blocks(&self) -> usize {
+        self.blocks.free_blocks()
+    }
+
+    /// Sequences that could still be held.
+    pub fn free_seats(&self) -> usize {
+        self.limits.sequences_max - self.sequences.len()
+    }
+
+    /// Steps until the first running sequence reaches its `max_tokens`: the latest moment at which room appears.
+    pub fn steps_until_room(&self) -> Option<u32> {
+        let running = self.turns.iter().map(|id| &self.sequences[id]);
+        running.map(|sequence| sequence.rule.tokens_max() - sequence.generated).min()
+    }
+
+    /// Counts a token and lets the rule judge it.
+    fn accept(&mut self, id: SequenceId, token: TokenId) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        sequence.generated += 1;
+        if let State::Running { last, .. } = &mut sequence.state {
+            *last = token;
+        }
+        if let Some(finish) = sequence.rule.judge(token, sequence.generated) {
+            self.end(id, End::Finished(finish));
+        }
+    }
+
+    fn end(&mut self, id: SequenceId, end: End) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        match sequence.state {
+            State::Finished(_) => return,
+            State::Running { paused, .. } => {
+                self.paused -= usize::from(paused.is_some());
+                self.turns.retain(|&running| running != id);
+            }
+            State::Waiting => {}
+        }
+        sequence.state = State::Finished(end);
+        self.finished.push_back(id);
+    }
+
+    fn overdue(&self, now: Instant) -> Option<(SequenceId, Failure)> {
+        self.sequences.iter().find_map(|(&id, sequence)| {
+            self.due(sequence).filter(|(at, _)| *at <= now).map(|(_, failure)| (id, failure))
+        })
+    }
+
+    /// When time ends `sequence`, and as what.
+    fn due(&self, sequence: &Sequence) -> Option<(Instant, Failure)> {
+        let stall_max = self.limits.reader_stall_max;
+        let stalled = match sequence.state {
+            State::Finished(_) => return None,
+            State::Running { paused: Some(since), .. } => {
+                Some((since + stall_max, Failure::ReaderStalled(stall_max)))
+            }
+            State::Waiting | State::Running { paused: None, .. } => None,
+        };
+        let deadline = sequence.deadline.map(|at| (at, Failure::DeadlineExceeded));
+        deadline.into_iter().chain(stalled).min_by_key(|(at, _)| *at)
+    }
+
+    /// Panics when the books do not balance. For tests and simulation; costs a walk over everything.
+    pub fn check_invariants(&self) {
+        self.blocks.check_invariants();
+        assert!(self.sequences.len() <= self.limits.sequences_max);
+        let mut held: Vec<BlockId> = Vec::new();
+        let mut paused = 0;
+        for (id, sequence) in &self.sequences {
+            let running = matches!(sequence.state, State::Running { .. });
+            let finished = matches!(sequence.state, State::Finished(_));
+            assert_eq!(self.turns.contains(id), running, "{id:?} has turns while it runs");
+            assert_eq!(self.finished.contains(id), finished, "{id:?} is listed once it has finished");
+            assert!(sequence.ticket.is_none() || !running, "{id:?} runs with a ticket still armed");
+            assert!(sequence.generated <= sequence.rule.tokens_max(), "{id:?} exceeds max_tokens");
+            assert!(finished || running == (sequence.generated > 0), "{id:?} runs from its first token on");
+            paused += usize::from(matches!(sequence.state, State::Running { paused: Some(_), .. }));
+            let tokens = sequence.prompt_tokens + sequence.rule.tokens_max() as usize;
+            let blocks = tokens.div_ceil(self.limits.block_tokens);
+            assert_eq!(sequence.block_table.len(), blocks, "{id:?} holds blocks for its whole life");
+            if let Some(ticket) = sequence.ticket {
+                assert_eq!(self.tickets.get(&ticket), Some(id), "{ticket} leads to {id:?}");
+            }
+            held.extend(&sequence.block_table);
+        }
+        let armed = self.sequences.values().filter(|sequence| sequence.ticket.is_some()).count();
+        assert_eq!(self.tickets.len(), armed, "a ticket leads nowhere");
+        assert_eq!(self.paused, paused);
+        assert_eq!(self.turns.len() + self.finished.len() + self.waiting(), self.sequences.len());
+        let count = held.len();
+        held.sort_unstable();
+        held.dedup();
+        assert_eq!(held.len(), count, "a block has two owners");
+        assert_eq!(count + self.free_blocks(), self.limits.kv_blocks, "blocks leaked");
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,285 @@
+use std::sync::Arc;
+
+use model::Stopping;
+use proptest::prelude::*;
+
+use super::*;
+
+const EOS: TokenId = TokenId(1);
+const WORD: TokenId = TokenId(50);
+const LIMITS: Limits = Limits {
+    sequences_max: 6,
+    batch_max: 3,
+    kv_blocks: 12,
+    block_tokens: 4,
+    reader_stall_max: Duration::from_millis(100),
+};
+
+fn rule(max_tokens: u32) -> FinishRule {
+    let stopping = Stopping { max_tokens, min_tokens: 0, ignore_eos: false, stop_token_ids: vec![] };
+    FinishRule::new(&stopping, &[EOS])
+}
+
+fn admission(prompt_tokens: usize, max_tokens: u32) -> Admission {
+    Admission { prompt_tokens, rule: rule(max_tokens), deadline: None }
+}
+
+/// A scheduler with `count` running sequences of one block each.
+fn running(count: u64, now: Instant) -> (Scheduler, Vec<SequenceId>) {
+    let mut scheduler = Scheduler::new(LIMITS);
+    let ids: Vec<_> = (0..count)
+        .map(|index| {
+            let id = scheduler.admit(admission(1, 3)).expect("room");
+            scheduler.apply(id, Event::Armed(TicketId(index)), now);
+            scheduler.apply(id, Event::HandedOff(WORD), now);
+            id
+        })
+        .collect();
+    scheduler.check_invariants();
+    (scheduler, ids)
+}
+
+fn end_of(scheduler: &mut Scheduler, id: SequenceId) -> End {
+    assert_eq!(scheduler.next_finished(), Some(id));
+    let end = scheduler.release(id).expect("finished");
+    scheduler.check_invariants();
+    end
+}
+
+#[test]
+fn admission_takes_blocks_for_the_whole_life() {
+    let mut scheduler = Scheduler::new(LIMITS);
+    // 40 + 8 tokens are all twelve blocks.
+    let id = scheduler.admit(admission(40, 8)).expect("fits exactly");
+    assert_eq!(scheduler.free_blocks(), 0);
+    assert_eq!(scheduler.sequence(id).map(|sequence| sequence.block_table().len()), Some(12));
+    assert_eq!(scheduler.admit(admission(1, 1)), Err(NotAdmitted::NoRoom { blocks: 1 }));
+    assert_eq!(scheduler.admit(admission(40, 9)), Err(NotAdmitted::NeverFits { blocks: 13, blocks_max: 12 }));
+    scheduler.check_invariants();
+}
+
+#[test]
+fn seats_are_bounded_too() {
+    let (mut scheduler, _) = running(6, Instant::now());
+    assert!(scheduler.free_blocks() > 0);
+    assert_eq!(scheduler.admit(admission(1, 1)), Err(NotAdmitted::NoRoom { blocks: 1 }));
+    assert_eq!(scheduler.free_seats(), 0);
+}
+
+#[test]
+fn a_sequence_runs_from_its_first_token_to_its_last() {
+    let now = Instant::now();
+    let (mut scheduler, ids) = running(1, now);
+    let sequence = scheduler.sequence(ids[0]).expect("runs");
+    assert_eq!(sequence.step_input(), Some((&WORD, 1)), "the first token is computed behind a prompt of one");
+    assert_eq!(sequence.length(), 2);
+    scheduler.apply(ids[0], Event::Sampled(TokenId(51)), now);
+    assert_eq!(scheduler.sequence(ids[0]).and_then(Sequence::step_input), Some((&TokenId(51), 2)));
+    scheduler.apply(ids[0], Event::Sampled(TokenId(52)), now);
+    assert!(matches!(end_of(&mut scheduler, ids[0]), End::Finished(Finish::Length)));
+    assert_eq!(scheduler.free_blocks(), LIMITS.kv_blocks);
+}
+
+#[test]
+fn the_first_token_may_be_the_last() {
+    let now = Instant::now();
+    let mut scheduler = Scheduler::new(LIMITS);
+    for (first, max_tokens, expect) in [(EOS, 3, Finish::EndOfSequence), (WORD, 1, Finish::Length)] {
+        let id = scheduler.admit(admission(5, max_tokens)).expect("room");
+        scheduler.apply(id, Event::HandedOff(first), now);
+        assert!(matches!(end_of(&mut scheduler, id), End::Finished(finish) if finish == expect));
+    }
+    assert!(scheduler.is_empty());
+}
+
+#[test]
+fn more_sequences_than_fit_a_step_take_turns() {
+    let (mut scheduler, ids) = running(5, Instant::now());
+    let mut batch = Vec::new();
+    let mut turns = Vec::new();
+    for _ in 0..5 {
+        scheduler.schedule(&mut batch);
+        assert_eq!(batch.len(), LIMITS.batch_max);
+        turns.extend_from_slice(&batch);
+    }
+    for id in ids {
+        assert_eq!(turns.iter().filter(|&&turn| turn == id).count(), 3, "15 turns among 5");
+    }
+}
+
+#[test]
+fn a_paused_sequence_keeps_its_blocks_and_loses_its_turns() {
+    let now = Instant::now();
+    let (mut scheduler, ids) = running(2, now);
+    let mut batch = Vec::new();
+    scheduler.apply(ids[0], Event::ReaderFull, now);
+    scheduler.schedule(&mut batch);
+    assert_eq!(batch, [ids[1]]);
+    assert_eq!((scheduler.running(), scheduler.runnable()), (2, 1));
+    scheduler.apply(ids[0], Event::ReaderReady, now);
+    scheduler.schedule(&mut batch);
+    assert_eq!(batch.len(), 2);
+    scheduler.check_invariants();
+}
+
+#[test]
+fn time_ends_deadlines_and_stalled_readers() {
+    let now = Instant::now();
+    let after = |ms| now + Duration::from_millis(ms);
+    let (mut scheduler, ids) = running(1, now);
+    scheduler.apply(ids[0], Event::ReaderFull, now);
+    let late = scheduler.admit(Admission { deadline: Some(after(50)), ..admission(1, 1) }).expect("room");
+    assert_eq!(scheduler.next_deadline(), Some(after(50)));
+    scheduler.tick(after(49));
+    assert_eq!(scheduler.next_finished(), None);
+    scheduler.tick(after(50));
+    assert!(matches!(end_of(&mut scheduler, late), End::Failed(Failure::DeadlineExceeded)));
+    assert_eq!(scheduler.next_deadline(), Some(after(100)));
+    scheduler.tick(after(100));
+    assert!(matches!(end_of(&mut scheduler, ids[0]), End::Failed(Failure::ReaderStalled(_))));
+    assert_eq!(scheduler.next_deadline(), None);
+}
+
+#[test]
+fn a_finished_sequence_holds_its_blocks_until_its_ticket_can_be_revoked() {
+    let now = Instant::now();
+    let mut scheduler = Scheduler::new(LIMITS);
+    let id = scheduler.admit(admission(4, 4)).expect("room");
+    scheduler.apply(id, Event::Armed(TicketId(9)), now);
+    assert!(scheduler.release(id).is_none(), "it has not finished");
+    scheduler.apply(id, Event::Failed(Failure::Cancelled), now);
+    assert_eq!(scheduler.free_blocks(), LIMITS.kv_blocks - 2);
+    assert_eq!(scheduler.sequence(id).and_then(Sequence::ticket), Some(TicketId(9)));
+    scheduler.apply(id, Event::HandedOff(WORD), now);
+    assert!(matches!(end_of(&mut scheduler, id), End::Failed(Failure::Cancelled)), "the first end wins");
+    assert_eq!(scheduler.by_ticket(TicketId(9)), None);
+    assert_eq!(scheduler.free_blocks(), LIMITS.kv_blocks);
+}
+
+/// One step of a random life. `usize` picks among the sequences that exist.
+#[derive(Clone, Debug)]
+enum Op {
+    Admit { prompt_tokens: usize, max_tokens: u32, deadline_ms: Option<u64> },
+    HandOff(usize, TokenId),
+    Step(TokenId),
+    Reader(usize, bool),
+    Cancel(usize),
+    LeaseExpired(usize),
+    HandoffAborted(usize),
+    FailAll,
+    Pass { ms: u64 },
+    Release,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let token = prop_oneof![1 => Just(EOS), 9 => (2u32..100).prop_map(TokenId)];
+    prop_oneof![
+        6 => (1usize..20, 1u32..12, prop::option::of(1u64..300))
+            .prop_map(|(prompt_tokens, max_tokens, deadline_ms)| Op::Admit { prompt_tokens, max_tokens, deadline_ms }),
+        6 => (any::<usize>(), token.clone()).prop_map(|(at, token)| Op::HandOff(at, token)),
+        8 => token.prop_map(Op::Step),
+        3 => (any::<usize>(), any::<bool>()).prop_map(|(at, full)| Op::Reader(at, full)),
+        2 => any::<usize>().prop_map(Op::Cancel),
+        1 => any::<usize>().prop_map(Op::LeaseExpired),
+        1 => any::<usize>().prop_map(Op::HandoffAborted),
+        1 => Just(Op::FailAll),
+        2 => (1u64..120).prop_map(|ms| Op::Pass { ms }),
+        6 => Just(Op::Release),
+    ]
+}
+
+/// What drives a scheduler in a random test, with its own record of who is alive.
+struct World {
+    scheduler: Scheduler,
+    now: Instant,
+    alive: Vec<SequenceId>,
+    ended: usize,
+    admitted: usize,
+    next_ticket: u64,
+}
+
+impl World {
+    fn new() -> Self {
+        let scheduler = Scheduler::new(LIMITS);
+        Self { scheduler, now: Instant::now(), alive: Vec::new(), ended: 0, admitted: 0, next_ticket: 0 }
+    }
+
+    fn event(&mut self, at: usize, event: Event) {
+        if !self.alive.is_empty() {
+            let id = self.alive[at % self.alive.len()];
+            self.scheduler.apply(id, event, self.now);
+        }
+    }
+
+    fn run(&mut self, op: Op) {
+        match op {
+            Op::Admit { prompt_tokens, max_tokens, deadline_ms } => {
+                let deadline = deadline_ms.map(|ms| self.now + Duration::from_millis(ms));
+                let admission = Admission { deadline, ..admission(prompt_tokens, max_tokens) };
+                if let Ok(id) = self.scheduler.admit(admission) {
+                    self.admitted += 1;
+                    self.alive.push(id);
+                    self.scheduler.apply(id, Event::Armed(TicketId(self.next_ticket)), self.now);
+                    self.next_ticket += 1;
+                }
+            }
+            Op::HandOff(at, first) => self.event(at, Event::HandedOff(first)),
+            Op::Step(token) => {
+                let mut batch = Vec::new();
+                self.scheduler.schedule(&mut batch);
+                assert!(batch.len() <= LIMITS.batch_max);
+                assert_eq!(batch.is_empty(), self.scheduler.runnable() == 0, "work is never left lying");
+                for id in batch {
+                    let sequence = self.scheduler.sequence(id).expect("scheduled sequences exist");
+                    let (_, position) = sequence.step_input().expect("scheduled sequences run");
+                    let rows = sequence.block_table().len() * LIMITS.block_tokens;
+                    assert!(position < rows, "position {position} has no block");
+                    self.scheduler.apply(id, Event::Sampled(token), self.now);
+                }
+            }
+            Op::Reader(at, true) => self.event(at, Event::ReaderFull),
+            Op::Reader(at, false) => self.event(at, Event::ReaderReady),
+            Op::Cancel(at) => self.event(at, Event::Failed(Failure::Cancelled)),
+            Op::LeaseExpired(at) => self.event(at, Event::Failed(Failure::LeaseExpired)),
+            Op::HandoffAborted(at) => {
+                self.event(at, Event::Failed(Failure::HandoffAborted(Arc::from("gone"))))
+            }
+            Op::FailAll => self.scheduler.fail_all(&Failure::Stopping),
+            Op::Pass { ms } => {
+                self.now += Duration::from_millis(ms);
+                self.scheduler.tick(self.now);
+                assert!(self.scheduler.next_deadline().is_none_or(|at| at > self.now), "ticked, yet overdue");
+            }
+            Op::Release => self.release(),
+        }
+    }
+
+    fn release(&mut self) {
+        while let Some(id) = self.scheduler.next_finished() {
+            self.scheduler.release(id).expect("listed as finished");
+            self.alive.retain(|&alive| alive != id);
+            self.ended += 1;
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Whatever happens in whatever order: the books balance after every event, and after the last end nothing is held.
+    #[test]
+    fn every_life_returns_to_the_baseline(ops in prop::collection::vec(op(), 1..160)) {
+        let mut world = World::new();
+        for op in ops {
+            world.run(op);
+            world.scheduler.check_invariants();
+        }
+        world.run(Op::FailAll);
+        world.release();
+        world.scheduler.check_invariants();
+        prop_assert!(world.scheduler.is_empty());
+        prop_assert_eq!(world.ended, world.admitted, "every admitted sequence ends exactly once");
+        prop_assert_eq!(world.scheduler.free_blocks(), LIMITS.kv_blocks);
+        prop_assert_eq!(world.scheduler.free_seats(), LIMITS.sequences_max);
+    }
+}

@@ -1,0 +1,160 @@
+//! Hop 12: the gRPC service. A request goes to the device thread, its events come back as a stream.
+//!
+//! tokio ends here. A stream is only a reader of its sequence's bounded queue: what a slow client does not take waits in
+//! that queue, in the connection's flow-control window, and then not at all, because the sequence pauses. Dropping the
+//! stream, or the call before it has become one, drops the queue and thereby cancels the sequence.
+//!
+//! Deliberately absent: any state of sequences.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Sender, TrySendError};
+use engine::Sampled;
+use proto::control::Consequence;
+use proto::v1;
+use proto::v1::decode_event::Event;
+use proto::v1::decode_server::Decode;
+use tokio_stream::{Stream, StreamExt};
+use tonic::{Request, Response, Status};
+use tracing::{Instrument, Span};
+
+use crate::error::Refusal;
+use crate::finish::Finish;
+use crate::intake::{Intake, Submission};
+use crate::metrics::Metrics;
+use crate::outbox::{self, Doorbell, Inbox, SequenceEvent};
+
+/// The service, one for all connections.
+pub(crate) struct DecodeService {
+    pub(crate) intake: Arc<Intake>,
+    pub(crate) submissions: Sender<Submission>,
+    pub(crate) doorbell: Doorbell,
+    pub(crate) metrics: Metrics,
+    pub(crate) events_queued_max: usize,
+}
+
+#[tonic::async_trait]
+impl Decode for DecodeService {
+    type GenerateStream = EventStream;
+
+    async fn generate(&self, request: Request<v1::DecodeRequest>) -> Result<Response<EventStream>, Status> {
+        let received = Instant::now();
+        let request = request.into_inner();
+        let checked =
+            self.intake.check(request.sequence.as_ref(), received).map_err(|refusal| self.refuse(refusal))?;
+        let span = tracing::info_span!(
+            "stream",
+            hop = 12,
+            request_id = %checked.request_id,
+            trace_id = %checked.trace_id
+        );
+        let logprobs = checked.logprobs;
+        let (outbox, mut events) = outbox::channel(self.events_queued_max, self.doorbell.clone());
+        match self.submissions.try_send(checked.submit_with(outbox)) {
+            Ok(()) => {}
+            Err(TrySendError::Full(_)) => return Err(self.refuse(Refusal::QueueFull)),
+            Err(TrySendError::Disconnected(_)) => return Err(self.refuse(Refusal::Draining)),
+        }
+        // A refusal becomes the call's status; only a sequence with a ticket becomes a stream.
+        match events.next().instrument(span.clone()).await {
+            Some(SequenceEvent::Refused(refusal)) => Err(refusal.into()),
+            Some(first) => {
+                Ok(Response::new(EventStream { first: Some(first), events, logprobs, open: true, span }))
+            }
+            None => Err(self.refuse(Refusal::Draining)),
+        }
+    }
+}
+
+impl DecodeService {
+    fn refuse(&self, refusal: Refusal) -> Status {
+        self.metrics.refused(refusal.kind());
+        refusal.into()
+    }
+}
+
+/// A sequence's events in the wire's form.
+pub(crate) struct EventStream {
+    first: Option<SequenceEvent>,
+    events: Inbox,
+    /// Whether the request asked for log-probabilities.
+    logprobs: bool,
+    /// Until the sequence's end was passed on.
+    open: bool,
+    span: Span,
+}
+
+impl Stream for EventStream {
+    type Item = Result<v1::DecodeEvent, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = &mut *self;
+        if !this.open {
+            return Poll::Ready(None);
+        }
+        let _span = this.span.enter();
+        let event = match this.first.take() {
+            Some(first) => Some(first),
+            None => std::task::ready!(Pin::new(&mut this.events).poll_next(context)),
+        };
+        let item = event.map_or_else(
+            // Every sequence is told its end, unless there is no device thread left to tell it.
+            || Err(Consequence::Lost.status("the decode worker's device thread has ended")),
+            |event| to_wire(event, this.logprobs),
+        );
+        let ends = !matches!(
+            item,
+            Ok(v1::DecodeEvent { event: Some(Event::Ticket(_) | Event::Handoff(_) | Event::Tokens(_)) })
+        );
+        if ends {
+            this.open = false;
+            tracing::debug!(?item, "stream ends");
+        }
+        Poll::Ready(Some(item))
+    }
+}
+
+/// One event as the router reads it.
+fn to_wire(event: SequenceEvent, logprobs: bool) -> Result<v1::DecodeEvent, Status> {
+    let event = match event {
+        SequenceEvent::Ticket(ticket) => Event::Ticket(ticket.to_wire()),
+        SequenceEvent::HandedOff { handoff } => {
+            Event::Handoff(v1::HandoffDone { handoff_us: micros(handoff) })
+        }
+        SequenceEvent::Token(sampled) => {
+            Event::Tokens(v1::DecodedTokens { tokens: vec![token(sampled, logprobs)] })
+        }
+        SequenceEvent::Finished { finish, first_step, decode } => {
+            let (reason, stop_token_id) = match finish {
+                Finish::EndOfSequence => (v1::FinishReason::Stop, None),
+                Finish::StopToken(token) => (v1::FinishReason::Stop, Some(token.0)),
+                Finish::Length => (v1::FinishReason::Length, None),
+            };
+            Event::Finished(v1::DecodeFinished {
+                reason: reason.into(),
+                stop_token_id,
+                first_step_us: micros(first_step),
+                decode_us: micros(decode),
+            })
+        }
+        SequenceEvent::Refused(refusal) => return Err(refusal.into()),
+        SequenceEvent::Failed(failure) => return Err(failure.into()),
+    };
+    Ok(v1::DecodeEvent { event: Some(event) })
+}
+
+fn token(sampled: Sampled, logprobs: bool) -> v1::GeneratedToken {
+    let top = sampled.top.into_iter().map(|(token, logprob)| v1::TokenLogprob { token_id: token.0, logprob });
+    v1::GeneratedToken {
+        token_id: sampled.token.0,
+        logprob: logprobs.then_some(sampled.logprob),
+        top: top.collect(),
+    }
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}

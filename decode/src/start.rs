@@ -1,0 +1,251 @@
+//! Puts a decode worker together: device thread, gRPC service, health, and its presence at the routers.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Sender, bounded};
+use engine::Engine;
+use kvtransfer::Receiver;
+use proto::membership::{Announcement, announce};
+use proto::security::Identity;
+use proto::v1;
+use proto::v1::decode_server::DecodeServer;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::Server;
+use tonic_health::ServingStatus;
+
+use crate::config::Config;
+use crate::error::Error;
+use crate::health::{Progress, Watch};
+use crate::intake::Intake;
+use crate::metrics::Metrics;
+use crate::outbox::Doorbell;
+use crate::scheduler::{Limits, Scheduler};
+use crate::server::DecodeService;
+use crate::worker::{Inputs, Worker};
+
+/// How often health looks at progress.
+const HEALTH_INTERVAL: Duration = Duration::from_millis(250);
+/// A router that is silent for this long is gone; its streams end and their sequences with them.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_millis(500);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(1);
+/// For streams to take their last event, once every sequence has ended.
+const GOODBYE_MAX: Duration = Duration::from_secs(1);
+
+/// What a decode worker is made of.
+pub struct Node {
+    /// Name in the cluster, the same after a restart.
+    pub worker_id: String,
+    /// Fresh random number of this process' start; the receiver's tickets carry the same.
+    pub incarnation: u64,
+    /// What it proves itself with.
+    pub identity: Identity,
+    /// Routers to announce to, host:port each.
+    pub routers: Vec<String>,
+    /// Where prefill workers push to.
+    pub fabric_address: String,
+    /// The receiving side of hand-offs, for the engine's KV layout.
+    pub receiver: Receiver,
+    /// The loaded model with its KV pool, none of whose blocks is in use.
+    pub engine: Engine,
+}
+
+/// A running decode worker. Dropping it stops it at once.
+pub struct Handle {
+    control_address: SocketAddr,
+    metrics: Metrics,
+    draining: Arc<AtomicBool>,
+    /// The device thread hears a moment to end by, or the end of this channel.
+    drain: Sender<Instant>,
+    drain_max: Duration,
+    /// Turns `true`, or closes, when the device thread has ended.
+    ended: watch::Receiver<bool>,
+    stop_serving: watch::Sender<bool>,
+    tasks: JoinSet<()>,
+    _announcement: Announcement,
+}
+
+/// Starts a decode worker: when this returns, it serves.
+///
+/// # Errors
+/// A setting out of its range, an address that cannot be bound, certificates that are none.
+pub async fn start(config: Config, node: Node) -> Result<Handle, Error> {
+    config.validate()?;
+    let Node { worker_id, incarnation, identity, routers, fabric_address, receiver, engine } = node;
+    config.validate_for(engine.step_tokens_max())?;
+    let mut server = Server::builder()
+        .tls_config(identity.server_tls())
+        .map_err(Error::Tls)?
+        .tcp_nodelay(true)
+        .http2_keepalive_interval(Some(KEEP_ALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT));
+    let bind = |source| Error::Bind { address: config.listen, source };
+    let listener = TcpListener::bind(config.listen).await.map_err(bind)?;
+    let control_address = listener.local_addr().map_err(bind)?;
+
+    let limits = Limits {
+        sequences_max: config.sequences_max,
+        batch_max: config.batch_max,
+        kv_blocks: engine.kv().blocks(),
+        block_tokens: engine.kv_layout().block_tokens,
+        reader_stall_max: config.reader_stall_max(),
+    };
+    let fingerprint = engine.fingerprint().clone();
+    let info = v1::WorkerInfo {
+        worker_id,
+        role: v1::Role::Decode.into(),
+        incarnation,
+        control_address: control_address.to_string(),
+        fabric_address,
+        fingerprint: Some(proto::fingerprint::to_wire(&fingerprint)),
+        wire_major: proto::WIRE_MAJOR,
+        wire_minor: proto::WIRE_MINOR,
+        kv_blocks_max: u32::try_from(limits.kv_blocks).unwrap_or(u32::MAX),
+        kv_block_tokens: u32::try_from(limits.block_tokens).unwrap_or(u32::MAX),
+        placement_version: 0,
+    };
+
+    let metrics = Metrics::new(limits.kv_blocks);
+    let intake = Arc::new(Intake::new(engine.config(), fingerprint));
+    let (submit, submissions) = bounded(config.submissions_queued_max);
+    let (doorbell, heard) = Doorbell::new();
+    let (drain, drain_by) = bounded(1);
+    let worker = Worker::new(
+        engine,
+        Scheduler::new(limits),
+        receiver,
+        Arc::clone(&intake),
+        Inputs { submissions, doorbell: heard, drain: drain_by },
+        metrics.clone(),
+        config.batch_max,
+    );
+    let (end, ended) = watch::channel(false);
+    std::thread::Builder::new()
+        .name("decode-device".to_owned())
+        .spawn(move || {
+            worker.run();
+            // Not reached by a panic: then the channel closes, which is heard as well.
+            let _ = end.send(true);
+        })
+        .map_err(Error::Thread)?;
+
+    let service = DecodeService {
+        intake,
+        submissions: submit,
+        doorbell,
+        metrics: metrics.clone(),
+        events_queued_max: config.events_queued_max,
+    };
+    let (health, health_service) = tonic_health::server::health_reporter();
+    let (stop_serving, mut stopping) = watch::channel(false);
+    let mut tasks = JoinSet::new();
+    let serve = server
+        .add_service(health_service)
+        .add_service(DecodeServer::new(service))
+        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async move {
+            let _ = stopping.wait_for(|stop| *stop).await;
+        });
+    tasks.spawn(async move {
+        if let Err(error) = serve.await {
+            tracing::error!(%error, "the decode service ended");
+        }
+    });
+
+    let draining = Arc::new(AtomicBool::new(false));
+    let unwell = Arc::new(AtomicBool::new(false));
+    tasks.spawn(watch_health(config.progress_stall_max(), metrics.clone(), health, Arc::clone(&unwell)));
+    let report = Report { info, metrics: metrics.clone(), draining: Arc::clone(&draining), unwell };
+    let announcement = announce(routers, identity, move || report.now());
+    tracing::info!(%control_address, kv_blocks = limits.kv_blocks, "decode worker serves");
+    Ok(Handle {
+        control_address,
+        metrics,
+        draining,
+        drain,
+        drain_max: config.drain_max(),
+        ended,
+        stop_serving,
+        tasks,
+        _announcement: announcement,
+    })
+}
+
+impl Handle {
+    /// Where the gRPC service listens.
+    pub fn control_address(&self) -> SocketAddr {
+        self.control_address
+    }
+
+    /// What it has counted, in Prometheus' text format.
+    pub fn metrics_text(&self) -> String {
+        self.metrics.text()
+    }
+
+    /// Returns once the device thread has ended: after [`Handle::shutdown`], or because an invariant was broken.
+    pub async fn wait(&self) {
+        let _ = self.ended.clone().wait_for(|ended| *ended).await;
+    }
+
+    /// Refuses new sequences, lets the running ones end for up to `drain_ms_max`, fails the rest, and stops.
+    pub async fn shutdown(mut self) {
+        self.draining.store(true, Ordering::Relaxed);
+        // The only sender, and it sends once: there is room.
+        let _ = self.drain.try_send(Instant::now() + self.drain_max);
+        self.wait().await;
+        self.stop_serving.send_replace(true);
+        // Streams end with their sequences, but a client may hold its connection open for ever.
+        let _ = tokio::time::timeout(GOODBYE_MAX, self.tasks.join_next()).await;
+    }
+}
+
+/// What the routers are told.
+struct Report {
+    info: v1::WorkerInfo,
+    metrics: Metrics,
+    draining: Arc<AtomicBool>,
+    unwell: Arc<AtomicBool>,
+}
+
+impl Report {
+    fn now(&self) -> v1::WorkerReport {
+        let count = |gauge: i64| u32::try_from(gauge.max(0)).unwrap_or(u32::MAX);
+        v1::WorkerReport {
+            info: Some(self.info.clone()),
+            incarnation: self.info.incarnation,
+            steps_total: self.metrics.steps.get(),
+            running: count(self.metrics.running.get()),
+            waiting: count(self.metrics.waiting.get()),
+            waiting_tokens: 0,
+            kv_blocks_free: count(self.metrics.blocks_free.get()),
+            // A worker that does not move must get no more requests either.
+            draining: self.draining.load(Ordering::Relaxed) || self.unwell.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// Keeps the health service's answer in step with the device thread's progress.
+async fn watch_health(
+    stall_max: Duration,
+    metrics: Metrics,
+    health: tonic_health::server::HealthReporter,
+    unwell: Arc<AtomicBool>,
+) {
+    let mut watch = Watch::new(stall_max, Progress::of(&metrics), Instant::now());
+    let mut ticks = tokio::time::interval(HEALTH_INTERVAL);
+    loop {
+        ticks.tick().await;
+        let well = watch.observe(Progress::of(&metrics), Instant::now());
+        if unwell.swap(!well, Ordering::Relaxed) == well {
+            tracing::warn!(well, "forward progress changed");
+        }
+        let status = if well { ServingStatus::Serving } else { ServingStatus::NotServing };
+        for service in ["", "trireme.v1.Decode"] {
+            health.set_service_status(service, status).await;
+        }
+    }
+}

@@ -1,0 +1,381 @@
+//! Hop 11: the device thread. It owns engine, KV pool, scheduler, receiver and samplers; nobody else touches them.
+//!
+//! One round is `receive → schedule → step → postprocess`. Everything that reaches the thread does so in `receive`, over
+//! bounded channels that it never waits on while it has work; everything that leaves does so in `postprocess`, into
+//! queues that it never waits on at all. Without work it sleeps until something arrives or falls due.
+//!
+//! Invariant: blocks change hands between rounds only, on this thread. A push is copied into the pool by
+//! `Receiver::poll` here, so once a ticket is revoked here no write to its blocks is left anywhere.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver as Channel, Select, TryRecvError};
+use engine::{Engine, KvPool, LogitsWanted, Sampled, SequenceInput, SequenceSampler, StepError};
+use kvtransfer::{BlockSink, Receiver, ReceiverEvent};
+use model::{BlockId, TokenId};
+use proto::ticket::TicketId;
+use tracing::Span;
+
+use crate::error::{Failure, Refusal};
+use crate::intake::{Intake, Submission, reserve};
+use crate::metrics::{Metrics, as_gauge};
+use crate::outbox::{Outbox, SequenceEvent};
+use crate::scheduler::{End, Event, Scheduler, SequenceId};
+
+/// An idle thread still goes round this often, so that health can tell idle from dead.
+const IDLE_MAX: Duration = Duration::from_millis(100);
+
+/// What the device thread listens to.
+pub(crate) struct Inputs {
+    /// Checked requests.
+    pub(crate) submissions: Channel<Submission>,
+    /// Rings when a stream was dropped or made room.
+    pub(crate) doorbell: Channel<()>,
+    /// The moment by which running sequences must have ended. Disconnected: now.
+    pub(crate) drain: Channel<Instant>,
+}
+
+/// The device thread's state.
+pub(crate) struct Worker {
+    engine: Engine,
+    scheduler: Scheduler,
+    receiver: Receiver,
+    intake: Arc<Intake>,
+    inputs: Inputs,
+    metrics: Metrics,
+    /// What the scheduler does not need to know of its sequences.
+    seats: BTreeMap<SequenceId, Seat>,
+    /// Set once the worker is asked to end.
+    drain_by: Option<Instant>,
+    /// Moving average, for [`Refusal::NoRoom`]'s hint.
+    step_time: Duration,
+    // Reused from step to step, so that a step allocates nothing.
+    batch: Vec<SequenceId>,
+    rows: Vec<SequenceInput<'static>>,
+    logits: Vec<f32>,
+    sampled: Vec<(SequenceId, Sampled)>,
+}
+
+/// One sequence's share of the worker, besides its blocks.
+struct Seat {
+    request_id: Arc<str>,
+    trace_id: String,
+    outbox: Outbox,
+    sampler: SequenceSampler,
+    issued_at: Instant,
+    committed_at: Option<Instant>,
+    first_step_at: Option<Instant>,
+    /// Open while the sequence runs.
+    span: Span,
+}
+
+impl Worker {
+    pub(crate) fn new(
+        engine: Engine,
+        scheduler: Scheduler,
+        receiver: Receiver,
+        intake: Arc<Intake>,
+        inputs: Inputs,
+        metrics: Metrics,
+        batch_max: usize,
+    ) -> Self {
+        let vocab_size = engine.config().vocab_size;
+        Self {
+            engine,
+            scheduler,
+            receiver,
+            intake,
+            inputs,
+            metrics,
+            seats: BTreeMap::new(),
+            drain_by: None,
+            step_time: Duration::ZERO,
+            batch: Vec::with_capacity(batch_max),
+            rows: Vec::with_capacity(batch_max),
+            logits: Vec::with_capacity(vocab_size),
+            sampled: Vec::with_capacity(batch_max),
+        }
+    }
+
+    /// Runs until drained.
+    pub(crate) fn run(mut self) {
+        while self.receive() {
+            self.scheduler.schedule(&mut self.batch);
+            let outcome = self.step();
+            self.postprocess(outcome);
+        }
+        tracing::info!("decode worker ended");
+    }
+
+    /// Takes in what has arrived, waiting for it when there is nothing to step. `false` once drained.
+    fn receive(&mut self) -> bool {
+        if self.scheduler.runnable() == 0 {
+            self.wait();
+        }
+        let now = Instant::now();
+        self.metrics.rounds.inc();
+        self.heed_drain(now);
+        // As many as there are now: a flood of refusals must not hold up a step.
+        for _ in 0..self.inputs.submissions.len() {
+            if let Ok(submission) = self.inputs.submissions.try_recv() {
+                self.submit(submission, now);
+            }
+        }
+        self.poll_receiver(now);
+        self.look_at_readers(now);
+        self.scheduler.tick(now);
+        if self.drain_by.is_some_and(|by| by <= now) {
+            self.scheduler.fail_all(&Failure::Stopping);
+        }
+        self.drain_by.is_none() || !self.scheduler.is_empty()
+    }
+
+    /// Sleeps until something arrives or falls due.
+    fn wait(&self) {
+        let due = self.scheduler.next_deadline().into_iter().chain(self.drain_by).min();
+        let until = due.map_or(IDLE_MAX, |at| at.saturating_duration_since(Instant::now()).min(IDLE_MAX));
+        let mut select = Select::new();
+        select.recv(&self.inputs.submissions);
+        select.recv(&self.inputs.doorbell);
+        if self.drain_by.is_none() {
+            select.recv(&self.inputs.drain);
+        }
+        select.recv(self.receiver.arrivals());
+        // Which of them it is shows when they are looked at, all in their order.
+        let _ = select.ready_timeout(until);
+        let _ = self.inputs.doorbell.try_recv();
+    }
+
+    fn heed_drain(&mut self, now: Instant) {
+        match self.inputs.drain.try_recv() {
+            Ok(by) => self.drain_by = Some(by),
+            // The handle is gone: nobody is left to wait for us.
+            Err(TryRecvError::Disconnected) => self.drain_by = Some(now),
+            Err(TryRecvError::Empty) => {}
+        }
+    }
+
+    fn submit(&mut self, submission: Submission, now: Instant) {
+        let reserved = if self.drain_by.is_some() {
+            Err(Refusal::Draining)
+        } else {
+            reserve(&mut self.scheduler, &mut self.receiver, &submission, self.step_time, now)
+        };
+        let Submission { request_id, trace_id, outbox, sampler, .. } = submission;
+        match reserved {
+            Ok((id, ticket)) => {
+                self.metrics.admitted.inc();
+                outbox.send(SequenceEvent::Ticket(Box::new(ticket)));
+                let seat = Seat {
+                    request_id,
+                    trace_id,
+                    outbox,
+                    sampler,
+                    issued_at: now,
+                    committed_at: None,
+                    first_step_at: None,
+                    span: Span::none(),
+                };
+                self.seats.insert(id, seat);
+            }
+            Err(refusal) => {
+                self.metrics.refused(refusal.kind());
+                outbox.send(SequenceEvent::Refused(refusal));
+            }
+        }
+    }
+
+    /// Lets arrived blocks into the pool, and sequences whose KV is complete into the batch.
+    fn poll_receiver(&mut self, now: Instant) {
+        let mut sink = PoolSink { scheduler: &self.scheduler, pool: self.engine.kv_mut() };
+        for event in self.receiver.poll(now, &mut sink) {
+            match event {
+                ReceiverEvent::Committed { ticket, first_token } => self.hand_off(ticket, first_token, now),
+                ReceiverEvent::Expired { ticket } => self.fail_ticket(ticket, Failure::LeaseExpired, now),
+                ReceiverEvent::Aborted { ticket, reason } => {
+                    self.fail_ticket(ticket, Failure::HandoffAborted(Arc::from(reason)), now);
+                }
+            }
+        }
+    }
+
+    fn hand_off(&mut self, ticket: TicketId, first_token: TokenId, now: Instant) {
+        let Some(id) = self.scheduler.by_ticket(ticket) else { return };
+        let Some(seat) = self.seats.get_mut(&id) else { return };
+        if !self.intake.in_vocabulary(first_token) {
+            // One such token would fail the whole batch that it is stepped in.
+            let reason = Arc::from("the first token is not in the vocabulary");
+            return self.fail_ticket(ticket, Failure::HandoffAborted(reason), now);
+        }
+        let handoff = now.duration_since(seat.issued_at);
+        self.metrics.handoff_time.observe(handoff);
+        seat.committed_at = Some(now);
+        seat.sampler.observe(first_token);
+        seat.span =
+            tracing::info_span!("decode", hop = 11, request_id = %seat.request_id, trace_id = %seat.trace_id);
+        seat.outbox.send(SequenceEvent::HandedOff { handoff });
+        self.scheduler.apply(id, Event::HandedOff(first_token), now);
+    }
+
+    fn fail_ticket(&mut self, ticket: TicketId, failure: Failure, now: Instant) {
+        if let Some(id) = self.scheduler.by_ticket(ticket) {
+            self.scheduler.apply(id, Event::Failed(failure), now);
+        }
+    }
+
+    /// Cancels sequences whose stream was dropped; pauses and resumes the others by the room in their queue.
+    fn look_at_readers(&mut self, now: Instant) {
+        for (&id, seat) in &self.seats {
+            let event = if seat.outbox.is_abandoned() {
+                Event::Failed(Failure::Cancelled)
+            } else if seat.outbox.has_room() {
+                Event::ReaderReady
+            } else {
+                Event::ReaderFull
+            };
+            self.scheduler.apply(id, event, now);
+        }
+    }
+
+    /// Runs the scheduled batch and samples one token for each of its sequences, into `sampled`.
+    fn step(&mut self) -> Result<(), StepError> {
+        self.sampled.clear();
+        if self.batch.is_empty() {
+            return Ok(());
+        }
+        let started = Instant::now();
+        let mut rows: Vec<SequenceInput<'_>> = std::mem::take(&mut self.rows);
+        for sequence in self.batch.iter().filter_map(|&id| self.scheduler.sequence(id)) {
+            if let Some((token, position)) = sequence.step_input() {
+                rows.push(SequenceInput {
+                    tokens: std::slice::from_ref(token),
+                    position,
+                    block_table: sequence.block_table(),
+                    logits: LogitsWanted::Last,
+                });
+            }
+        }
+        let vocab_size = self.engine.config().vocab_size;
+        let stepped = self.engine.step(&rows, &mut ());
+        self.rows = recycle(rows);
+        let output = stepped?;
+        for (&id, logits) in self.batch.iter().zip(output.logits.chunks_exact(vocab_size)) {
+            let (Some(seat), Some(sequence)) = (self.seats.get_mut(&id), self.scheduler.sequence(id)) else {
+                continue;
+            };
+            self.logits.clear();
+            self.logits.extend_from_slice(logits);
+            let sampled = seat.sampler.sample(&mut self.logits, sequence.length(), sequence.suppressed());
+            seat.sampler.observe(sampled.token);
+            self.sampled.push((id, sampled));
+        }
+        self.record_step(started.elapsed());
+        Ok(())
+    }
+
+    /// Hands the step's tokens to their streams, and gives back what ended sequences hold.
+    fn postprocess(&mut self, outcome: Result<(), StepError>) {
+        let now = Instant::now();
+        match outcome {
+            Ok(()) => self.deliver(now),
+            Err(error) => self.fail_batch(error, now),
+        }
+        while let Some(id) = self.scheduler.next_finished() {
+            self.release(id, now);
+        }
+        self.publish();
+    }
+
+    fn deliver(&mut self, now: Instant) {
+        for (id, sampled) in self.sampled.drain(..) {
+            let Some(seat) = self.seats.get_mut(&id) else { continue };
+            seat.first_step_at.get_or_insert(now);
+            let token = sampled.token;
+            seat.outbox.send(SequenceEvent::Token(sampled));
+            self.scheduler.apply(id, Event::Sampled(token), now);
+        }
+    }
+
+    /// A failed step left unusable KV rows behind, for its own sequences only. The worker goes on with the others.
+    fn fail_batch(&mut self, error: StepError, now: Instant) {
+        tracing::warn!(%error, sequences = self.batch.len(), "a decode step failed");
+        let error = Arc::new(error);
+        for &id in &self.batch {
+            self.scheduler.apply(id, Event::Failed(Failure::Step(Arc::clone(&error))), now);
+        }
+    }
+
+    /// Returns a finished sequence's blocks, then tells its stream.
+    fn release(&mut self, id: SequenceId, now: Instant) {
+        // In this order: behind this line no push can land in the blocks any more.
+        if let Some(ticket) = self.scheduler.sequence(id).and_then(|sequence| sequence.ticket()) {
+            self.receiver.revoke(ticket);
+        }
+        let Some(end) = self.scheduler.release(id) else { return };
+        let Some(seat) = self.seats.remove(&id) else { return };
+        let _span = seat.span.enter();
+        match end {
+            End::Finished(finish) => {
+                self.metrics.finished.inc();
+                let first_step_at = seat.first_step_at.unwrap_or(now);
+                let committed_at = seat.committed_at.unwrap_or(first_step_at);
+                tracing::debug!(?finish, "sequence finished");
+                seat.outbox.send(SequenceEvent::Finished {
+                    finish,
+                    first_step: first_step_at.duration_since(committed_at),
+                    decode: now.duration_since(first_step_at),
+                });
+            }
+            End::Failed(failure) => {
+                self.metrics.failed(failure.kind());
+                tracing::debug!(%failure, "sequence failed");
+                seat.outbox.send(SequenceEvent::Failed(failure));
+            }
+        }
+    }
+
+    fn record_step(&mut self, took: Duration) {
+        self.metrics.steps.inc();
+        self.metrics.tokens.inc_by(self.sampled.len() as u64);
+        self.metrics.step_time.observe(took);
+        // An eighth of the newest: follows a change of batch size within some ten steps.
+        self.step_time = if self.step_time.is_zero() { took } else { (self.step_time * 7 + took) / 8 };
+    }
+
+    fn publish(&self) {
+        self.metrics.running.set(as_gauge(self.scheduler.running()));
+        self.metrics.runnable.set(as_gauge(self.scheduler.runnable()));
+        self.metrics.waiting.set(as_gauge(self.scheduler.waiting()));
+        self.metrics.blocks_free.set(as_gauge(self.scheduler.free_blocks()));
+    }
+}
+
+/// Where arrived blocks go: into the pool, at the block that the ticket's sequence holds for that position.
+struct PoolSink<'a> {
+    scheduler: &'a Scheduler,
+    pool: &'a mut KvPool,
+}
+
+impl BlockSink for PoolSink<'_> {
+    fn write(&mut self, ticket: TicketId, block_in_sequence: u32, layer: u32, bytes: &[u8]) {
+        let block: Option<BlockId> = self
+            .scheduler
+            .by_ticket(ticket)
+            .and_then(|id| self.scheduler.sequence(id))
+            .and_then(|sequence| sequence.block_table().get(block_in_sequence as usize).copied());
+        match block {
+            Some(block) => self.pool.write_block_layer(block, layer as usize, bytes),
+            // The receiver checked the ticket just now: its books and the scheduler's have come apart.
+            None => tracing::error!(%ticket, block_in_sequence, "a live ticket has no block here"),
+        }
+    }
+}
+
+/// An empty vector for rows of any lifetime, in the memory of one whose rows are no longer needed.
+fn recycle(mut rows: Vec<SequenceInput<'_>>) -> Vec<SequenceInput<'static>> {
+    rows.clear();
+    // Collected in place, which keeps the allocation; there is no row left to convert.
+    rows.into_iter().map(|row| SequenceInput { tokens: &[], block_table: &[], ..row }).collect()
+}
