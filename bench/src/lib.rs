@@ -1,1 +1,4 @@
-//! Everything that measures or predicts, as trireme bench.
+//! Everything that measures or predicts, as `trireme bench …`.
+
+pub mod client;
+pub mod sse;
