@@ -3,9 +3,11 @@
 use std::borrow::Cow;
 use std::fmt::Display;
 
+use model::ParamError;
+
 /// A message that decodes but does not mean anything we accept. Always the sender's fault.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{field}: {problem}")]
+#[error("`{field}` {problem}")]
 pub struct FieldError {
     /// Path of the field from the message's root, e.g. `stopping.max_tokens` or `prompt[17]`.
     pub field: Cow<'static, str>,
@@ -17,10 +19,10 @@ pub struct FieldError {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Problem {
     /// The field must be set and is not.
-    #[error("missing")]
+    #[error("is missing")]
     Missing,
     /// The value lies outside what is allowed.
-    #[error("{value} is not allowed: {allowed}")]
+    #[error("is {value}, must be {allowed}")]
     OutOfRange {
         /// The value as sent, shortened if long.
         value: String,
@@ -58,6 +60,13 @@ impl FieldError {
     pub fn within(mut self, prefix: &str) -> Self {
         self.field = format!("{prefix}.{}", self.field).into();
         self
+    }
+}
+
+/// Sampling and stopping parameters check their own ranges, in `model`.
+impl From<ParamError> for FieldError {
+    fn from(error: ParamError) -> Self {
+        Self::out_of_range(error.field, error.value, error.requirement)
     }
 }
 

@@ -56,7 +56,7 @@ pub fn require_equal(
         Some(difference) => Err(FieldError::out_of_range(
             format!("fingerprint.{}", difference.field),
             &difference.theirs,
-            format_args!("this worker has {}", difference.ours),
+            format_args!("{} as on this worker", difference.ours),
         )),
     }
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Interval, MissedTickBehavior, interval, sleep};
 use tokio_stream::Stream;
@@ -122,7 +122,8 @@ impl Lease {
 
     async fn report_until_broken(&self, accepted: &mut bool) -> Result<(), Ended> {
         let channel = self.identity.endpoint(&self.router)?.connect().await?;
-        let reports = Reports::new(Arc::clone(&self.source));
+        let (_open, closed) = oneshot::channel();
+        let reports = Reports::new(Arc::clone(&self.source), closed);
         let mut answers = RegistryClient::new(channel).announce(reports).await?.into_inner();
         while let Some(answer) = answers.message().await? {
             let RouterReport { refused, workers } = answer;
@@ -143,18 +144,22 @@ impl Lease {
     }
 }
 
-/// One report now and one every [`REPORT_INTERVAL`].
+/// One report now and one every [`REPORT_INTERVAL`], until `closed` resolves.
+///
+/// The connection owns this stream and goes on sending it after the caller has let go of the answers: without
+/// `closed`, a dropped announcement would hold its lease for ever.
 struct Reports {
     ticks: Interval,
     source: Source,
+    closed: oneshot::Receiver<()>,
 }
 
 impl Reports {
-    fn new(source: Source) -> Self {
+    fn new(source: Source, closed: oneshot::Receiver<()>) -> Self {
         let mut ticks = interval(REPORT_INTERVAL);
         // After a stall one report says everything; a burst of old ones says no more.
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Self { ticks, source }
+        Self { ticks, source, closed }
     }
 }
 
@@ -162,6 +167,9 @@ impl Stream for Reports {
     type Item = WorkerReport;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<WorkerReport>> {
+        if Pin::new(&mut self.closed).poll(context).is_ready() {
+            return Poll::Ready(None);
+        }
         self.ticks.poll_tick(context).map(|_| Some((self.source)()))
     }
 }

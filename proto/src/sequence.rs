@@ -15,10 +15,6 @@ use crate::{fingerprint, v1};
 pub const REQUEST_ID_BYTES_MAX: usize = 128;
 /// Choices (`n`) of one request.
 pub const CHOICES_MAX: u32 = 16;
-/// Entries of a logit bias map; what vLLM accepts too.
-pub const LOGIT_BIAS_MAX: usize = 1024;
-/// Stop token ids of one request.
-pub const STOP_TOKEN_IDS_MAX: usize = 256;
 /// A deadline further away than a day is a mistake (and would overflow a clock).
 pub const DEADLINE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -111,7 +107,6 @@ pub fn sampling_from_wire(
     wire: &v1::Sampling,
     defaults: &SamplingParams,
 ) -> Result<SamplingParams, FieldError> {
-    at_most("logit_bias", wire.logit_bias.len(), LOGIT_BIAS_MAX)?;
     let params = SamplingParams {
         temperature: wire.temperature.unwrap_or(defaults.temperature),
         top_p: wire.top_p.unwrap_or(defaults.top_p),
@@ -124,7 +119,7 @@ pub fn sampling_from_wire(
         seed: wire.seed.unwrap_or(defaults.seed),
         logprobs: wire.logprobs,
     };
-    params.validate().map_err(|error| FieldError::out_of_range(error.field, &error, "see sampling.proto"))?;
+    params.validate()?;
     Ok(params)
 }
 
@@ -150,24 +145,14 @@ pub fn sampling_to_wire(params: &SamplingParams) -> v1::Sampling {
 /// # Errors
 /// Names `max_tokens` when 0, `min_tokens` above `max_tokens`, too many `stop_token_ids`.
 pub fn stopping_from_wire(wire: &v1::Stopping, max_tokens_default: u32) -> Result<Stopping, FieldError> {
-    at_most("stop_token_ids", wire.stop_token_ids.len(), STOP_TOKEN_IDS_MAX)?;
-    let max_tokens = wire.max_tokens.unwrap_or(max_tokens_default);
-    if max_tokens == 0 {
-        return Err(FieldError::out_of_range("max_tokens", max_tokens, "at least 1"));
-    }
-    if wire.min_tokens > max_tokens {
-        return Err(FieldError::out_of_range(
-            "min_tokens",
-            wire.min_tokens,
-            format_args!("at most max_tokens, {max_tokens}"),
-        ));
-    }
-    Ok(Stopping {
-        max_tokens,
+    let stopping = Stopping {
+        max_tokens: wire.max_tokens.unwrap_or(max_tokens_default),
         min_tokens: wire.min_tokens,
         ignore_eos: wire.ignore_eos,
         stop_token_ids: wire.stop_token_ids.iter().map(|&token| TokenId(token)).collect(),
-    })
+    };
+    stopping.validate()?;
+    Ok(stopping)
 }
 
 /// The wire's form. Carries no stop strings: those never leave the router.
@@ -187,9 +172,10 @@ fn prompt(wire: &[u32], limits: SequenceLimits) -> Result<Vec<TokenId>, FieldErr
     }
     // One token at least must be left to generate.
     at_most("prompt", wire.len(), limits.context_tokens_max.saturating_sub(1))?;
-    if let Some((index, &token)) = wire.iter().enumerate().find(|&(_, &token)| !in_vocabulary(token, limits))
-    {
-        return Err(outside_vocabulary(format!("prompt[{index}]"), token, limits));
+    let outside = |&(_, &token): &(usize, &u32)| token as usize >= limits.vocab_size;
+    if let Some((index, token)) = wire.iter().enumerate().find(outside) {
+        let allowed = format_args!("below the vocabulary's {}", limits.vocab_size);
+        return Err(FieldError::out_of_range(format!("prompt[{index}]"), token, allowed));
     }
     Ok(wire.iter().map(|&token| TokenId(token)).collect())
 }
@@ -209,10 +195,9 @@ fn complete_sampling(wire: &v1::Sampling, limits: SequenceLimits) -> Result<Samp
     if let Some((field, _)) = required.into_iter().find(|(_, present)| !present) {
         return Err(FieldError::missing(field));
     }
-    if let Some((&token, _)) = wire.logit_bias.iter().find(|&(&token, _)| !in_vocabulary(token, limits)) {
-        return Err(outside_vocabulary(format!("logit_bias[{token}]"), token, limits));
-    }
-    sampling_from_wire(wire, &SamplingParams::greedy())
+    let params = sampling_from_wire(wire, &SamplingParams::greedy())?;
+    params.validate_tokens(limits.vocab_size)?;
+    Ok(params)
 }
 
 fn complete_stopping(
@@ -228,19 +213,9 @@ fn complete_stopping(
             format_args!("at most the {room} tokens that the context leaves behind the prompt"),
         ));
     }
-    let unknown = wire.stop_token_ids.iter().enumerate().find(|&(_, &token)| !in_vocabulary(token, limits));
-    if let Some((index, &token)) = unknown {
-        return Err(outside_vocabulary(format!("stop_token_ids[{index}]"), token, limits));
-    }
-    stopping_from_wire(wire, max_tokens)
-}
-
-fn in_vocabulary(token: u32, limits: SequenceLimits) -> bool {
-    (token as usize) < limits.vocab_size
-}
-
-fn outside_vocabulary(field: String, token: u32, limits: SequenceLimits) -> FieldError {
-    FieldError::out_of_range(field, token, format_args!("below the vocabulary's {}", limits.vocab_size))
+    let stopping = stopping_from_wire(wire, max_tokens)?;
+    stopping.validate_tokens(limits.vocab_size)?;
+    Ok(stopping)
 }
 
 #[cfg(test)]

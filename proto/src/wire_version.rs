@@ -15,5 +15,9 @@ pub fn check(peer_major: u32) -> Result<(), FieldError> {
     if peer_major == WIRE_MAJOR {
         return Ok(());
     }
-    Err(FieldError::out_of_range("wire_major", peer_major, format_args!("this process speaks {WIRE_MAJOR}")))
+    Err(FieldError::out_of_range(
+        "wire_major",
+        peer_major,
+        format_args!("{WIRE_MAJOR}, which this process speaks"),
+    ))
 }
