@@ -20,6 +20,9 @@ pub mod reference;
 mod rope;
 mod routing;
 
+#[cfg(test)]
+mod samples;
+
 pub use activations::{ActivationFormat, Activations, WireError};
 pub use cpu::{Cpu, Isa, ThreadPool};
 pub use fp8::ScaleFormat;

@@ -180,7 +180,8 @@ pub struct HeadMatrices {
 #[derive(Clone)]
 pub(crate) enum HeadStorage {
     F32(Vec<f32>),
-    Bf16(Vec<u16>),
+    /// Little endian, as [`Storage::Bf16`].
+    Bf16(Vec<u8>),
 }
 
 impl HeadMatrices {
@@ -190,7 +191,7 @@ impl HeadMatrices {
         let exact = weights.iter().all(|w| w.to_bits() & 0xFFFF == 0);
         Self::check(heads, out_dim, in_dim, weights.len())?;
         let storage = if exact {
-            HeadStorage::Bf16(weights.iter().map(|w| (w.to_bits() >> 16) as u16).collect())
+            HeadStorage::Bf16(weights.iter().flat_map(|&w| fp8::to_bf16(w).to_le_bytes()).collect())
         } else {
             HeadStorage::F32(weights)
         };
@@ -206,7 +207,8 @@ impl HeadMatrices {
         weights: &[f32],
     ) -> Result<Self, MatrixError> {
         Self::check(heads, out_dim, in_dim, weights.len())?;
-        let storage = HeadStorage::Bf16(weights.iter().map(|&w| fp8::to_bf16(w)).collect());
+        let storage =
+            HeadStorage::Bf16(weights.iter().flat_map(|&w| fp8::to_bf16(w).to_le_bytes()).collect());
         Ok(Self { heads, out_dim, in_dim, storage })
     }
 
@@ -235,7 +237,9 @@ impl HeadMatrices {
         let i = (head * self.out_dim + row) * self.in_dim + col;
         match &self.storage {
             HeadStorage::F32(weights) => weights[i],
-            HeadStorage::Bf16(weights) => fp8::from_bf16(weights[i]),
+            HeadStorage::Bf16(weights) => {
+                fp8::from_bf16(u16::from_le_bytes([weights[2 * i], weights[2 * i + 1]]))
+            }
         }
     }
 }

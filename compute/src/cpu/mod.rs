@@ -1,15 +1,16 @@
 //! The CPU as a device: a thread pool, an instruction set, and the operators.
 
 mod isa;
+mod linear;
 mod pool;
+mod scratch;
 
 pub use isa::Isa;
 pub use pool::ThreadPool;
 
 use crate::fp8::{self, ScaleFormat};
 use crate::{
-    Activations, HeadMatrices, KvFormat, KvSlot, KvView, KvViewMut, Matrix, MlaRow, MlaShape, RopeRows,
-    RopeTable, RoutingRule, reference,
+    KvFormat, KvSlot, KvView, KvViewMut, MlaRow, MlaShape, RopeRows, RopeTable, RoutingRule, reference,
 };
 
 /// Threads and instruction set; every operator is a method.
@@ -41,27 +42,6 @@ impl Cpu {
     /// The thread pool.
     pub fn pool(&self) -> &ThreadPool {
         &self.pool
-    }
-
-    /// `y[m, n] = Σ_k x[m, k] · w[n, k]`: any weights with f32 activations, else weights and activations of the same
-    /// format. K is summed in 128-blocks in order; an FP8 block's sum is scaled by `s_x · s_w` before it is added.
-    pub fn linear(&self, w: &Matrix, x: &Activations, y: &mut [f32]) {
-        reference::linear(w, x, y);
-    }
-
-    /// As [`Self::linear`] for the rows `row_index` of `x`: row `i` of `y` `[row_index.len(), n]` has the bits that
-    /// `linear` gives row `row_index[i]`.
-    pub fn linear_rows(&self, w: &Matrix, x: &Activations, row_index: &[u32], y: &mut [f32]) {
-        let mut all = vec![0.0; x.rows() * w.rows()];
-        reference::linear(w, x, &mut all);
-        for (y, &row) in y.chunks_exact_mut(w.rows()).zip(row_index) {
-            y.copy_from_slice(&all[row as usize * w.rows()..][..w.rows()]);
-        }
-    }
-
-    /// `y[m, h, o] = Σ_i x[m, h, i] · w[h, o, i]` in f32: `m` rows of one vector per head.
-    pub fn head_matmul(&self, w: &HeadMatrices, x: &[f32], m: usize, y: &mut [f32]) {
-        reference::head_matmul(w, x, m, y);
     }
 
     /// `y = x / sqrt(mean(x²) + eps) · w` for `m` rows of `w.len()` values.

@@ -2,9 +2,11 @@
 //!
 //! Task indices are handed out by an atomic counter, so a slow thread delays no others. A worker waits by spinning for
 //! some 20 µs, since the next operator of a step usually follows within that time, and then parks: an idle process costs
-//! nothing. `run` allocates nothing and takes one uncontended lock.
+//! nothing. A loop waits for the workers that joined it, never for one to wake up: on a crowded machine the caller may
+//! have done all the work by then. `run` allocates nothing.
 
 use std::any::Any;
+use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,19 +24,26 @@ struct Job {
     tasks: usize,
 }
 
-// SAFETY: the pointee is `Sync`, and it outlives every use: `run` does not return before all workers left the job.
-unsafe impl Send for Job {}
+/// The gate's layout: workers inside in the low 32 bits, then a bit that lets them in, then the loop's number.
+const OPEN: u64 = 1 << 32;
+const INSIDE: u64 = OPEN - 1;
+const NUMBER: u64 = 1 << 33;
 
 struct Shared {
-    /// Number of the current job; a worker that sees a new number takes part in it.
-    epoch: AtomicU64,
-    job: Mutex<Option<Job>>,
+    /// Who takes part in which loop. Workers enter only while it is open, by the same atomic step that counts them.
+    gate: AtomicU64,
+    /// The current loop. Written only while the gate is closed and nobody is inside; read only from inside.
+    job: UnsafeCell<Option<Job>>,
     next: AtomicUsize,
-    /// Workers that have not yet left the current job.
-    busy: AtomicUsize,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     stop: AtomicBool,
 }
+
+// SAFETY: all but `job` is `Sync` by itself; `job` is guarded by the gate as its comment says, and what its pointer
+// leads to is `Sync` and alive for as long as anybody is inside.
+unsafe impl Sync for Shared {}
+// SAFETY: as above; nothing is tied to a thread.
+unsafe impl Send for Shared {}
 
 /// Fixed threads for data-parallel loops; the caller of [`ThreadPool::run`] is one of them.
 pub struct ThreadPool {
@@ -49,10 +58,9 @@ impl ThreadPool {
     /// are done without (and logged): the pool is then merely smaller.
     pub fn new(threads: usize, name: &str) -> Self {
         let shared = Arc::new(Shared {
-            epoch: AtomicU64::new(0),
-            job: Mutex::new(None),
+            gate: AtomicU64::new(0),
+            job: UnsafeCell::new(None),
             next: AtomicUsize::new(0),
-            busy: AtomicUsize::new(0),
             panic: Mutex::new(None),
             stop: AtomicBool::new(false),
         });
@@ -87,22 +95,24 @@ impl ThreadPool {
         }
         let turn = lock(&self.turn);
         let shared = &*self.shared;
-        // SAFETY: only the lifetime changes. The pointer is used by this thread and by workers between the epoch's
-        // increment and their decrement of `busy`; this function leaves only after `busy` is zero, so `body` outlives
-        // every use. Panics in a body are caught on both sides and cannot skip that wait.
+        // SAFETY: only the lifetime changes. The pointer is used by this thread and by workers inside the gate; this
+        // function leaves only after the gate is closed and nobody is inside, so `body` outlives every use. Panics in
+        // a body are caught on both sides and cannot skip that wait.
         let body: Body = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), Body>(body) };
         let job = Job { body, tasks };
-        *lock(&shared.job) = Some(job);
+        // SAFETY: the gate is closed and nobody is inside: so the previous loop left it, and `turn` keeps others off.
+        unsafe { *shared.job.get() = Some(job) };
         shared.next.store(0, Ordering::Relaxed);
-        shared.busy.store(self.workers.len(), Ordering::Relaxed);
-        // Release: a worker that sees the new epoch sees the stores above.
-        shared.epoch.fetch_add(1, Ordering::Release);
+        // Release: a worker that enters sees the stores above.
+        let number = (shared.gate.load(Ordering::Relaxed) & !INSIDE).wrapping_add(NUMBER);
+        shared.gate.store(number | OPEN, Ordering::Release);
         for worker in &self.workers {
             worker.thread().unpark();
         }
         take_part(shared, job);
-        wait_until(|| shared.busy.load(Ordering::Acquire) == 0);
-        *lock(&shared.job) = None;
+        // Acquire, here and in the wait: what workers wrote is visible once they have left.
+        shared.gate.fetch_and(!OPEN, Ordering::AcqRel);
+        wait_until(|| shared.gate.load(Ordering::Acquire) & INSIDE == 0);
         let panic = lock(&shared.panic).take();
         drop(turn);
         if let Some(panic) = panic {
@@ -123,37 +133,44 @@ impl Drop for ThreadPool {
 }
 
 fn work(shared: &Shared) {
-    let mut seen = 0;
-    loop {
-        let spin_until = Instant::now() + SPIN;
-        loop {
-            if shared.stop.load(Ordering::Acquire) {
-                return;
-            }
-            if shared.epoch.load(Ordering::Acquire) != seen {
-                break;
-            }
-            if Instant::now() < spin_until {
-                std::hint::spin_loop();
-            } else {
-                // An `unpark` between the check above and this call makes it return at once.
-                std::thread::park();
-            }
-        }
-        // One epoch at a time: the next one cannot start before this worker left the present one.
-        seen += 1;
-        let job = *lock(&shared.job);
-        if let Some(job) = job {
+    let mut last = 0;
+    while let Some(number) = enter(shared, last) {
+        last = number;
+        // SAFETY: this worker is inside, so nobody writes the job.
+        if let Some(job) = unsafe { *shared.job.get() } {
             take_part(shared, job);
         }
-        // Release: whatever the bodies wrote is visible to the caller that sees zero.
-        shared.busy.fetch_sub(1, Ordering::Release);
+        // Release: what the bodies wrote is visible to the caller that sees nobody inside.
+        shared.gate.fetch_sub(1, Ordering::Release);
+    }
+}
+
+/// Waits for an open gate of another loop than `last` and enters; `None` when the pool ends.
+fn enter(shared: &Shared, last: u64) -> Option<u64> {
+    let spin_until = Instant::now() + SPIN;
+    loop {
+        if shared.stop.load(Ordering::Acquire) {
+            return None;
+        }
+        let gate = shared.gate.load(Ordering::Relaxed);
+        let number = gate / NUMBER;
+        if gate & OPEN != 0 && number != last {
+            // Acquire: the job and the counter that belong to this gate.
+            if shared.gate.compare_exchange(gate, gate + 1, Ordering::Acquire, Ordering::Relaxed).is_ok() {
+                return Some(number);
+            }
+        } else if Instant::now() < spin_until {
+            std::hint::spin_loop();
+        } else {
+            // An `unpark` between the check above and this call makes it return at once.
+            std::thread::park();
+        }
     }
 }
 
 /// Takes tasks until there are none left, or one panics.
 fn take_part(shared: &Shared, job: Job) {
-    // SAFETY: `run` keeps the body alive until every thread that calls this has left the job.
+    // SAFETY: `run` keeps the body alive until every thread that calls this has left the loop.
     let body = unsafe { &*job.body };
     loop {
         let task = shared.next.fetch_add(1, Ordering::Relaxed);
@@ -169,7 +186,7 @@ fn take_part(shared: &Shared, job: Job) {
     }
 }
 
-/// Spins, and after [`SPIN`] yields: a thread that finished last may have been put off the core.
+/// Spins, and after [`SPIN`] yields: a thread with the last task may have been put off the core.
 fn wait_until(done: impl Fn() -> bool) {
     let spin_until = Instant::now() + SPIN;
     while !done() {
