@@ -5,6 +5,7 @@
 
 mod environment;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use minijinja::Environment;
@@ -95,9 +96,10 @@ impl ChatTemplate {
         ];
         let marks = [("bos_token", &self.bos_token), ("eos_token", &self.eos_token)];
         let marks = marks.into_iter().filter_map(|(name, mark)| Some((name, Jinja::from(mark.as_ref()?))));
-        // Of two entries with one name the later stands.
         let extra = extra.iter().map(|(name, value)| (name.as_str(), Jinja::from(Serde(value))));
-        let variables: Jinja = extra.chain(own).chain(marks).collect();
+        // Of two entries with one name the later stands.
+        let variables: BTreeMap<&str, Jinja> = extra.chain(own).chain(marks).collect();
+        let variables = Jinja::from_pairs(variables);
         let rendered = self.environment.get_template(NAME).and_then(|template| template.render(variables));
         rendered.map_err(|error| {
             let source = match environment::refusal(&error) {

@@ -209,8 +209,8 @@ impl ModelConfig {
     }
 
     /// What cos and sin of the rotary embedding are multiplied by: 1 in every released model.
-    pub fn rope_gain(&self) -> f32 {
-        self.rope.gain() as f32
+    pub fn rope_gain(&self) -> f64 {
+        self.rope.gain()
     }
 
     /// Channels of a query or key head.
@@ -246,14 +246,15 @@ impl ModelConfig {
         let per_group = experts / groups;
         let reachable = match self.topk_method {
             TopkMethod::Greedy => experts,
-            TopkMethod::NoauxTc | TopkMethod::GroupLimitedGreedy => self.topk_group * per_group,
+            TopkMethod::GroupLimitedGreedy => self.topk_group * per_group,
+            TopkMethod::NoauxTc => {
+                let expected = "such that a group has two experts: its score is the sum of its two best";
+                check(per_group >= 2, "n_group", expected, groups)?;
+                self.topk_group * per_group
+            }
         };
         let topk = self.num_experts_per_tok;
         check(topk <= reachable, "num_experts_per_tok", "at most the experts of `topk_group` groups", topk)?;
-        if self.topk_method == TopkMethod::NoauxTc {
-            let expected = "such that a group has two experts: its score is the sum of its two best";
-            check(per_group >= 2, "n_group", expected, groups)?;
-        }
         Ok(())
     }
 }

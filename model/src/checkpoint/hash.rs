@@ -45,7 +45,7 @@ fn windows(data: &[u8]) -> impl Iterator<Item = &[u8]> {
     let (count, window) =
         if spread <= (WINDOWS - 1) * WINDOW_BYTES { (1, data.len()) } else { (WINDOWS, WINDOW_BYTES) };
     (0..count).map(move |i| {
-        let begin = if count == 1 { 0 } else { spread / (count - 1) * i };
+        let begin = if count == 1 { 0 } else { spread * i / (count - 1) };
         &data[begin..begin + window]
     })
 }

@@ -56,7 +56,7 @@ pub(super) fn parse(file: &[u8]) -> Result<Vec<Entry>, Problem> {
     let Header(mut described) = serde_json::from_slice(header).map_err(HeaderError::Json)?;
 
     let data_bytes = bytes - data_begin;
-    described.sort_by(|(_, a), (_, b)| a.data_offsets.cmp(&b.data_offsets));
+    described.sort_by_key(|(_, tensor)| tensor.data_offsets);
     let mut entries: Vec<Entry> = Vec::with_capacity(described.len());
     let mut end_before = 0;
     for (name, tensor) in described {
