@@ -115,6 +115,16 @@ pub enum CredentialError {
         /// `ca_pem` or `cert_pem`.
         field: &'static str,
     },
+    /// More certificates than a handshake packet holds.
+    #[error("{field} holds {bytes} bytes of certificates, at most {max} allowed")]
+    TooLong {
+        /// `ca_pem` or `cert_pem`.
+        field: &'static str,
+        /// Bytes found, without the PEM armour.
+        bytes: usize,
+        /// Bytes allowed.
+        max: usize,
+    },
     /// The TLS library refuses them, for one because key and certificate differ.
     #[error(transparent)]
     Tls(#[from] rustls::Error),

@@ -14,7 +14,6 @@ use super::hello::Streams;
 use super::outbox::Queue;
 use crate::event::{LossReason, PeerId};
 use crate::frame::{Channel, Frame, FrameHeader, ProtocolError};
-use crate::inbox::admitted;
 
 /// Frames that one write takes together: many small ones share a packet, and a queue of large ones does not
 /// become one long write.
@@ -103,7 +102,7 @@ async fn receive(
         }
         let header = FrameHeader::decode(header, &io.limits)?;
         let Some(admission) = inbox.admit(header.payload_bytes()).await else { return Ok(()) };
-        let mut payload = Vec::with_capacity(header.payload_bytes());
+        let mut payload = inbox.buffer(header.payload_bytes());
         while payload.len() < header.payload_bytes() {
             match stream.read_chunk(header.payload_bytes() - payload.len(), true).await {
                 Ok(Some(chunk)) => payload.extend_from_slice(&chunk.bytes),
@@ -112,7 +111,7 @@ async fn receive(
             }
         }
         io.peers.counters.received(payload.len());
-        let mut body = admitted(payload, admission);
+        let mut body = inbox.hold(payload, admission);
         let head = body.split_to(header.head_bytes as usize);
         inbox.deliver(peer, head, body);
     }

@@ -15,7 +15,7 @@ use tokio::sync::{Notify, Semaphore, mpsc};
 use super::connection::{self, CloseCode, Live, close};
 use super::hello::{self, Hello};
 use super::outbox::{Outbox, outbox};
-use super::path::{Path, UDP_PAYLOAD_BYTES_MAX};
+use super::path::Path;
 use super::{socket, tls};
 use crate::error::{DialError, SendError};
 use crate::event::{Event, LossReason, PeerId, PeerInfo};
@@ -169,7 +169,7 @@ fn open(
 
     let mut config = EndpointConfig::default();
     // A transport parameter: at quinn's default of 1,472 the peer would not send larger datagrams.
-    config.max_udp_payload_size(UDP_PAYLOAD_BYTES_MAX.min(path.mtu_bytes)).map_err(io::Error::other)?;
+    config.max_udp_payload_size(path.mtu_bytes).map_err(io::Error::other)?;
     let socket = socket::register(udp, path)?;
     let endpoint =
         quinn::Endpoint::new_with_abstract_socket(config, Some(server), socket, Arc::new(TokioRuntime))?;

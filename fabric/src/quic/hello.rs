@@ -5,6 +5,7 @@
 
 use quinn::{Connection, ConnectionError, ReadExactError, RecvStream, SendStream, WriteError};
 
+use super::path::IDLE;
 use crate::error::{DialError, FabricError};
 use crate::event::PeerInfo;
 use crate::frame::{Channel, ProtocolError};
@@ -122,6 +123,7 @@ pub(crate) enum HandshakeError {
 impl From<HandshakeError> for DialError {
     fn from(error: HandshakeError) -> Self {
         match error {
+            HandshakeError::Connection(ConnectionError::TimedOut) => DialError::TimedOut(IDLE),
             HandshakeError::Connection(error) => DialError::Handshake { detail: error.to_string() },
             HandshakeError::Protocol(error) => DialError::Protocol(error),
         }

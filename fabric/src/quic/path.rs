@@ -1,9 +1,9 @@
 //! How quinn is tuned for the path it runs on.
 //!
 //! The figures are measurements on this project's CPUs over loopback. The datagram size decides: 0.75 GB/s with quinn's
-//! defaults, 2.4–2.75 with 9,000-byte frames, 3.0–3.7 with loopback's. Three combinations make quinn fail silently, and
-//! each has its line below: a segmented send over 65,507 bytes, a datagram size over the congestion window, and
-//! windows over the receiver's socket buffer.
+//! defaults, 2.4–2.75 with 9,000-byte frames, 3.0–3.7 with loopback's. Four combinations make quinn fail, and each has
+//! its line below: a segmented send over 65,507 bytes, a datagram size over the congestion window, a handshake packet
+//! over 16 KiB, and windows over the receiver's socket buffer.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -20,9 +20,12 @@ pub(crate) const UDP_PAYLOAD_BYTES_MAX: u16 = 65_507;
 const UDP6_PAYLOAD_BYTES_MAX: u16 = 65_488;
 /// 9,000-byte Ethernet less the IPv6 and UDP headers.
 const JUMBO_PAYLOAD_BYTES: u16 = 8_952;
+/// What quinn pads the handshake's datagrams to, and falls back to when large ones are lost, on loopback. Not the
+/// full size there: a handshake packet's length field ends at 16,383, and quinn panics beyond.
+const LOOPBACK_FLOOR_BYTES: u16 = 16_000;
 
 /// A peer that sent nothing for so long is dead; the design allows 2 s until both sides are at their baseline.
-const IDLE: Duration = Duration::from_millis(1500);
+pub(crate) const IDLE: Duration = Duration::from_millis(1500);
 /// Five lost in a row before a live peer is taken for dead.
 const KEEP_ALIVE: Duration = Duration::from_millis(250);
 /// quinn's 333 ms would repeat a lost first packet after a second only; within a site 25 ms is plenty.
@@ -33,7 +36,7 @@ const INITIAL_RTT: Duration = Duration::from_millis(25);
 pub(crate) struct Path {
     /// Datagram payload that is aimed at.
     pub mtu_bytes: u16,
-    /// Known beforehand: no search for it, and no falling below it.
+    /// Known beforehand: used from the first packet on, instead of being searched for.
     known: bool,
 }
 
@@ -65,12 +68,12 @@ impl Path {
         cubic.initial_window(initial_window);
         transport.congestion_controller_factory(Arc::new(cubic));
         if self.known {
-            transport.initial_mtu(self.mtu_bytes).min_mtu(self.mtu_bytes).mtu_discovery_config(None);
-        } else {
-            let mut discovery = MtuDiscoveryConfig::default();
-            discovery.upper_bound(self.mtu_bytes);
-            transport.mtu_discovery_config(Some(discovery));
+            transport.initial_mtu(self.mtu_bytes).min_mtu(LOOPBACK_FLOOR_BYTES);
         }
+        // On a known path there is nothing to find at first, but a way back up after a fall.
+        let mut discovery = MtuDiscoveryConfig::default();
+        discovery.upper_bound(self.mtu_bytes);
+        transport.mtu_discovery_config(Some(discovery));
 
         // What is unacknowledged is bounded here, by the sender; receive windows are wide so that flow control only
         // acts when a consumer lags behind and its inbox is no longer read.

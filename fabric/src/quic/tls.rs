@@ -19,6 +19,9 @@ const ALPN: &[u8] = b"trireme-fabric/1";
 /// The name in every certificate of a cluster: workers are told apart by their hello, not by DNS.
 pub(crate) const SERVER_NAME: &str = "trireme";
 
+/// Bytes of a chain, or of the CAs. The handshake carries them in packets that may not reach 16 KiB (see `path`).
+const CERTIFICATES_BYTES_MAX: usize = 12 << 10;
+
 /// What dials and what answers.
 pub(crate) struct Configs {
     pub client: Arc<QuicClientConfig>,
@@ -69,7 +72,12 @@ fn certificates(field: &'static str, pem: &str) -> Result<Vec<CertificateDer<'st
     let found = CertificateDer::pem_slice_iter(pem.as_bytes())
         .collect::<Result<Vec<_>, _>>()
         .map_err(|source| CredentialError::Pem { field, source })?;
-    if found.is_empty() { Err(CredentialError::Empty { field }) } else { Ok(found) }
+    let bytes = found.iter().map(|certificate| certificate.len()).sum();
+    match bytes {
+        0 => Err(CredentialError::Empty { field }),
+        1..=CERTIFICATES_BYTES_MAX => Ok(found),
+        _ => Err(CredentialError::TooLong { field, bytes, max: CERTIFICATES_BYTES_MAX }),
+    }
 }
 
 fn private_key(options: &QuicOptions) -> Result<PrivateKeyDer<'static>, CredentialError> {
