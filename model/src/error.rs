@@ -1,6 +1,8 @@
 //! Everything that can be wrong with a model directory.
 //!
-//! All of it is the model owner's to repair: no variant is worth a retry, and none is met once serving has begun.
+//! Two moments, two consequences. While a directory is opened, an error is its owner's to repair and the process does
+//! not start. While requests are served only `Tokenizer::encode` and `ChatTemplate::render` can fail, and what fails is
+//! the caller's text or conversation: `Rejected`. Nothing here is worth a retry.
 
 use std::path::PathBuf;
 

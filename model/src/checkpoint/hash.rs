@@ -49,3 +49,6 @@ fn windows(data: &[u8]) -> impl Iterator<Item = &[u8]> {
         &data[begin..begin + window]
     })
 }
+
+#[cfg(test)]
+mod tests;
