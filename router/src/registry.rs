@@ -1,0 +1,336 @@
+//! The workers that hold a lease here, and the gRPC service on which they hold it.
+//!
+//! Invariants: at most one live incarnation per worker id; an incarnation that was replaced never comes
+//! back; every live worker serves the same weights in the same numerics, because one model name must mean
+//! one model. Back ends may differ: placement pairs only equal fingerprints. A worker that leaves,
+//! falls silent for a lease or is replaced ends every sequence that waits on it, at once.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use dashmap::DashMap;
+use dashmap::mapref::entry::Entry;
+use model::ExecutionFingerprint;
+use proto::field::FieldError;
+use proto::security::{EndpointError, Identity};
+use proto::v1;
+use tokio::sync::{Notify, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+use tracing::{info, warn};
+
+use crate::config::Config;
+use crate::metrics::Metrics;
+use crate::placement::{self, Need, PlacementError, Tier, WorkerLoad};
+use crate::worker::{Assignment, Worker, WorkerKey};
+
+/// Replaced incarnations we remember, so that a stopped process that wakes up cannot take its id back.
+const REPLACED_MAX: usize = 4096;
+/// Answers in flight to one worker: each supersedes the one before.
+const ANSWERS_MAX: usize = 4;
+
+/// Why a worker gets no lease.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Refusal {
+    #[error("info: missing in the first report")]
+    NoInfo,
+    #[error("{0}")]
+    Field(#[from] FieldError),
+    #[error("incarnation: the report says {report:016x}, its info {info:016x}")]
+    Incarnation { report: u64, info: u64 },
+    #[error("incarnation: {0} was replaced by a later process of the same id")]
+    Replaced(WorkerKey),
+    #[error(
+        "fingerprint.{field}: {theirs} here, but live worker {worker} has {ours}; one model name means one model"
+    )]
+    OtherModel { field: &'static str, theirs: String, worker: WorkerKey, ours: String },
+    #[error("worker_id: this router already holds its limit of {0} workers")]
+    Full(usize),
+    #[error("control_address: {0}")]
+    Address(#[from] EndpointError),
+}
+
+/// A sequence's two workers, counted against both while held.
+pub(crate) struct Placed {
+    pub prefill: Assignment,
+    pub decode: Assignment,
+}
+
+/// The table of live workers.
+pub(crate) struct Registry {
+    workers: DashMap<Arc<str>, Lease>,
+    replaced: Mutex<VecDeque<WorkerKey>>,
+    /// Choosing and counting are one step, or two sequences would take the same last blocks.
+    placing: Mutex<()>,
+    /// Wakes whoever waits for a worker or for room.
+    changed: Notify,
+    identity: Identity,
+    metrics: Arc<Metrics>,
+    workers_max: usize,
+    lease: std::time::Duration,
+}
+
+/// A table entry: the worker, and which of its connections speaks for it.
+struct Lease {
+    worker: Arc<Worker>,
+    /// Grows when the same incarnation connects anew; the older connection then ends without harm.
+    connection: u64,
+}
+
+impl Registry {
+    pub fn new(config: &Config, identity: Identity, metrics: Arc<Metrics>) -> Self {
+        Self {
+            workers: DashMap::new(),
+            replaced: Mutex::new(VecDeque::new()),
+            placing: Mutex::new(()),
+            changed: Notify::new(),
+            identity,
+            metrics,
+            workers_max: config.workers_max,
+            lease: config.lease(),
+        }
+    }
+
+    /// Every live worker, ordered by id.
+    pub fn workers(&self) -> Vec<Arc<Worker>> {
+        let mut workers: Vec<_> = self.workers.iter().map(|lease| Arc::clone(&lease.worker)).collect();
+        workers.sort_by(|a, b| a.key.cmp(&b.key));
+        workers
+    }
+
+    /// Chooses a pair and counts the sequence against it.
+    ///
+    /// # Errors
+    /// As [`placement::place`].
+    pub fn place(&self, need: &Need<'_>) -> Result<Placed, PlacementError> {
+        let _one_at_a_time = self.placing.lock().unwrap_or_else(PoisonError::into_inner);
+        let workers = self.workers();
+        let loads: Vec<WorkerLoad> = workers.iter().map(|worker| worker.load()).collect();
+        let pair = placement::place(&loads, need)?;
+        let find = |key: &WorkerKey| workers.iter().find(|worker| worker.key == *key);
+        let prefill = find(&pair.prefill).ok_or(PlacementError::NoPrefill)?;
+        let decode = find(&pair.decode).ok_or(PlacementError::NoDecode)?;
+        Ok(Placed {
+            prefill: prefill.assign(need.prompt_tokens, need.prompt_tokens),
+            decode: decode.assign(0, need.lifetime_tokens),
+        })
+    }
+
+    /// The longest sequence that some live decode worker could ever hold, tokens.
+    pub fn lifetime_tokens_max(&self) -> Option<u64> {
+        let loads: Vec<WorkerLoad> = self.workers().iter().map(|worker| worker.load()).collect();
+        placement::lifetime_tokens_max(&loads)
+    }
+
+    /// Resolves at the next report, arrival or departure: a reason to try placing again.
+    pub fn changed(&self) -> tokio::sync::futures::Notified<'_> {
+        self.changed.notified()
+    }
+
+    /// A sequence has given its blocks back: whoever waits for room may try again.
+    pub fn room_freed(&self) {
+        self.changed.notify_waiters();
+    }
+
+    /// Gives a lease, or says what is wrong with the worker. Returns its entry and the connection's number.
+    pub fn admit(&self, report: v1::WorkerReport, now: Instant) -> Result<(Arc<Worker>, u64), Refusal> {
+        let info = report.info.clone().ok_or(Refusal::NoInfo)?;
+        proto::membership::check_info(&info)?;
+        if report.incarnation != info.incarnation {
+            return Err(Refusal::Incarnation { report: report.incarnation, info: info.incarnation });
+        }
+        let key = WorkerKey { id: Arc::from(info.worker_id.as_str()), incarnation: info.incarnation };
+        if self.replaced.lock().unwrap_or_else(PoisonError::into_inner).contains(&key) {
+            return Err(Refusal::Replaced(key));
+        }
+        let worker = self.make_worker(key, info, report, now)?;
+        if self.workers.len() >= self.workers_max && !self.workers.contains_key(&worker.key.id) {
+            return Err(Refusal::Full(self.workers_max));
+        }
+        let admitted = self.enter(worker);
+        self.changed.notify_waiters();
+        Ok(admitted)
+    }
+
+    fn make_worker(
+        &self,
+        key: WorkerKey,
+        info: v1::WorkerInfo,
+        report: v1::WorkerReport,
+        now: Instant,
+    ) -> Result<Worker, Refusal> {
+        let fingerprint = match &info.fingerprint {
+            Some(wire) => Some(Arc::new(
+                proto::fingerprint::from_wire(wire).map_err(|error| error.within("fingerprint"))?,
+            )),
+            None => None,
+        };
+        if let Some(fingerprint) = &fingerprint {
+            self.same_model(&key, fingerprint)?;
+        }
+        let tier = match info.role() {
+            v1::Role::Prefill => Tier::Prefill,
+            v1::Role::Decode => Tier::Decode,
+            // `check_info` has refused what is none of the three.
+            v1::Role::Expert | v1::Role::Unspecified => Tier::Expert,
+        };
+        let channel = match tier {
+            Tier::Expert => None,
+            Tier::Prefill | Tier::Decode => {
+                Some(self.identity.endpoint(&info.control_address)?.connect_lazy())
+            }
+        };
+        Ok(Worker::new(key, tier, fingerprint, channel, info, report, now))
+    }
+
+    fn same_model(&self, key: &WorkerKey, theirs: &ExecutionFingerprint) -> Result<(), Refusal> {
+        for lease in &self.workers {
+            let Some(ours) = &lease.worker.fingerprint else { continue };
+            // The one whose place it takes has no say: a cluster of one worker may change its model.
+            if lease.worker.key.id == key.id {
+                continue;
+            }
+            let refuse = |field, theirs: String, ours: String| {
+                Err(Refusal::OtherModel { field, theirs, worker: lease.worker.key.clone(), ours })
+            };
+            if ours.weights != theirs.weights {
+                return refuse("weights", hex(&theirs.weights), hex(&ours.weights));
+            }
+            if ours.numerics != theirs.numerics {
+                return refuse("numerics", theirs.numerics.to_string(), ours.numerics.to_string());
+            }
+        }
+        Ok(())
+    }
+
+    fn enter(&self, worker: Worker) -> (Arc<Worker>, u64) {
+        match self.workers.entry(Arc::clone(&worker.key.id)) {
+            Entry::Occupied(mut entry) if entry.get().worker.key == worker.key => {
+                let lease = entry.get_mut();
+                lease.connection += 1;
+                (Arc::clone(&lease.worker), lease.connection)
+            }
+            Entry::Occupied(mut entry) => {
+                let worker = Arc::new(worker);
+                let old = entry.insert(Lease { worker: Arc::clone(&worker), connection: 0 }).worker;
+                warn!(old = %old.key, new = %worker.key, "worker replaced by a new incarnation");
+                self.remember_replaced(old.key.clone());
+                self.metrics.worker_lost(old.tier, "replaced");
+                old.end();
+                (worker, 0)
+            }
+            Entry::Vacant(entry) => {
+                let worker = Arc::new(worker);
+                info!(worker = %worker.key, tier = worker.tier.name(), "worker joined");
+                entry.insert(Lease { worker: Arc::clone(&worker), connection: 0 });
+                (worker, 0)
+            }
+        }
+    }
+
+    fn remember_replaced(&self, key: WorkerKey) {
+        let mut replaced = self.replaced.lock().unwrap_or_else(PoisonError::into_inner);
+        if replaced.len() == REPLACED_MAX {
+            replaced.pop_front();
+        }
+        replaced.push_back(key);
+    }
+
+    /// Takes the lease back, unless a newer connection or incarnation holds it.
+    pub fn release(&self, worker: &Worker, connection: u64, reason: &'static str) {
+        let held =
+            |_: &Arc<str>, lease: &Lease| lease.worker.key == worker.key && lease.connection == connection;
+        if self.workers.remove_if(&worker.key.id, held).is_some() {
+            warn!(worker = %worker.key, reason, "worker left");
+            self.metrics.worker_lost(worker.tier, reason);
+            worker.end();
+            self.changed.notify_waiters();
+        }
+    }
+
+    /// Whether `connection` still speaks for the worker.
+    fn current(&self, worker: &Worker, connection: u64) -> bool {
+        self.workers
+            .get(&worker.key.id)
+            .is_some_and(|lease| lease.worker.key == worker.key && lease.connection == connection)
+    }
+
+    /// Holds one worker's lease for as long as its reports come.
+    async fn hold(
+        self: Arc<Self>,
+        mut reports: Streaming<v1::WorkerReport>,
+        answers: mpsc::Sender<Result<v1::RouterReport, Status>>,
+    ) {
+        let Ok(Ok(Some(first))) = tokio::time::timeout(self.lease, reports.message()).await else { return };
+        let (worker, connection) = match self.admit(first, Instant::now()) {
+            Ok(admitted) => admitted,
+            Err(refusal) => {
+                warn!(%refusal, "worker refused");
+                self.metrics.workers_refused.inc();
+                let answer = v1::RouterReport { refused: refusal.to_string(), workers: Vec::new() };
+                // The worker may have gone already; then nobody needs the answer.
+                let _ = answers.send(Ok(answer)).await;
+                return;
+            }
+        };
+        let reason = loop {
+            // A full queue means that an answer is still on its way: this one would say the same.
+            let _ = answers.try_send(Ok(self.answer()));
+            let next = tokio::select! {
+                () = worker.gone() => break "replaced",
+                next = tokio::time::timeout(self.lease, reports.message()) => next,
+            };
+            match next {
+                Err(_elapsed) => break "silent",
+                Ok(Err(_)) => break "connection lost",
+                Ok(Ok(None)) => break "connection closed",
+                Ok(Ok(Some(report))) if report.incarnation != worker.key.incarnation => {
+                    break "wrong incarnation";
+                }
+                Ok(Ok(Some(_))) if !self.current(&worker, connection) => break "reconnected",
+                Ok(Ok(Some(report))) => {
+                    worker.report(report, Instant::now());
+                    self.changed.notify_waiters();
+                }
+            }
+        };
+        self.release(&worker, connection, reason);
+    }
+
+    fn answer(&self) -> v1::RouterReport {
+        let workers = self.workers().iter().map(|worker| worker.info.clone()).collect();
+        v1::RouterReport { refused: String::new(), workers }
+    }
+
+    /// Takes every lease back: the router is about to stop.
+    pub fn close(&self) {
+        for worker in self.workers() {
+            worker.end();
+        }
+    }
+}
+
+/// `trireme.v1.Registry` over a [`Registry`].
+pub(crate) struct RegistryService(pub Arc<Registry>);
+
+#[tonic::async_trait]
+impl v1::registry_server::Registry for RegistryService {
+    type AnnounceStream = ReceiverStream<Result<v1::RouterReport, Status>>;
+
+    async fn announce(
+        &self,
+        request: Request<Streaming<v1::WorkerReport>>,
+    ) -> Result<Response<Self::AnnounceStream>, Status> {
+        let (answers, stream) = mpsc::channel(ANSWERS_MAX);
+        tokio::spawn(Arc::clone(&self.0).hold(request.into_inner(), answers));
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,255 @@
+//! One try of one choice on one pair of workers.
+//!
+//! decode reserves and answers with a ticket, prefill gets prompt and ticket, and [`Merge`] makes one
+//! sequence of tokens of what both send. Once decode has the hand-off and the first token is out, prefill
+//! may fail without harm.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use proto::control::Consequence;
+use proto::sequence::{sampling_to_wire, stopping_to_wire};
+use proto::v1::decode_client::DecodeClient;
+use proto::v1::prefill_client::PrefillClient;
+use proto::v1::{self, decode_event};
+use tonic::{Status, Streaming};
+use tracing::{Instrument, info_span};
+
+use super::merge::Merge;
+use super::micros;
+use super::output::{ChoiceOutput, Flow};
+use crate::admission::{Admitted, AdmittedPrompt};
+use crate::error::RequestError;
+use crate::metrics::Metrics;
+use crate::placement::Tier;
+use crate::registry::Placed;
+use crate::worker::{Assignment, Worker, WorkerKey};
+
+/// Longest message of a worker's error that is passed on, characters.
+const MESSAGE_MAX: usize = 300;
+
+/// What is the same for every try of a choice.
+pub(super) struct Attempt<'a> {
+    pub metrics: &'a Metrics,
+    pub admitted: &'a Admitted,
+    pub prompt: &'a AdmittedPrompt,
+    pub choice: u32,
+}
+
+/// A choice that finished.
+pub(super) struct ChoiceReport {
+    pub completion_tokens: u32,
+    pub cached_tokens: u32,
+    /// Admission and total are the request's and filled in there.
+    pub timings: v1::Timings,
+}
+
+/// A try that failed, and on whom.
+pub(super) struct Failure {
+    pub error: RequestError,
+    pub tier: Tier,
+    pub worker: WorkerKey,
+}
+
+impl Failure {
+    fn at(worker: &Worker, error: RequestError) -> Self {
+        Self { error, tier: worker.tier, worker: worker.key.clone() }
+    }
+
+    fn protocol(worker: &Worker, problem: &'static str) -> Self {
+        Self::at(worker, RequestError::WorkerProtocol { worker: worker.key.clone(), problem })
+    }
+
+    fn gone(worker: &Worker) -> Self {
+        Self::at(worker, RequestError::WorkerGone { worker: worker.key.clone() })
+    }
+
+    /// Decode has no KV blocks for the sequence now.
+    pub fn no_room(&self) -> bool {
+        let exhausted =
+            matches!(&self.error, RequestError::Worker { code: tonic::Code::ResourceExhausted, .. });
+        exhausted && self.tier == Tier::Decode
+    }
+}
+
+impl Attempt<'_> {
+    /// Runs the choice to its end on `placed`. Dropping the future cancels on both workers.
+    pub async fn run(&self, placed: Placed, output: &mut ChoiceOutput<'_>) -> Result<ChoiceReport, Failure> {
+        let Placed { prefill, decode } = placed;
+        let span = info_span!(
+            "attempt",
+            hop = 4,
+            request_id = %self.admitted.context.request_id,
+            prefill = %prefill.worker().key,
+            decode = %decode.worker().key,
+        );
+        self.run_within(prefill, decode, output).instrument(span).await
+    }
+
+    async fn run_within(
+        &self,
+        prefill: Assignment,
+        decode: Assignment,
+        output: &mut ChoiceOutput<'_>,
+    ) -> Result<ChoiceReport, Failure> {
+        let reserving = Instant::now();
+        let (tokens, ticket) = self.reserve(decode.worker()).await?;
+        let reserve = reserving.elapsed();
+        self.metrics.hop("reserve", reserve);
+        let first_tokens = self.prefill(prefill.worker(), ticket).await?;
+        let report = self.merge(prefill, decode, first_tokens, tokens, output).await?;
+        let timings = v1::Timings { reserve_us: micros(reserve), ..report.timings };
+        self.observe(&timings);
+        Ok(ChoiceReport { timings, ..report })
+    }
+
+    /// Reads both streams until the sequence has ended.
+    async fn merge(
+        &self,
+        prefill: Assignment,
+        decode: Assignment,
+        mut first_tokens: Streaming<v1::PrefillEvent>,
+        mut tokens: Streaming<v1::DecodeEvent>,
+        output: &mut ChoiceOutput<'_>,
+    ) -> Result<ChoiceReport, Failure> {
+        let (prefill_worker, decode) = (Arc::clone(prefill.worker()), decode.worker());
+        let mut queued = Some(prefill);
+        let prefill = &prefill_worker;
+        let mut merge = Merge::new(self.prompt.stopping.max_tokens);
+        let mut prefill_open = true;
+        let mut first_decoded = None;
+        loop {
+            let (worker, ready) = tokio::select! {
+                event = first_tokens.message(), if prefill_open => match event {
+                    Ok(Some(event)) => (prefill, merge.prefill(event)),
+                    Ok(None) if merge.needs_prefill() => {
+                        return Err(Failure::protocol(prefill, "its stream ended before the hand-off"));
+                    }
+                    Err(status) if merge.needs_prefill() => return Err(self.failure(prefill, &status)),
+                    Ok(None) | Err(_) => {
+                        prefill_open = false;
+                        continue;
+                    }
+                },
+                event = tokens.message() => match event {
+                    Ok(Some(event)) => (decode, merge.decode(event)),
+                    Ok(None) => return Err(Failure::protocol(decode, "its stream ended before the sequence did")),
+                    Err(status) => return Err(self.failure(decode, &status)),
+                },
+                () = prefill.gone(), if merge.needs_prefill() => return Err(Failure::gone(prefill)),
+                () = decode.gone() => return Err(Failure::gone(decode)),
+            };
+            let ready = ready.map_err(|problem| Failure::protocol(worker, problem))?;
+            if worker.tier == Tier::Decode && !ready.is_empty() {
+                first_decoded.get_or_insert_with(Instant::now);
+            }
+            let client = |error| Failure { error, tier: worker.tier, worker: worker.key.clone() };
+            let stopped = !ready.is_empty() && output.push(ready).await.map_err(client)? == Flow::Finished;
+            if output.started() {
+                // Prefill's queue is what placement looks at, and the prompt is through it.
+                drop(queued.take());
+            }
+            if !stopped {
+                let Some(end) = merge.end() else { continue };
+                output.finish(end.reason, end.token).await.map_err(client)?;
+            }
+            let mut timings = merge.timings();
+            timings.ttft_us = micros(output.ttft());
+            if stopped {
+                // Decode does not know of the end and reports no times.
+                timings.decode_us = first_decoded.map_or(0, |first| micros(first.elapsed()));
+            }
+            return Ok(ChoiceReport {
+                completion_tokens: output.tokens(),
+                cached_tokens: merge.cached_tokens(),
+                timings,
+            });
+        }
+    }
+
+    /// Asks decode for blocks; returns its stream behind the ticket.
+    async fn reserve(&self, worker: &Worker) -> Result<(Streaming<v1::DecodeEvent>, v1::KvTicket), Failure> {
+        let channel = worker.channel.clone().ok_or_else(|| Failure::gone(worker))?;
+        let request = v1::DecodeRequest { sequence: Some(self.sequence(worker)) };
+        let opening = async {
+            let mut events = DecodeClient::new(channel).generate(request).await?.into_inner();
+            let first = events.message().await?;
+            Ok((events, first))
+        };
+        let (events, first) = self.with(worker, opening).await?;
+        let Some(decode_event::Event::Ticket(ticket)) = first.and_then(|event| event.event) else {
+            return Err(Failure::protocol(worker, "its first event was no ticket"));
+        };
+        if ticket.worker_id != *worker.key.id || ticket.incarnation != worker.key.incarnation {
+            return Err(Failure::protocol(worker, "its ticket is another worker's"));
+        }
+        Ok((events, ticket))
+    }
+
+    /// Sends prompt and ticket to prefill.
+    async fn prefill(
+        &self,
+        worker: &Worker,
+        ticket: v1::KvTicket,
+    ) -> Result<Streaming<v1::PrefillEvent>, Failure> {
+        let channel = worker.channel.clone().ok_or_else(|| Failure::gone(worker))?;
+        let request = v1::PrefillRequest { sequence: Some(self.sequence(worker)), ticket: Some(ticket) };
+        let opening = async { Ok(PrefillClient::new(channel).prefill(request).await?.into_inner()) };
+        self.with(worker, opening).await
+    }
+
+    /// A call to `worker`, ended when the worker's lease is.
+    async fn with<T>(
+        &self,
+        worker: &Worker,
+        call: impl Future<Output = Result<T, Status>>,
+    ) -> Result<T, Failure> {
+        tokio::select! {
+            result = call => result.map_err(|status| self.failure(worker, &status)),
+            () = worker.gone() => Err(Failure::gone(worker)),
+        }
+    }
+
+    fn failure(&self, worker: &Worker, status: &Status) -> Failure {
+        let error = match status.code() {
+            tonic::Code::DeadlineExceeded => RequestError::Deadline {
+                deadline: self.admitted.deadline.saturating_duration_since(self.admitted.context.received),
+            },
+            code => RequestError::Worker {
+                worker: worker.key.clone(),
+                consequence: Consequence::of(status),
+                code,
+                message: status.message().chars().take(MESSAGE_MAX).collect(),
+            },
+        };
+        Failure::at(worker, error)
+    }
+
+    fn sequence(&self, worker: &Worker) -> v1::SequenceRequest {
+        let left = self.admitted.deadline.saturating_duration_since(Instant::now());
+        let left = u64::try_from(left.as_millis()).unwrap_or(u64::MAX);
+        v1::SequenceRequest {
+            request_id: self.admitted.context.request_id.clone(),
+            traceparent: self.admitted.context.trace.child().to_string(),
+            prompt: self.prompt.tokens.iter().map(|token| token.0).collect(),
+            sampling: Some(sampling_to_wire(&self.admitted.sampling)),
+            stopping: Some(stopping_to_wire(&self.prompt.stopping)),
+            choice: self.choice,
+            // 0 would mean none.
+            deadline_ms: left.max(1),
+            fingerprint: worker.fingerprint.as_deref().map(proto::fingerprint::to_wire),
+        }
+    }
+
+    fn observe(&self, timings: &v1::Timings) {
+        for (hop, time) in [
+            ("prefill_queue", timings.prefill_queue_us),
+            ("prefill", timings.prefill_us),
+            ("handoff", timings.handoff_us),
+            ("decode_first", timings.decode_first_us),
+            ("decode", timings.decode_us),
+        ] {
+            self.metrics.hop(hop, Duration::from_micros(time));
+        }
+    }
+}
