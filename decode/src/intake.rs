@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use engine::SequenceSampler;
 use kvtransfer::{Receiver, Reservation};
 use model::{ExecutionFingerprint, ModelConfig, TokenId};
+use proto::field::{FieldError, Problem};
 use proto::fingerprint;
 use proto::sequence::{Sequence, SequenceLimits};
 use proto::ticket::KvTicket;
@@ -72,8 +73,8 @@ impl Intake {
     /// Checks a request that was received at `now`, fingerprint first: whoever runs another model would only learn
     /// of a token outside the vocabulary.
     pub(crate) fn check(&self, wire: Option<&v1::SequenceRequest>, now: Instant) -> Result<Checked, Refusal> {
-        let empty = v1::SequenceRequest::default();
-        let wire = wire.unwrap_or(&empty);
+        let missing = || FieldError { field: "sequence".into(), problem: Problem::Missing };
+        let wire = wire.ok_or_else(missing)?;
         fingerprint::require_equal(&self.fingerprint, wire.fingerprint.as_ref())?;
         let sequence = Sequence::from_wire(wire, self.limits)?;
         let admission = Admission {

@@ -185,6 +185,11 @@ impl Scheduler {
         }
     }
 
+    /// The bounds it was made with.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
     /// Takes a request in with blocks for its whole life; it waits for its KV from here on.
     pub fn admit(&mut self, admission: Admission) -> Result<SequenceId, NotAdmitted> {
         let tokens = admission.prompt_tokens + admission.rule.tokens_max() as usize;

@@ -22,12 +22,12 @@ use tonic_health::ServingStatus;
 use crate::config::Config;
 use crate::error::Error;
 use crate::health::{Progress, Watch};
-use crate::intake::Intake;
+use crate::intake::{Intake, Submission};
 use crate::metrics::Metrics;
 use crate::outbox::Doorbell;
 use crate::scheduler::{Limits, Scheduler};
 use crate::server::DecodeService;
-use crate::worker::{Inputs, Worker};
+use crate::worker::{Inputs, Parts, Worker};
 
 /// How often health looks at progress.
 const HEALTH_INTERVAL: Duration = Duration::from_millis(250);
@@ -76,82 +76,32 @@ pub struct Handle {
 /// A setting out of its range, an address that cannot be bound, certificates that are none.
 pub async fn start(config: Config, node: Node) -> Result<Handle, Error> {
     config.validate()?;
-    let Node { worker_id, incarnation, identity, routers, fabric_address, receiver, engine } = node;
-    config.validate_for(engine.step_tokens_max())?;
-    let mut server = Server::builder()
-        .tls_config(identity.server_tls())
-        .map_err(Error::Tls)?
-        .tcp_nodelay(true)
-        .http2_keepalive_interval(Some(KEEP_ALIVE_INTERVAL))
-        .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT));
+    config.validate_for(node.engine.step_tokens_max())?;
+    let mut server = server(&node.identity)?;
     let bind = |source| Error::Bind { address: config.listen, source };
     let listener = TcpListener::bind(config.listen).await.map_err(bind)?;
     let control_address = listener.local_addr().map_err(bind)?;
+    let info = info(&node, control_address);
 
-    let limits = Limits {
-        sequences_max: config.sequences_max,
-        batch_max: config.batch_max,
-        kv_blocks: engine.kv().blocks(),
-        block_tokens: engine.kv_layout().block_tokens,
-        reader_stall_max: config.reader_stall_max(),
-    };
-    let fingerprint = engine.fingerprint().clone();
-    let info = v1::WorkerInfo {
-        worker_id,
-        role: v1::Role::Decode.into(),
-        incarnation,
-        control_address: control_address.to_string(),
-        fabric_address,
-        fingerprint: Some(proto::fingerprint::to_wire(&fingerprint)),
-        wire_major: proto::WIRE_MAJOR,
-        wire_minor: proto::WIRE_MINOR,
-        kv_blocks_max: u32::try_from(limits.kv_blocks).unwrap_or(u32::MAX),
-        kv_block_tokens: u32::try_from(limits.block_tokens).unwrap_or(u32::MAX),
-        placement_version: 0,
-    };
-
-    let metrics = Metrics::new(limits.kv_blocks);
-    let intake = Arc::new(Intake::new(engine.config(), fingerprint));
-    let (submit, submissions) = bounded(config.submissions_queued_max);
-    let (doorbell, heard) = Doorbell::new();
-    let (drain, drain_by) = bounded(1);
-    let worker = Worker::new(
-        engine,
-        Scheduler::new(limits),
-        receiver,
-        Arc::clone(&intake),
-        Inputs { submissions, doorbell: heard, drain: drain_by },
-        metrics.clone(),
-        config.batch_max,
-    );
-    let (end, ended) = watch::channel(false);
-    std::thread::Builder::new()
-        .name("decode-device".to_owned())
-        .spawn(move || {
-            worker.run();
-            // Not reached by a panic: then the channel closes, which is heard as well.
-            let _ = end.send(true);
-        })
-        .map_err(Error::Thread)?;
-
+    let metrics = Metrics::new(node.engine.kv().blocks());
+    let intake = Arc::new(Intake::new(node.engine.config(), node.engine.fingerprint().clone()));
+    let device = start_device(&config, node.engine, node.receiver, Arc::clone(&intake), metrics.clone())?;
     let service = DecodeService {
         intake,
-        submissions: submit,
-        doorbell,
+        submissions: device.submissions,
+        doorbell: device.doorbell,
         metrics: metrics.clone(),
         events_queued_max: config.events_queued_max,
     };
+
     let (health, health_service) = tonic_health::server::health_reporter();
     let (stop_serving, mut stopping) = watch::channel(false);
     let mut tasks = JoinSet::new();
-    let serve = server
-        .add_service(health_service)
-        .add_service(DecodeServer::new(service))
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async move {
-            let _ = stopping.wait_for(|stop| *stop).await;
-        });
     tasks.spawn(async move {
-        if let Err(error) = serve.await {
+        let incoming = TcpListenerStream::new(listener);
+        let stop = async move { drop(stopping.wait_for(|stop| *stop).await) };
+        let router = server.add_service(health_service).add_service(DecodeServer::new(service));
+        if let Err(error) = router.serve_with_incoming_shutdown(incoming, stop).await {
             tracing::error!(%error, "the decode service ended");
         }
     });
@@ -160,19 +110,84 @@ pub async fn start(config: Config, node: Node) -> Result<Handle, Error> {
     let unwell = Arc::new(AtomicBool::new(false));
     tasks.spawn(watch_health(config.progress_stall_max(), metrics.clone(), health, Arc::clone(&unwell)));
     let report = Report { info, metrics: metrics.clone(), draining: Arc::clone(&draining), unwell };
-    let announcement = announce(routers, identity, move || report.now());
-    tracing::info!(%control_address, kv_blocks = limits.kv_blocks, "decode worker serves");
+    let announcement = announce(node.routers, node.identity, move || report.now());
+    tracing::info!(%control_address, "decode worker serves");
     Ok(Handle {
         control_address,
         metrics,
         draining,
-        drain,
+        drain: device.drain,
         drain_max: config.drain_max(),
-        ended,
+        ended: device.ended,
         stop_serving,
         tasks,
         _announcement: announcement,
     })
+}
+
+/// A gRPC server that speaks to this cluster's members alone, and notices when one is gone.
+fn server(identity: &Identity) -> Result<Server, Error> {
+    let server = Server::builder()
+        .tcp_nodelay(true)
+        .http2_keepalive_interval(Some(KEEP_ALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT));
+    server.tls_config(identity.server_tls()).map_err(Error::Tls)
+}
+
+/// Who this worker is, for the routers.
+fn info(node: &Node, control_address: SocketAddr) -> v1::WorkerInfo {
+    let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+    v1::WorkerInfo {
+        worker_id: node.worker_id.clone(),
+        role: v1::Role::Decode.into(),
+        incarnation: node.incarnation,
+        control_address: control_address.to_string(),
+        fabric_address: node.fabric_address.clone(),
+        fingerprint: Some(proto::fingerprint::to_wire(node.engine.fingerprint())),
+        wire_major: proto::WIRE_MAJOR,
+        wire_minor: proto::WIRE_MINOR,
+        kv_blocks_max: count(node.engine.kv().blocks()),
+        kv_block_tokens: count(node.engine.kv_layout().block_tokens),
+        // Which experts are where is the engine's `Experts`' business, not this role's.
+        placement_version: 0,
+    }
+}
+
+/// The ways to the device thread.
+struct Device {
+    submissions: Sender<Submission>,
+    doorbell: Doorbell,
+    drain: Sender<Instant>,
+    ended: watch::Receiver<bool>,
+}
+
+fn start_device(
+    config: &Config,
+    engine: Engine,
+    receiver: Receiver,
+    intake: Arc<Intake>,
+    metrics: Metrics,
+) -> Result<Device, Error> {
+    let (submissions, submitted) = bounded(config.submissions_queued_max);
+    let (doorbell, heard) = Doorbell::new();
+    let (drain, drain_by) = bounded(1);
+    let (end, ended) = watch::channel(false);
+    let scheduler = Scheduler::new(Limits {
+        sequences_max: config.sequences_max,
+        batch_max: config.batch_max,
+        kv_blocks: engine.kv().blocks(),
+        block_tokens: engine.kv_layout().block_tokens,
+        reader_stall_max: config.reader_stall_max(),
+    });
+    let inputs = Inputs { submissions: submitted, doorbell: heard, drain: drain_by };
+    let worker = Worker::new(Parts { engine, scheduler, receiver, intake, inputs, metrics });
+    let run = move || {
+        worker.run();
+        // Not reached by a panic: then the channel closes, which is heard as well.
+        end.send_replace(true);
+    };
+    std::thread::Builder::new().name("decode-device".to_owned()).spawn(run).map_err(Error::Thread)?;
+    Ok(Device { submissions, doorbell, drain, ended })
 }
 
 impl Handle {

@@ -37,6 +37,16 @@ pub(crate) struct Inputs {
     pub(crate) drain: Channel<Instant>,
 }
 
+/// What the device thread is made of.
+pub(crate) struct Parts {
+    pub(crate) engine: Engine,
+    pub(crate) scheduler: Scheduler,
+    pub(crate) receiver: Receiver,
+    pub(crate) intake: Arc<Intake>,
+    pub(crate) inputs: Inputs,
+    pub(crate) metrics: Metrics,
+}
+
 /// The device thread's state.
 pub(crate) struct Worker {
     engine: Engine,
@@ -72,16 +82,10 @@ struct Seat {
 }
 
 impl Worker {
-    pub(crate) fn new(
-        engine: Engine,
-        scheduler: Scheduler,
-        receiver: Receiver,
-        intake: Arc<Intake>,
-        inputs: Inputs,
-        metrics: Metrics,
-        batch_max: usize,
-    ) -> Self {
+    pub(crate) fn new(parts: Parts) -> Self {
+        let Parts { engine, scheduler, receiver, intake, inputs, metrics } = parts;
         let vocab_size = engine.config().vocab_size;
+        let batch_max = scheduler.limits().batch_max;
         Self {
             engine,
             scheduler,
@@ -379,3 +383,6 @@ fn recycle(mut rows: Vec<SequenceInput<'_>>) -> Vec<SequenceInput<'static>> {
     // Collected in place, which keeps the allocation; there is no row left to convert.
     rows.into_iter().map(|row| SequenceInput { tokens: &[], block_table: &[], ..row }).collect()
 }
+
+#[cfg(test)]
+mod tests;

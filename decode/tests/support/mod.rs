@@ -1,0 +1,162 @@
+//! A prefill worker in a few lines, and the oracle: the same sequence on one engine without any hand-off.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use engine::{
+    Engine, EngineOptions, ExpertBank, ExpertBatch, Experts, ExpertsError, LocalExperts, LogitsWanted,
+    Sampled, SequenceInput, SequenceSampler,
+};
+use fabric::Fabric;
+use kvtransfer::{KvTicket, Receiver, Sender, SenderEvent};
+use model::{BlockId, Checkpoint, Numerics, SamplingParams, Stopping, TokenId};
+use proto::sequence::Sequence;
+use proto::trace::TraceContext;
+
+/// Blocks of every pool in these tests: a few sequences of a few blocks.
+pub const KV_BLOCKS: usize = 24;
+const CHECKPOINT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/v3_fp8_aligned");
+
+/// An engine with all experts in place, in the numerics that serves.
+pub fn engine() -> Engine {
+    engine_with(|experts| Box::new(experts))
+}
+
+/// The same with its experts wrapped.
+pub fn engine_with(wrap: impl FnOnce(LocalExperts) -> Box<dyn Experts>) -> Engine {
+    let checkpoint = Checkpoint::open(CHECKPOINT).expect("the fixture lies in the repository");
+    let options = EngineOptions {
+        numerics: Numerics::Fp8,
+        kv_format: None,
+        kv_blocks_max: KV_BLOCKS,
+        threads: 1,
+        step_tokens_max: 256,
+        mtp: false,
+    };
+    let mut progress = |_, _| {};
+    let bank =
+        ExpertBank::load_all(&checkpoint, options.numerics, options.mtp, &mut progress).expect("experts");
+    Engine::load(&checkpoint, &options, wrap(LocalExperts::new(bank)), &mut progress).expect("engine")
+}
+
+/// Experts that fail while told to.
+pub struct FlakyExperts {
+    pub experts: LocalExperts,
+    pub failing: Arc<AtomicBool>,
+}
+
+impl Experts for FlakyExperts {
+    fn dispatch(&mut self, cpu: &compute::Cpu, batch: &ExpertBatch<'_>) -> Result<(), ExpertsError> {
+        if self.failing.load(Ordering::Relaxed) {
+            return Err(ExpertsError::Unavailable {
+                worker: "expert-1".to_owned(),
+                detail: "gone".to_owned(),
+            });
+        }
+        self.experts.dispatch(cpu, batch)
+    }
+
+    fn combine(&mut self, cpu: &compute::Cpu, out: &mut [f32]) -> Result<(), ExpertsError> {
+        self.experts.combine(cpu, out)
+    }
+}
+
+/// A request for `max_tokens` tokens behind a prompt of `prompt_tokens`, both drawn from `seed`.
+pub fn request(engine: &Engine, seed: u64, prompt_tokens: usize, max_tokens: u32) -> Sequence {
+    let vocabulary = engine.config().vocab_size as u64;
+    // Any spread will do: a multiplicative walk through the vocabulary, past the special tokens.
+    let token = |at: u64| TokenId((2 + (seed * 31 + at * 7919 + at * at * 13) % (vocabulary - 2)) as u32);
+    Sequence {
+        request_id: format!("test-{seed}"),
+        trace: TraceContext::root(),
+        prompt: (0..prompt_tokens as u64).map(token).collect(),
+        sampling: SamplingParams {
+            temperature: 0.8,
+            repetition_penalty: 1.1,
+            presence_penalty: 0.3,
+            seed,
+            logprobs: Some(2),
+            ..SamplingParams::greedy()
+        },
+        stopping: Stopping { max_tokens, min_tokens: 0, ignore_eos: true, stop_token_ids: Vec::new() },
+        choice: 0,
+        deadline: None,
+        fingerprint: engine.fingerprint().clone(),
+    }
+}
+
+/// All tokens of `sequence` from one engine, prompt and completion in one place, alone in its batch.
+pub fn single_run(engine: &mut Engine, sequence: &Sequence) -> Vec<Sampled> {
+    let mut sampler = SequenceSampler::new(&sequence.sampling, sequence.choice, &sequence.prompt);
+    let blocks: Vec<BlockId> = (0..KV_BLOCKS as u32).map(BlockId).collect();
+    let mut sampled: Vec<Sampled> = Vec::new();
+    let mut next = sequence.prompt.clone();
+    let mut position = 0;
+    while sampled.len() < sequence.stopping.max_tokens as usize {
+        let input =
+            SequenceInput { tokens: &next, position, block_table: &blocks, logits: LogitsWanted::Last };
+        let mut logits = engine.step(&[input], &mut ()).expect("step").logits.to_vec();
+        position += next.len();
+        let token = sampler.sample(&mut logits, position, &[]);
+        sampler.observe(token.token);
+        next = vec![token.token];
+        sampled.push(token);
+    }
+    sampled
+}
+
+/// The prefill side of hand-offs.
+pub struct Prefill {
+    pub engine: Engine,
+    pub sender: Sender,
+}
+
+impl Prefill {
+    pub fn new(fabric: Fabric) -> Self {
+        Self { engine: engine(), sender: Sender::new(fabric) }
+    }
+
+    /// Computes the prompt, queues all of its KV for `ticket` with the first token behind it, and returns that token.
+    pub fn push(&mut self, sequence: &Sequence, ticket: KvTicket) -> Sampled {
+        let blocks: Vec<BlockId> = (0..KV_BLOCKS as u32).map(BlockId).collect();
+        let prompt = &sequence.prompt;
+        let input =
+            SequenceInput { tokens: prompt, position: 0, block_table: &blocks, logits: LogitsWanted::Last };
+        let mut logits = self.engine.step(&[input], &mut ()).expect("step").logits.to_vec();
+        let mut sampler = SequenceSampler::new(&sequence.sampling, sequence.choice, prompt);
+        let first = sampler.sample(&mut logits, prompt.len(), &[]);
+        self.push_blocks(prompt.len(), ticket, first.token);
+        first
+    }
+
+    /// Queues the first `prompt_tokens` rows of the pool for `ticket`, whatever they hold.
+    pub fn push_blocks(&mut self, prompt_tokens: usize, ticket: KvTicket, first: TokenId) {
+        let layout = self.engine.kv_layout().clone();
+        let count = layout.blocks_for(prompt_tokens);
+        let last_rows = prompt_tokens - (count - 1) * layout.block_tokens;
+        let transfer = self.sender.begin(ticket, Instant::now()).expect("the ticket is live");
+        for layer in 0..layout.layers {
+            let pieces: Vec<&[u8]> = (0..count)
+                .map(|block| {
+                    let rows = if block + 1 == count { last_rows } else { layout.block_tokens };
+                    &self.engine.kv().block_layer(BlockId(block as u32), layer)[..rows * layout.row_bytes()]
+                })
+                .collect();
+            self.sender
+                .push_blocks(transfer, layer as u32, 0, &pieces, last_rows as u32)
+                .expect("room to send");
+        }
+        self.sender.finish(transfer, first).expect("room to send");
+    }
+
+    /// What has become of the hand-offs since the last call.
+    pub fn poll(&mut self) -> Vec<SenderEvent> {
+        self.sender.poll(Instant::now())
+    }
+}
+
+/// The decode side of hand-offs on `fabric`, for `engine`'s layout.
+pub fn receiver(fabric: Fabric, engine: &Engine, lease: Duration) -> Receiver {
+    Receiver::new(fabric, engine.fingerprint().clone(), lease)
+}
