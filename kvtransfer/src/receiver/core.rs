@@ -1,0 +1,355 @@
+//! The receiver's state machine: a function of (state, frame or time, now).
+//!
+//! A ticket is *receiving* until its last piece and its first token are here, then *committed* until it is revoked.
+//! Whatever else happens to it removes it, and a ticket that is not in the table cannot be written for. That table
+//! is the fence: there is no second place where a write is decided.
+
+use std::collections::{HashMap, VecDeque};
+use std::fmt::Display;
+use std::time::Instant;
+
+use model::TokenId;
+use proto::ticket::{KvTicket, TicketId};
+
+use super::{BlockSink, ReceiverEvent, ReceiverOptions, ReceiverStats, Reservation};
+use crate::error::TransferError;
+use crate::extent::{Extent, Violation};
+use crate::outlet::{Outlet, Unsent};
+use crate::wire::{self, Push, Reply, Run, TicketKey};
+
+/// Tickets and what has landed for them, with peers named by `P`.
+pub struct ReceiverCore<P> {
+    options: ReceiverOptions,
+    fabric_address: String,
+    tickets: HashMap<TicketId, Ticket<P>>,
+    replies: VecDeque<(P, TicketKey, Reply)>,
+    events: Vec<ReceiverEvent>,
+    stats: ReceiverStats,
+}
+
+enum Ticket<P> {
+    Receiving(Receiving<P>),
+    /// The blocks are the sequence's. Kept to tell a duplicate of the last frame that it has arrived.
+    Committed {
+        pusher: P,
+    },
+}
+
+struct Receiving<P> {
+    extent: Extent,
+    /// One bit for each piece.
+    landed: Vec<u64>,
+    /// Pieces whose bit is not set: the arrival counter.
+    missing: usize,
+    first_token: Option<TokenId>,
+    /// Whose frame came first. Nobody else may push.
+    pusher: Option<P>,
+    deadline: Instant,
+}
+
+impl<P: Copy + Eq> ReceiverCore<P> {
+    /// No tickets yet. `fabric_address` is where pushes shall go.
+    pub fn new(options: ReceiverOptions, fabric_address: String) -> Self {
+        Self {
+            options,
+            fabric_address,
+            tickets: HashMap::new(),
+            replies: VecDeque::new(),
+            events: Vec::new(),
+            stats: ReceiverStats::default(),
+        }
+    }
+
+    /// Makes a live ticket under a name that the caller drew.
+    ///
+    /// # Errors
+    /// Too many are alive, this name is, or the reservation makes no sense.
+    pub fn issue(
+        &mut self,
+        reservation: Reservation,
+        ticket_id: TicketId,
+        now: Instant,
+    ) -> Result<KvTicket, TransferError> {
+        let ReceiverOptions { layout, lease, tickets_max, .. } = &self.options;
+        if self.tickets.len() >= *tickets_max {
+            return Err(TransferError::TooMany { max: *tickets_max });
+        }
+        if self.is_alive(ticket_id) {
+            return Err(TransferError::TicketInUse(ticket_id));
+        }
+        let Reservation { first_block, prompt_tokens } = reservation;
+        let extent = Extent::new(layout, first_block, prompt_tokens)?;
+        let ticket = KvTicket {
+            worker_id: self.options.worker_id.clone(),
+            incarnation: self.options.incarnation,
+            ticket_id,
+            fabric_address: self.fabric_address.clone(),
+            fingerprint: self.options.fingerprint.clone(),
+            first_block: extent.first_block,
+            blocks: extent.blocks(),
+            // `Extent::new` has made sure that it is one.
+            prompt_tokens: prompt_tokens as u32,
+            bytes_per_layer: extent.bytes_per_layer(),
+            layers: extent.layers,
+            lease: *lease,
+        };
+        let receiving = Receiving {
+            extent,
+            landed: vec![0; extent.pieces().div_ceil(64)],
+            missing: extent.pieces(),
+            first_token: None,
+            pusher: None,
+            deadline: now + *lease,
+        };
+        self.tickets.insert(ticket_id, Ticket::Receiving(receiving));
+        self.stats.issued += 1;
+        Ok(ticket)
+    }
+
+    /// A frame from `peer`. Writes into `sink` only what a live ticket of this incarnation permits.
+    pub fn handle_frame(
+        &mut self,
+        peer: P,
+        head: &[u8],
+        body: &[u8],
+        now: Instant,
+        sink: &mut dyn BlockSink,
+    ) {
+        let (key, push) = match wire::decode_push(head) {
+            Ok(message) => message,
+            Err(error) => {
+                self.stats.malformed += 1;
+                return tracing::warn!(%error, "a frame on the KV channel is no push");
+            }
+        };
+        if key.incarnation != self.options.incarnation {
+            return self.stale(peer, key, "the ticket is of another incarnation of this worker");
+        }
+        let receiving = match self.tickets.get_mut(&key.ticket_id) {
+            None => return self.stale(peer, key, "the ticket is unknown, expired or revoked"),
+            Some(Ticket::Committed { pusher }) => {
+                self.stats.duplicates += 1;
+                // The sender is asking again: its answer may have been lost.
+                if *pusher == peer && matches!(push, Push::Finish(_)) {
+                    self.reply(peer, key, Reply::Committed);
+                }
+                return;
+            }
+            Some(Ticket::Receiving(receiving)) => receiving,
+        };
+        if *receiving.pusher.get_or_insert(peer) != peer {
+            self.stats.violations += 1;
+            let detail = "another worker is pushing for this ticket".to_owned();
+            return self.reply(peer, key, Reply::Refused(detail));
+        }
+        let taken = match push {
+            Push::Abort(reason) => return self.end(key.ticket_id, format_args!("prefill gave up: {reason}")),
+            Push::Finish(token) => receiving.finish(token),
+            Push::Blocks(run) => {
+                receiving.land(&run, body, key.ticket_id, sink).map(|landed| self.stats.count(landed))
+            }
+        };
+        match taken {
+            Ok(()) => {
+                receiving.deadline = now + self.options.lease;
+                self.commit_if_complete(peer, key);
+            }
+            Err(violation) => {
+                self.stats.violations += 1;
+                self.end(key.ticket_id, format_args!("a push was refused: {violation}"));
+                self.reply(peer, key, Reply::Refused(violation.to_string()));
+            }
+        }
+    }
+
+    /// `peer` is gone: what it was pushing will never be complete.
+    pub fn handle_peer_lost(&mut self, peer: P, reason: &dyn Display) {
+        self.replies.retain(|(to, _, _)| *to != peer);
+        let of_peer = self.receiving().filter(|(_, receiving)| receiving.pusher == Some(peer));
+        let tickets: Vec<TicketId> = of_peer.map(|(ticket, _)| ticket).collect();
+        for ticket in tickets {
+            self.end(ticket, format_args!("the prefill worker is lost: {reason}"));
+        }
+    }
+
+    /// Ends the tickets whose lease has run out.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        let due = self.receiving().filter(|(_, receiving)| receiving.deadline <= now);
+        let tickets: Vec<TicketId> = due.map(|(ticket, _)| ticket).collect();
+        for ticket in tickets {
+            self.stats.expired += 1;
+            self.revoke(ticket);
+            self.events.push(ReceiverEvent::Expired { ticket });
+        }
+    }
+
+    /// Ends a ticket. A sender that is in the middle of it is told, so that it lets go of its blocks.
+    pub fn revoke(&mut self, ticket_id: TicketId) {
+        if let Some(Ticket::Receiving(Receiving { pusher: Some(peer), .. })) = self.tickets.remove(&ticket_id)
+        {
+            let key = TicketKey { incarnation: self.options.incarnation, ticket_id };
+            self.reply(peer, key, Reply::Stale("the ticket was revoked".to_owned()));
+        }
+    }
+
+    /// Sends the replies that wait. Those for a peer without room stay.
+    pub fn flush(&mut self, outlet: &mut impl Outlet<P>) {
+        for _ in 0..self.replies.len() {
+            let Some((peer, key, reply)) = self.replies.pop_front() else { return };
+            if outlet.try_send(peer, wire::encode_reply(key, reply.clone())) == Err(Unsent::Full) {
+                self.replies.push_back((peer, key, reply));
+            }
+        }
+    }
+
+    /// What has ended since the last call, in order.
+    pub fn take_events(&mut self) -> Vec<ReceiverEvent> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// Whether a ticket of this name is receiving or committed.
+    pub fn is_alive(&self, ticket: TicketId) -> bool {
+        self.tickets.contains_key(&ticket)
+    }
+
+    /// This process start.
+    pub fn incarnation(&self) -> u64 {
+        self.options.incarnation
+    }
+
+    /// Counters since the start.
+    pub fn stats(&self) -> ReceiverStats {
+        self.stats
+    }
+
+    /// Checks what must hold between any two calls.
+    ///
+    /// # Panics
+    /// Where it does not.
+    pub fn check_invariants(&self) {
+        assert!(self.tickets.len() <= self.options.tickets_max, "more tickets than allowed");
+        assert!(self.replies.len() <= self.replies_max(), "more replies than allowed");
+        for (ticket, receiving) in self.receiving() {
+            let landed: u32 = receiving.landed.iter().map(|word| word.count_ones()).sum();
+            let pieces = receiving.extent.pieces();
+            assert_eq!(landed as usize + receiving.missing, pieces, "{ticket}: the counter is off");
+            let complete = receiving.missing == 0 && receiving.first_token.is_some();
+            assert!(!complete, "{ticket} is complete and not committed");
+        }
+    }
+
+    fn receiving(&self) -> impl Iterator<Item = (TicketId, &Receiving<P>)> {
+        self.tickets.iter().filter_map(|(&id, ticket)| match ticket {
+            Ticket::Receiving(receiving) => Some((id, receiving)),
+            Ticket::Committed { .. } => None,
+        })
+    }
+
+    fn commit_if_complete(&mut self, pusher: P, key: TicketKey) {
+        let Some(ticket) = self.tickets.get_mut(&key.ticket_id) else { return };
+        let &mut Ticket::Receiving(Receiving { missing: 0, first_token: Some(first_token), .. }) = ticket
+        else {
+            return;
+        };
+        *ticket = Ticket::Committed { pusher };
+        self.stats.committed += 1;
+        self.events.push(ReceiverEvent::Committed { ticket: key.ticket_id, first_token });
+        self.reply(pusher, key, Reply::Committed);
+    }
+
+    fn end(&mut self, ticket: TicketId, reason: impl Display) {
+        self.tickets.remove(&ticket);
+        self.stats.aborted += 1;
+        self.events.push(ReceiverEvent::Aborted { ticket, reason: reason.to_string() });
+    }
+
+    fn stale(&mut self, peer: P, key: TicketKey, detail: &str) {
+        self.stats.stale += 1;
+        // One frame in flight is answered like a hundred: the first answer ends the transfer.
+        let told = self.replies.iter().any(|(to, waiting, _)| *to == peer && *waiting == key);
+        if !told {
+            self.reply(peer, key, Reply::Stale(detail.to_owned()));
+        }
+    }
+
+    fn reply(&mut self, peer: P, key: TicketKey, reply: Reply) {
+        if self.replies.len() < self.replies_max() {
+            self.replies.push_back((peer, key, reply));
+        } else {
+            self.stats.replies_dropped += 1;
+        }
+    }
+
+    /// Every ticket may be waiting to be answered, and as many strangers.
+    fn replies_max(&self) -> usize {
+        2 * self.options.tickets_max
+    }
+}
+
+/// What one run has added.
+#[derive(Default)]
+struct Landed {
+    pieces: u64,
+    bytes: u64,
+    duplicates: u64,
+}
+
+impl<P> Receiving<P> {
+    fn finish(&mut self, token: TokenId) -> Result<(), Violation> {
+        let known = *self.first_token.get_or_insert(token);
+        if known == token { Ok(()) } else { Err(Violation::FirstToken { known: known.0, sent: token.0 }) }
+    }
+
+    /// Checks the whole run, then writes the pieces that have not landed before.
+    fn land(
+        &mut self,
+        run: &Run,
+        body: &[u8],
+        ticket: TicketId,
+        sink: &mut dyn BlockSink,
+    ) -> Result<Landed, Violation> {
+        self.extent.check(run, body.len())?;
+        let extent = self.extent;
+        for ((block, piece), &expected) in pieces(extent, run, body).zip(&run.checksums) {
+            if wire::checksum(piece) != expected {
+                return Err(Violation::Checksum { layer: run.layer, block });
+            }
+        }
+        let mut landed = Landed::default();
+        for (block, piece) in pieces(extent, run, body) {
+            let index = extent.index(run.layer, block);
+            let (word, bit) = (&mut self.landed[index / 64], 1 << (index % 64));
+            if *word & bit != 0 {
+                landed.duplicates += 1;
+                continue;
+            }
+            sink.write(ticket, block, run.layer, piece);
+            *word |= bit;
+            self.missing -= 1;
+            landed.pieces += 1;
+            landed.bytes += piece.len() as u64;
+        }
+        Ok(landed)
+    }
+}
+
+/// The pieces of a checked run: block and bytes.
+fn pieces<'a>(extent: Extent, run: &Run, body: &'a [u8]) -> impl Iterator<Item = (u32, &'a [u8])> {
+    let mut rest = body;
+    (run.first_block..run.first_block + run.blocks).map(move |block| {
+        let (piece, behind) = rest.split_at(extent.piece_bytes(block));
+        rest = behind;
+        (block, piece)
+    })
+}
+
+impl ReceiverStats {
+    fn count(&mut self, landed: Landed) {
+        self.pieces += landed.pieces;
+        self.bytes += landed.bytes;
+        self.duplicates += landed.duplicates;
+    }
+}
+
+#[cfg(test)]
+mod tests;
