@@ -2,6 +2,7 @@
 //!
 //! Used by the load generator and by `trireme chat`, `generate` and `up`; it knows no server but by its URL.
 
+use std::borrow::Cow;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
@@ -37,6 +38,21 @@ pub enum ClientError {
     /// The stream ended without its last mark.
     #[error("the stream ended early")]
     Truncated,
+}
+
+impl ClientError {
+    /// A short name to count it under.
+    pub fn kind(&self) -> Cow<'static, str> {
+        match self {
+            Self::Http(error) if error.is_timeout() => "timeout".into(),
+            Self::Http(error) if error.is_connect() => "connect".into(),
+            Self::Http(_) => "connection".into(),
+            Self::Status { status, .. } => format!("http_{status}").into(),
+            Self::InStream(_) => "in_stream".into(),
+            Self::Sse(_) | Self::Json(_) => "malformed".into(),
+            Self::Truncated => "truncated".into(),
+        }
+    }
 }
 
 /// What was seen of one streamed answer.
@@ -87,7 +103,11 @@ impl Client {
         let (status, body) = self.get("/v1/models").await?;
         match body["data"][0]["id"].as_str() {
             Some(id) => Ok(id.to_owned()),
-            None => Err(ClientError::Status { status, message: "no model is listed".to_owned(), retry_after_s: None }),
+            None => Err(ClientError::Status {
+                status,
+                message: "no model is listed".to_owned(),
+                retry_after_s: None,
+            }),
         }
     }
 
@@ -99,15 +119,24 @@ impl Client {
         mut chunk: impl FnMut(&Value),
     ) -> Result<Streamed, ClientError> {
         let begin = Instant::now();
-        let response = self.authorised(self.http.post(format!("{}{path}", self.base)).json(body)).send().await?;
+        let response =
+            self.authorised(self.http.post(format!("{}{path}", self.base)).json(body)).send().await?;
         let status = response.status();
         if !status.is_success() {
-            let retry_after_s =
-                response.headers().get("retry-after").and_then(|v| v.to_str().ok()).and_then(|v| v.parse().ok());
+            let retry_after_s = response
+                .headers()
+                .get("retry-after")
+                .and_then(|v| v.to_str().ok())
+                .and_then(|v| v.parse().ok());
             let text = response.text().await.unwrap_or_default();
-            return Err(ClientError::Status { status: status.as_u16(), message: error_message(&text), retry_after_s });
+            return Err(ClientError::Status {
+                status: status.as_u16(),
+                message: error_message(&text),
+                retry_after_s,
+            });
         }
-        let mut seen = Streamed { ttft: None, total: Duration::ZERO, arrivals: Vec::new(), usage: None, timings: None };
+        let mut seen =
+            Streamed { ttft: None, total: Duration::ZERO, arrivals: Vec::new(), usage: None, timings: None };
         let mut decoder = Decoder::default();
         let mut done = false;
         let mut failure = None;

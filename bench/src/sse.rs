@@ -74,7 +74,8 @@ mod tests {
 
     #[test]
     fn events_are_the_same_wherever_the_bytes_are_cut() {
-        let text = "data: {\"a\":\"é\"}\r\n\r\n: comment\nevent: x\ndata: 1\ndata:2\n\ndata: [DONE]\n\n".as_bytes();
+        let text =
+            "data: {\"a\":\"é\"}\r\n\r\n: comment\nevent: x\ndata: 1\ndata:2\n\ndata: [DONE]\n\n".as_bytes();
         let expected = vec!["{\"a\":\"é\"}".to_owned(), "1\n2".to_owned(), "[DONE]".to_owned()];
         for cut in 0..text.len() {
             let (a, b) = text.split_at(cut);

@@ -1,0 +1,196 @@
+//! The statistics of a load point.
+//!
+//! TTFT: from sending the request to the first chunk with output. ITL: each gap between two such chunks. TPOT: a request's
+//! mean time per token after the first. Latency: to the end of the stream. Failed requests count in no latency.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use hdrhistogram::Histogram;
+use serde::Serialize;
+
+use super::hops::{self, HopSummary, Timings};
+use super::load::{Load, Measured};
+use crate::client::Streamed;
+
+/// What a user would still call good service. Without any goal there is no goodput.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct Slo {
+    /// TTFT at most.
+    pub ttft_ms: Option<f64>,
+    /// A request's mean time between tokens at most.
+    pub itl_ms: Option<f64>,
+}
+
+/// A load point's figures.
+#[derive(Debug, Clone, Serialize)]
+pub struct Summary {
+    /// The load.
+    pub load: Load,
+    /// From the first request to the last outcome.
+    pub wall_s: f64,
+    /// Requests answered to their end.
+    pub completed: u64,
+    /// The others, by kind: `connect`, `timeout`, `http_429`, `cut_off`, …
+    pub errors: BTreeMap<String, u64>,
+    /// Completed requests per second.
+    pub requests_per_s: f64,
+    /// Prompt tokens of completed requests per second.
+    pub prompt_tokens_per_s: f64,
+    /// Generated tokens of completed requests per second.
+    pub output_tokens_per_s: f64,
+    /// Completed requests within the goal per second.
+    pub goodput_per_s: Option<f64>,
+    /// Time to the first token.
+    pub ttft_ms: Option<Percentiles>,
+    /// Gaps between chunks with output.
+    pub itl_ms: Option<Percentiles>,
+    /// Mean time per token after the first, one value per request.
+    pub tpot_ms: Option<Percentiles>,
+    /// Time to the end.
+    pub latency_ms: Option<Percentiles>,
+    /// The server's own account; empty where it gives none.
+    pub hops: Vec<HopSummary>,
+}
+
+/// A distribution in a few numbers, in milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Percentiles {
+    /// Arithmetic mean.
+    pub mean: f64,
+    /// Median.
+    pub p50: f64,
+    /// 90th percentile.
+    pub p90: f64,
+    /// 95th percentile.
+    pub p95: f64,
+    /// 99th percentile.
+    pub p99: f64,
+    /// Largest.
+    pub max: f64,
+}
+
+/// Times, to three significant digits, from 1 µs to an hour; what lies beyond counts as the bound.
+pub struct Distribution(Histogram<u64>);
+
+impl Summary {
+    /// Summarises what was measured under `load`.
+    pub fn of(load: Load, measured: &Measured, slo: &Slo) -> Self {
+        let mut errors = BTreeMap::new();
+        let [mut ttft, mut itl, mut tpot, mut latency] = std::array::from_fn(|_| Distribution::new());
+        let (mut completed, mut good, mut prompt_tokens, mut output_tokens) = (0_u64, 0_u64, 0_u64, 0_u64);
+        let mut timings = Vec::new();
+        for outcome in &measured.outcomes {
+            let answer = match outcome {
+                Ok(answer) => answer,
+                Err(kind) => {
+                    *errors.entry(kind.to_string()).or_default() += 1;
+                    continue;
+                }
+            };
+            completed += 1;
+            output_tokens += generated(answer);
+            prompt_tokens += answer.usage.as_ref().and_then(|u| u["prompt_tokens"].as_u64()).unwrap_or(0);
+            latency.record(answer.total);
+            if let Some(first) = answer.ttft {
+                ttft.record(first);
+            }
+            for pair in answer.arrivals.windows(2) {
+                itl.record(pair[1].saturating_sub(pair[0]));
+            }
+            let per_token = time_per_output_token(answer);
+            if let Some(per_token) = per_token {
+                tpot.record(per_token);
+            }
+            good += u64::from(slo.met_by(answer.ttft, per_token));
+            timings.extend(answer.timings.as_ref().and_then(Timings::read).map(|t| (t, answer.ttft)));
+        }
+        let wall_s = measured.wall.as_secs_f64().max(1e-9);
+        let per_s = |count: u64| count as f64 / wall_s;
+        Self {
+            load,
+            wall_s,
+            completed,
+            errors,
+            requests_per_s: per_s(completed),
+            prompt_tokens_per_s: per_s(prompt_tokens),
+            output_tokens_per_s: per_s(output_tokens),
+            goodput_per_s: slo.is_set().then(|| per_s(good)),
+            ttft_ms: ttft.percentiles(),
+            itl_ms: itl.percentiles(),
+            tpot_ms: tpot.percentiles(),
+            latency_ms: latency.percentiles(),
+            hops: hops::summarise(&timings),
+        }
+    }
+
+    /// Requests without a whole answer.
+    pub fn failed(&self) -> u64 {
+        self.errors.values().sum()
+    }
+}
+
+/// Tokens generated: as the server counted them, else one per chunk.
+fn generated(answer: &Streamed) -> u64 {
+    answer.completion_tokens().unwrap_or(answer.arrivals.len() as u64)
+}
+
+fn time_per_output_token(answer: &Streamed) -> Option<Duration> {
+    let after_first = u32::try_from(generated(answer)).ok()?.checked_sub(1).filter(|tokens| *tokens > 0)?;
+    Some(answer.arrivals.last()?.saturating_sub(answer.ttft?) / after_first)
+}
+
+impl Slo {
+    fn is_set(&self) -> bool {
+        self.ttft_ms.is_some() || self.itl_ms.is_some()
+    }
+
+    /// An answer without a first token meets no TTFT; an answer of one token has no time between tokens to miss.
+    fn met_by(&self, ttft: Option<Duration>, per_token: Option<Duration>) -> bool {
+        let within = |time: Duration, goal_ms: f64| time.as_secs_f64() * 1e3 <= goal_ms;
+        let ttft_met = self.ttft_ms.is_none_or(|goal| ttft.is_some_and(|time| within(time, goal)));
+        let itl_met = self.itl_ms.is_none_or(|goal| per_token.is_none_or(|time| within(time, goal)));
+        ttft_met && itl_met
+    }
+}
+
+impl Distribution {
+    /// Without any value.
+    pub fn new() -> Self {
+        let hour_us = 3_600_000_000;
+        Self(Histogram::new_with_bounds(1, hour_us, 3).expect("constant bounds that hdrhistogram allows"))
+    }
+
+    /// Adds a time.
+    pub fn record(&mut self, time: Duration) {
+        self.record_us(u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
+    }
+
+    /// Adds a time given in microseconds.
+    pub fn record_us(&mut self, time_us: u64) {
+        self.0.saturating_record(time_us);
+    }
+
+    /// `None` without values.
+    pub fn percentiles(&self) -> Option<Percentiles> {
+        let ms = |us: u64| us as f64 / 1e3;
+        let at = |quantile| ms(self.0.value_at_quantile(quantile));
+        (!self.0.is_empty()).then(|| Percentiles {
+            mean: self.0.mean() / 1e3,
+            p50: at(0.50),
+            p90: at(0.90),
+            p95: at(0.95),
+            p99: at(0.99),
+            max: ms(self.0.max()),
+        })
+    }
+}
+
+impl Default for Distribution {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests;
