@@ -6,6 +6,7 @@
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use proto::security::Identity;
@@ -16,11 +17,11 @@ use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
-use crate::Error;
 use crate::metrics::Metrics;
+use crate::start::Error;
 
 /// How often the turns are looked at.
-const LOOK_INTERVAL: Duration = Duration::from_millis(100);
+const LOOK_INTERVAL: Duration = Duration::from_millis(250);
 /// The overall health of the process, by the health protocol's convention.
 const WHOLE_SERVER: &str = "";
 
@@ -47,14 +48,13 @@ impl Control {
     pub(crate) fn serve(
         self,
         identity: &Identity,
-        metrics: Arc<Metrics>,
-        stall_max: Duration,
+        health: Health,
         stopped: impl Future<Output = ()> + Send + 'static,
     ) -> Result<impl Future<Output = ()> + Send + 'static, Error> {
-        let (reporter, health) = tonic_health::server::health_reporter();
+        let (reporter, health_service) = tonic_health::server::health_reporter();
         let mut server = Server::builder().tls_config(identity.server_tls()).map_err(Error::Tls)?;
         let incoming = TcpIncoming::from(self.listener).with_nodelay(Some(true));
-        let served = server.add_service(health).serve_with_incoming_shutdown(incoming, stopped);
+        let served = server.add_service(health_service).serve_with_incoming_shutdown(incoming, stopped);
         Ok(async move {
             tokio::select! {
                 outcome = served => {
@@ -62,26 +62,34 @@ impl Control {
                         tracing::error!(%error, "the control server ended");
                     }
                 }
-                () = watch_progress(reporter, metrics, stall_max) => {}
+                () = health.watch(reporter) => {}
             }
         })
     }
 }
 
-/// Keeps the health status at what the turns say. Never ends.
-async fn watch_progress(reporter: HealthReporter, metrics: Arc<Metrics>, stall_max: Duration) {
-    let mut ticks = tokio::time::interval(LOOK_INTERVAL);
-    let mut progress = Progress::new(metrics.turns(), Instant::now());
-    let mut serving = None;
-    loop {
-        let alive = progress.observe(metrics.turns(), Instant::now(), stall_max);
-        if serving != Some(alive) {
-            let status = if alive { ServingStatus::Serving } else { ServingStatus::NotServing };
-            tracing::info!(%status, "health");
+/// What health is judged by, and who is told.
+pub(crate) struct Health {
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) stall_max: Duration,
+    /// Follows the judgement: a worker that does not move must get no more work.
+    pub(crate) unwell: Arc<AtomicBool>,
+}
+
+impl Health {
+    /// Keeps the health status at what the turns say. Never ends.
+    async fn watch(self, reporter: HealthReporter) {
+        let mut ticks = tokio::time::interval(LOOK_INTERVAL);
+        let mut progress = Progress::new(self.metrics.turns(), Instant::now());
+        loop {
+            ticks.tick().await;
+            let well = progress.observe(self.metrics.turns(), Instant::now(), self.stall_max);
+            if self.unwell.swap(!well, Ordering::Relaxed) == well {
+                tracing::warn!(well, "forward progress changed");
+            }
+            let status = if well { ServingStatus::Serving } else { ServingStatus::NotServing };
             reporter.set_service_status(WHOLE_SERVER, status).await;
-            serving = Some(alive);
         }
-        ticks.tick().await;
     }
 }
 

@@ -1,0 +1,302 @@
+//! Hop 9: finished KV on its way to decode while the next layers and chunks run.
+//!
+//! A [`Handoff`] keeps one mark per sequence and layer: how many rows are in the pool for good, and how many blocks
+//! have been given to the transfer. Whatever lies between is offered when a layer of a chunk finishes, and offered
+//! again when the transfer had no room. Nothing is copied or queued here: until the commit the blocks stay in the pool,
+//! so back-pressure costs two numbers, and the device thread never waits for a peer.
+//!
+//! Whole blocks go as they fill; the prompt's last, partial one goes once, when it holds its last row. The first token
+//! follows the last block. Invariant: a block is offered only after every row that it will ever hold is computed.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::Select;
+use engine::{KvPool, StepObserver};
+use kvtransfer::{Sender, SenderEvent, TransferError, TransferId};
+use model::{BlockId, KvLayout, TokenId};
+use proto::ticket::KvTicket;
+use tracing::Span;
+
+use crate::scheduler::{Chunk, Scheduler, SequenceId};
+
+/// Blocks of one layer in one push. V3's take 42 kB each: a third of a megabyte keeps frames short enough to let other
+/// sequences in between.
+const RUN_BLOCKS_MAX: usize = 8;
+
+/// How a hand-off ended.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// Every block is committed; `handoff` is the time since the first token was known.
+    Committed { handoff: Duration },
+    /// Decode refused it.
+    Refused { detail: String },
+    /// Decode went away.
+    Lost,
+}
+
+/// Every sequence's transfer.
+pub(crate) struct Handoff {
+    sender: Sender,
+    block_tokens: usize,
+    row_bytes: usize,
+    layers: usize,
+    /// In order of arrival, which is the order in which they get what room there is.
+    outgoing: BTreeMap<SequenceId, Outgoing>,
+    sequences: HashMap<TransferId, SequenceId>,
+}
+
+struct Outgoing {
+    transfer: TransferId,
+    prompt_tokens: usize,
+    /// One past the last block.
+    end_block: usize,
+    layers: Vec<LayerMark>,
+    first_token: FirstToken,
+    /// Something could not be given to the transfer yet.
+    backlog: bool,
+    /// Something can never be given to it, and why.
+    broken: Option<String>,
+    /// Open from the first push to the end.
+    hop: Span,
+}
+
+/// Progress of one layer of one sequence.
+#[derive(Clone, Copy)]
+struct LayerMark {
+    /// Rows computed, from the prompt's start.
+    rows: usize,
+    /// The block to push next, counted from the sequence's start.
+    next_block: usize,
+}
+
+enum FirstToken {
+    Unknown,
+    /// Waits for the blocks before it.
+    Known {
+        token: TokenId,
+        since: Instant,
+    },
+    Sent {
+        since: Instant,
+    },
+}
+
+impl Handoff {
+    pub(crate) fn new(sender: Sender, layout: &KvLayout) -> Self {
+        Self {
+            sender,
+            block_tokens: layout.block_tokens,
+            row_bytes: layout.row_bytes(),
+            layers: layout.layers,
+            outgoing: BTreeMap::new(),
+            sequences: HashMap::new(),
+        }
+    }
+
+    /// Opens the transfer that `ticket` permits. The ticket fits prompt and layout: the server has checked.
+    pub(crate) fn begin(
+        &mut self,
+        id: SequenceId,
+        request_id: &str,
+        ticket: &KvTicket,
+        now: Instant,
+    ) -> Result<(), TransferError> {
+        let transfer = self.sender.begin(ticket.clone(), now)?;
+        let mark = LayerMark { rows: 0, next_block: ticket.first_block as usize };
+        self.sequences.insert(transfer, id);
+        self.outgoing.insert(
+            id,
+            Outgoing {
+                transfer,
+                prompt_tokens: ticket.prompt_tokens as usize,
+                end_block: ticket.end_block() as usize,
+                layers: vec![mark; self.layers],
+                first_token: FirstToken::Unknown,
+                backlog: false,
+                broken: None,
+                hop: tracing::info_span!("handoff", hop = 9, request_id),
+            },
+        );
+        Ok(())
+    }
+
+    /// Notes the first token; it leaves behind the last block.
+    pub(crate) fn finish(&mut self, id: SequenceId, token: TokenId, now: Instant) {
+        if let Some(outgoing) = self.outgoing.get_mut(&id) {
+            outgoing.first_token = FirstToken::Known { token, since: now };
+            outgoing.backlog = true;
+        }
+    }
+
+    /// Gives a sequence's transfer up, telling decode. Unknown ids are ignored: the transfer may have ended first.
+    pub(crate) fn abort(&mut self, id: SequenceId, reason: &str) {
+        if let Some(outgoing) = self.outgoing.remove(&id) {
+            self.sequences.remove(&outgoing.transfer);
+            self.sender.abort(outgoing.transfer, reason);
+        }
+    }
+
+    /// Adds decode's answers to what the device thread sleeps on.
+    pub(crate) fn wait_on<'a>(&'a self, select: &mut Select<'a>) {
+        select.recv(self.sender.arrivals());
+    }
+
+    /// Whether something waits for room in the transfer.
+    pub(crate) fn has_backlog(&self) -> bool {
+        self.outgoing.values().any(|outgoing| outgoing.backlog)
+    }
+
+    /// Says which hand-offs have ended, and offers again what the transfers of the others had no room for.
+    pub(crate) fn poll(
+        &mut self,
+        scheduler: &Scheduler,
+        kv: &KvPool,
+        now: Instant,
+    ) -> Vec<(SequenceId, Outcome)> {
+        let mut ended = Vec::new();
+        for event in self.sender.poll(now) {
+            let (transfer, refused) = match event {
+                SenderEvent::Committed { id } => (id, None),
+                SenderEvent::Refused { id, detail } => (id, Some(Outcome::Refused { detail })),
+                SenderEvent::Lost { id } => (id, Some(Outcome::Lost)),
+            };
+            let Some(id) = self.sequences.remove(&transfer) else { continue };
+            let Some(outgoing) = self.outgoing.remove(&id) else { continue };
+            ended.push((id, outgoing.outcome(refused, now)));
+        }
+        for (&id, outgoing) in self.outgoing.iter_mut().filter(|(_, outgoing)| outgoing.backlog) {
+            let block_table = scheduler.block_table(id);
+            let pool = Pool { kv, block_table, block_tokens: self.block_tokens, row_bytes: self.row_bytes };
+            outgoing.push_all(&mut self.sender, &pool);
+        }
+        let broken =
+            self.outgoing.iter_mut().filter_map(|(&id, outgoing)| Some((id, outgoing.broken.take()?)));
+        for (id, detail) in broken.collect::<Vec<_>>() {
+            self.abort(id, &detail);
+            ended.push((id, Outcome::Refused { detail }));
+        }
+        ended
+    }
+
+    /// An observer for the step that runs `step`.
+    pub(crate) fn during<'a>(
+        &'a mut self,
+        scheduler: &'a Scheduler,
+        step: &'a [Chunk],
+    ) -> PushWhileComputing<'a> {
+        PushWhileComputing { handoff: self, scheduler, step }
+    }
+}
+
+/// Watches a step and pushes each layer's blocks as they are done.
+pub(crate) struct PushWhileComputing<'a> {
+    handoff: &'a mut Handoff,
+    scheduler: &'a Scheduler,
+    step: &'a [Chunk],
+}
+
+impl StepObserver for PushWhileComputing<'_> {
+    fn layer_done(&mut self, layer: usize, kv: &KvPool) {
+        let Handoff { sender, outgoing, block_tokens, row_bytes, .. } = &mut *self.handoff;
+        for chunk in self.step {
+            let Some(outgoing) = outgoing.get_mut(&chunk.id) else {
+                continue;
+            };
+            let Some(mark) = outgoing.layers.get_mut(layer) else {
+                continue;
+            };
+            mark.rows = chunk.start + chunk.tokens;
+            let block_table = self.scheduler.block_table(chunk.id);
+            let pool = Pool { kv, block_table, block_tokens: *block_tokens, row_bytes: *row_bytes };
+            outgoing.push_layer(layer, sender, &pool);
+        }
+    }
+}
+
+/// Where a sequence's rows lie.
+struct Pool<'a> {
+    kv: &'a KvPool,
+    block_table: &'a [BlockId],
+    block_tokens: usize,
+    row_bytes: usize,
+}
+
+impl Outgoing {
+    /// Offers everything that is ready, and the first token behind it.
+    fn push_all(&mut self, sender: &mut Sender, pool: &Pool<'_>) {
+        self.backlog = false;
+        for layer in 0..self.layers.len() {
+            self.push_layer(layer, sender, pool);
+        }
+        let complete = self.layers.iter().all(|mark| mark.next_block == self.end_block);
+        if let FirstToken::Known { token, since } = self.first_token
+            && complete
+        {
+            match sender.finish(self.transfer, token) {
+                Ok(()) => self.first_token = FirstToken::Sent { since },
+                Err(error) => self.note(error),
+            }
+        }
+    }
+
+    fn outcome(&self, refused: Option<Outcome>, now: Instant) -> Outcome {
+        refused.unwrap_or_else(|| {
+            let since = match self.first_token {
+                FirstToken::Known { since, .. } | FirstToken::Sent { since } => since,
+                FirstToken::Unknown => now,
+            };
+            Outcome::Committed { handoff: now.saturating_duration_since(since) }
+        })
+    }
+
+    /// Offers the blocks of `layer` that are ready and not pushed.
+    fn push_layer(&mut self, layer: usize, sender: &mut Sender, pool: &Pool<'_>) {
+        let mark = &mut self.layers[layer];
+        let ready =
+            if mark.rows == self.prompt_tokens { self.end_block } else { mark.rows / pool.block_tokens };
+        let hop = self.hop.enter();
+        while mark.next_block < ready {
+            let end = ready.min(mark.next_block + RUN_BLOCKS_MAX);
+            let run = mark.next_block..end;
+            let last_rows = pool.rows(end - 1, self.prompt_tokens);
+            let mut pieces = [&[][..]; RUN_BLOCKS_MAX];
+            for (piece, block) in pieces.iter_mut().zip(run.clone()) {
+                let rows = pool.rows(block, self.prompt_tokens);
+                *piece = &pool.kv.block_layer(pool.block_table[block], layer)[..rows * pool.row_bytes];
+            }
+            // Layers, blocks and rows were u32 in the ticket.
+            let (first_block, pieces) = (run.start as u32, &pieces[..run.len()]);
+            match sender.push_blocks(self.transfer, layer as u32, first_block, pieces, last_rows as u32) {
+                Ok(()) => mark.next_block = end,
+                Err(error) => {
+                    drop(hop);
+                    return self.note(error);
+                }
+            }
+        }
+    }
+
+    /// What could not be given to the transfer now, or ever.
+    fn note(&mut self, error: TransferError) {
+        match error {
+            // Ended: the next poll says how.
+            TransferError::Full | TransferError::Ended(_) => self.backlog = true,
+            // A bug on this side. Trying again would go on for ever.
+            error => {
+                tracing::error!(%error, "a push is not what its ticket permits");
+                self.broken.get_or_insert_with(|| error.to_string());
+            }
+        }
+    }
+}
+
+impl Pool<'_> {
+    /// Rows of a prompt that `block` holds.
+    fn rows(&self, block: usize, prompt_tokens: usize) -> usize {
+        (prompt_tokens - block * self.block_tokens).min(self.block_tokens)
+    }
+}
+
+#[cfg(test)]
+mod tests;

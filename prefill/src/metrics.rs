@@ -1,0 +1,172 @@
+//! What a prefill worker counts. The device thread writes; health, the routers' reports and Prometheus read the same
+//! numbers.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Registry, Unit};
+
+/// Upper bounds in seconds: from a short prompt on loopback to a long one behind a queue.
+const BOUNDS_S: [f64; 14] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
+
+/// Everything counted, cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    registry: Arc<Registry>,
+    /// Rounds of the device thread's loop, idle ones included: what health looks at.
+    pub(crate) rounds: Counter,
+    /// Steps that were computed.
+    pub(crate) steps: Counter,
+    /// Prompt tokens computed.
+    pub(crate) tokens: Counter,
+    /// Requests whose blocks are committed on decode.
+    pub(crate) finished: Counter,
+    /// Requests whose stream was dropped before they ended.
+    pub(crate) cancelled: Counter,
+    /// Prompts waiting for their first chunk.
+    pub(crate) waiting: Gauge,
+    /// Prompts that hold blocks.
+    pub(crate) active: Gauge,
+    /// Prompt tokens queued and not yet computed.
+    pub(crate) waiting_tokens: Gauge,
+    /// Blocks that no sequence holds.
+    pub(crate) blocks_free: Gauge,
+    // These take a lock while they are scraped; they are observed once a request, not once a step.
+    queue: Histogram,
+    compute: Histogram,
+    handoff: Histogram,
+    failures: Family<Kind, Counter>,
+    refusals: Family<Kind, Counter>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Kind {
+    kind: &'static str,
+}
+
+impl Metrics {
+    /// Zeroes, for a pool of `kv_blocks`.
+    pub(crate) fn new(kv_blocks: usize) -> Self {
+        let mut registry = Registry::with_prefix("prefill");
+        let mut counter = |name: &str, help: &str| {
+            let counter = Counter::default();
+            registry.register(name, help, counter.clone());
+            counter
+        };
+        let rounds = counter("rounds", "Rounds of the device thread's loop");
+        let steps = counter("steps", "Steps computed");
+        let tokens = counter("tokens", "Prompt tokens computed");
+        let finished = counter("finished", "Requests whose blocks are committed on decode");
+        let cancelled = counter("cancelled", "Requests whose stream was dropped");
+        let mut gauge = |name: &str, help: &str| {
+            let gauge: Gauge = Gauge::default();
+            registry.register(name, help, gauge.clone());
+            gauge
+        };
+        let waiting = gauge("waiting", "Prompts waiting for their first chunk");
+        let active = gauge("active", "Prompts that hold blocks");
+        let waiting_tokens = gauge("waiting_tokens", "Prompt tokens queued and not yet computed");
+        let blocks_free = gauge("kv_blocks_free", "KV blocks that no sequence holds");
+        let blocks = gauge("kv_blocks", "KV blocks in the pool");
+        blocks.set(as_gauge(kv_blocks));
+        blocks_free.set(as_gauge(kv_blocks));
+        let mut time = |name: &str, help: &str| {
+            let histogram = Histogram::new(BOUNDS_S);
+            registry.register_with_unit(name, help, Unit::Seconds, histogram.clone());
+            histogram
+        };
+        let queue = time("queue", "Time from arrival to the first chunk");
+        let compute = time("compute", "Time from the first chunk to the first token");
+        let handoff = time("handoff", "Time from the first token to the commit on decode");
+        let failures = Family::default();
+        registry.register("failures", "Queued requests that ended early", failures.clone());
+        let refusals = Family::default();
+        registry.register("refusals", "Requests that were not queued", refusals.clone());
+        Self {
+            registry: Arc::new(registry),
+            rounds,
+            steps,
+            tokens,
+            finished,
+            cancelled,
+            waiting,
+            active,
+            waiting_tokens,
+            blocks_free,
+            queue,
+            compute,
+            handoff,
+            failures,
+            refusals,
+        }
+    }
+
+    /// Notes a first token: time in the queue and on the device.
+    pub(crate) fn first_token(&self, queue: Duration, compute: Duration) {
+        self.queue.observe(queue.as_secs_f64());
+        self.compute.observe(compute.as_secs_f64());
+    }
+
+    /// Notes a commit.
+    pub(crate) fn handed_off(&self, handoff: Duration) {
+        self.finished.inc();
+        self.handoff.observe(handoff.as_secs_f64());
+    }
+
+    /// Counts a queued request that ended early.
+    pub(crate) fn failed(&self, kind: &'static str) {
+        self.failures.get_or_create(&Kind { kind }).inc();
+    }
+
+    /// Counts a request that was not queued.
+    pub(crate) fn refused(&self, kind: &'static str) {
+        self.refusals.get_or_create(&Kind { kind }).inc();
+    }
+
+    /// All of it in Prometheus' text format.
+    pub(crate) fn text(&self) -> String {
+        let mut text = String::new();
+        // Writing into a String cannot fail.
+        let _ = encode(&mut text, &self.registry);
+        text
+    }
+}
+
+/// A count as Prometheus' gauges hold it.
+pub(crate) fn as_gauge(count: usize) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_text_holds_what_was_counted() {
+        let metrics = Metrics::new(7);
+        metrics.steps.inc();
+        metrics.failed("step");
+        metrics.refused("queue");
+        metrics.first_token(Duration::from_micros(1500), Duration::from_secs(60));
+        let text = metrics.text();
+        for line in [
+            "prefill_kv_blocks_free 7",
+            "prefill_steps_total 1",
+            "prefill_failures_total{kind=\"step\"} 1",
+            "prefill_refusals_total{kind=\"queue\"} 1",
+            "prefill_queue_seconds_bucket{le=\"0.001\"} 0",
+            "prefill_queue_seconds_bucket{le=\"0.0025\"} 1",
+            "prefill_compute_seconds_bucket{le=\"30.0\"} 0",
+            "prefill_compute_seconds_bucket{le=\"+Inf\"} 1",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
+        }
+    }
+}

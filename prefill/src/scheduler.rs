@@ -1,0 +1,358 @@
+//! Which prompt tokens run in the next step: a synchronous function of (state, event, now).
+//!
+//! Hop 6, second half. Prompts wait in one bounded first-in-first-out queue. The head of the queue
+//! is admitted once the pool holds blocks for its *whole* prompt, so an admitted sequence never
+//! waits for memory and two half-computed prompts can not starve each other. A step takes chunks
+//! of admitted sequences in their order of arrival until its token budget is spent; nobody
+//! overtakes a head that lacks blocks, because a stream of short prompts would then hold a long one
+//! off for ever. Blocks stay with a sequence until its hand-off has ended.
+//!
+//! Deliberately absent: clocks, threads, tokio, the engine, and what a prompt's tokens are.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Instant;
+
+use engine::BlockAllocator;
+use model::BlockId;
+use tracing::Span;
+
+/// A sequence within this worker; numbers are never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SequenceId(pub u64);
+
+/// Bounds on what the scheduler holds.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Sequences waiting for their first chunk.
+    pub queue_requests_max: usize,
+    /// Prompt tokens of the waiting sequences together; one prompt alone may exceed it.
+    pub queue_tokens_max: usize,
+    /// Sequences that hold blocks: being computed or being handed off.
+    pub active_max: usize,
+    /// Token budget of a step.
+    pub step_tokens_max: usize,
+    /// Tokens in a KV block.
+    pub block_tokens: usize,
+    /// Blocks in the pool.
+    pub kv_blocks: usize,
+}
+
+/// A prompt that wants to be computed.
+#[derive(Debug, Clone)]
+pub struct Arrival {
+    /// Its name here.
+    pub id: SequenceId,
+    /// Its name in the cluster, for spans.
+    pub request_id: Arc<str>,
+    /// Tokens to compute, at least one.
+    pub prompt_tokens: usize,
+    /// When nobody wants the answer any more.
+    pub deadline: Option<Instant>,
+}
+
+/// Why an arrival was not queued.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// As many sequences as allowed are waiting.
+    #[error("prefill queue is full: {waiting} requests wait")]
+    QueueRequests {
+        /// Waiting sequences.
+        waiting: usize,
+    },
+    /// As many prompt tokens as allowed are waiting.
+    #[error("prefill queue is full: {waiting} prompt tokens wait")]
+    QueueTokens {
+        /// Prompt tokens of the waiting sequences.
+        waiting: usize,
+    },
+    /// The prompt could not fit even into an empty pool.
+    #[error("prompt of {prompt_tokens} tokens exceeds this worker's KV pool of {pool_tokens}")]
+    TooLong {
+        /// Tokens of the prompt.
+        prompt_tokens: usize,
+        /// Tokens that the pool holds.
+        pool_tokens: usize,
+    },
+    /// There is nothing to compute.
+    #[error("prompt is empty")]
+    Empty,
+}
+
+/// One sequence's share of a step: prompt tokens `start..start + tokens`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Chunk {
+    /// Whose.
+    pub id: SequenceId,
+    /// Position of the first token.
+    pub start: usize,
+    /// Number of tokens, at least one.
+    pub tokens: usize,
+    /// Whether the prompt ends here, so that this chunk yields the first token.
+    pub last: bool,
+}
+
+/// Sequences with what they wait for.
+#[derive(Debug)]
+pub struct Scheduler {
+    limits: Limits,
+    blocks: BlockAllocator,
+    sequences: HashMap<SequenceId, Sequence>,
+    /// Not started, in order of arrival.
+    waiting: VecDeque<SequenceId>,
+    /// Admitted and not computed to the end, in order of arrival.
+    running: VecDeque<SequenceId>,
+    /// Prompt tokens of `waiting`.
+    queued_tokens: usize,
+    /// Prompt tokens of `waiting` and the rest of `running`.
+    uncomputed_tokens: usize,
+}
+
+#[derive(Debug)]
+struct Sequence {
+    prompt_tokens: usize,
+    computed: usize,
+    deadline: Option<Instant>,
+    /// Empty while waiting.
+    block_table: Vec<BlockId>,
+    /// Part of the step that is running: its blocks are being written.
+    in_step: bool,
+    /// Removed during the step; goes when the step ends.
+    leaving: bool,
+    /// Open from arrival to the first chunk.
+    queued: Option<Span>,
+}
+
+impl Scheduler {
+    /// An empty scheduler over a pool of `limits.kv_blocks` free blocks.
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            blocks: BlockAllocator::new(limits.kv_blocks),
+            sequences: HashMap::new(),
+            waiting: VecDeque::new(),
+            running: VecDeque::new(),
+            queued_tokens: 0,
+            uncomputed_tokens: 0,
+        }
+    }
+
+    /// Queues a prompt. `arrival.id` must be new.
+    pub fn submit(&mut self, arrival: Arrival) -> Result<(), Refusal> {
+        let Arrival { id, prompt_tokens, .. } = arrival;
+        debug_assert!(!self.sequences.contains_key(&id), "sequence ids are unique");
+        if prompt_tokens == 0 {
+            return Err(Refusal::Empty);
+        }
+        if self.blocks_for(prompt_tokens) > self.limits.kv_blocks {
+            let pool_tokens = self.limits.kv_blocks * self.limits.block_tokens;
+            return Err(Refusal::TooLong { prompt_tokens, pool_tokens });
+        }
+        let waiting = self.waiting.len();
+        if waiting >= self.limits.queue_requests_max {
+            return Err(Refusal::QueueRequests { waiting });
+        }
+        let waiting = self.queued_tokens;
+        if waiting > 0 && waiting + prompt_tokens > self.limits.queue_tokens_max {
+            return Err(Refusal::QueueTokens { waiting });
+        }
+        let queued = tracing::info_span!("schedule", hop = 6, request_id = %arrival.request_id);
+        self.sequences.insert(
+            id,
+            Sequence {
+                prompt_tokens,
+                computed: 0,
+                deadline: arrival.deadline,
+                block_table: Vec::new(),
+                in_step: false,
+                leaving: false,
+                queued: Some(queued),
+            },
+        );
+        self.waiting.push_back(id);
+        self.queued_tokens += prompt_tokens;
+        self.uncomputed_tokens += prompt_tokens;
+        Ok(())
+    }
+
+    /// Names the sequences whose deadline has passed; the caller removes them.
+    pub fn overdue(&self, now: Instant) -> Vec<SequenceId> {
+        let late = |sequence: &Sequence| sequence.deadline.is_some_and(|deadline| deadline <= now);
+        let overdue = self.sequences.iter().filter(|(_, sequence)| late(sequence));
+        overdue.map(|(&id, _)| id).collect()
+    }
+
+    /// Forms the next step into `step`, which is cleared first; empty when there is nothing to run.
+    /// Each non-empty step must be ended by [`Self::complete`] before the next is formed.
+    pub fn schedule(&mut self, step: &mut Vec<Chunk>) {
+        step.clear();
+        let mut budget = self.limits.step_tokens_max;
+        let mut next = 0;
+        while budget > 0 {
+            if next == self.running.len() && !self.admit_head() {
+                break;
+            }
+            let id = self.running[next];
+            next += 1;
+            let Some(sequence) = self.sequences.get_mut(&id) else {
+                continue;
+            };
+            let remaining = sequence.prompt_tokens - sequence.computed;
+            let tokens = remaining.min(budget);
+            budget -= tokens;
+            sequence.in_step = true;
+            step.push(Chunk { id, start: sequence.computed, tokens, last: tokens == remaining });
+        }
+    }
+
+    /// Ends a step whose KV is computed: prompts move on, and those removed meanwhile go.
+    pub fn complete(&mut self, step: &[Chunk]) {
+        for chunk in step {
+            let Some(sequence) = self.sequences.get_mut(&chunk.id) else {
+                continue;
+            };
+            sequence.in_step = false;
+            sequence.computed += chunk.tokens;
+            self.uncomputed_tokens -= chunk.tokens;
+            let computed = sequence.computed == sequence.prompt_tokens;
+            let leaving = sequence.leaving;
+            if computed {
+                self.running.retain(|&id| id != chunk.id);
+            }
+            if leaving {
+                self.remove(chunk.id);
+            }
+        }
+    }
+
+    /// Ends a step that failed: nothing of it counts, and its sequences go.
+    pub fn fail(&mut self, step: &[Chunk]) {
+        for chunk in step {
+            if let Some(sequence) = self.sequences.get_mut(&chunk.id) {
+                sequence.in_step = false;
+            }
+            self.remove(chunk.id);
+        }
+    }
+
+    /// Forgets a sequence in whatever state and frees its blocks; one that is in the running step
+    /// goes when the step ends. Unknown ids are ignored, so that cancel, deadline and the end of a
+    /// hand-off may race.
+    pub fn remove(&mut self, id: SequenceId) {
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return;
+        };
+        if sequence.in_step {
+            sequence.leaving = true;
+            return;
+        }
+        let Some(sequence) = self.sequences.remove(&id) else {
+            return;
+        };
+        self.uncomputed_tokens -= sequence.prompt_tokens - sequence.computed;
+        if sequence.block_table.is_empty() {
+            self.queued_tokens -= sequence.prompt_tokens;
+            self.waiting.retain(|&waiting| waiting != id);
+        } else {
+            self.blocks.free(&sequence.block_table);
+            self.running.retain(|&running| running != id);
+        }
+    }
+
+    /// The blocks of an admitted sequence in order; empty while it waits or when it is unknown.
+    pub fn block_table(&self, id: SequenceId) -> &[BlockId] {
+        self.sequences.get(&id).map_or(&[], |sequence| sequence.block_table.as_slice())
+    }
+
+    /// Sequences waiting for their first chunk.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Sequences that hold blocks: being computed or being handed off.
+    pub fn active(&self) -> usize {
+        self.sequences.len() - self.waiting.len()
+    }
+
+    /// Prompt tokens queued and not yet computed.
+    pub fn uncomputed_tokens(&self) -> usize {
+        self.uncomputed_tokens
+    }
+
+    /// Blocks that no sequence holds.
+    pub fn free_blocks(&self) -> usize {
+        self.blocks.free_blocks()
+    }
+
+    fn blocks_for(&self, tokens: usize) -> usize {
+        tokens.div_ceil(self.limits.block_tokens)
+    }
+
+    /// Moves the head of the queue to `running` when there is room and memory for it.
+    fn admit_head(&mut self) -> bool {
+        let Some(&id) = self.waiting.front() else {
+            return false;
+        };
+        if self.active() >= self.limits.active_max {
+            return false;
+        }
+        let prompt_tokens = self.sequences[&id].prompt_tokens;
+        let Some(block_table) = self.blocks.allocate(self.blocks_for(prompt_tokens)) else {
+            return false;
+        };
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.block_table = block_table;
+            sequence.queued = None;
+        }
+        self.waiting.pop_front();
+        self.queued_tokens -= prompt_tokens;
+        self.running.push_back(id);
+        true
+    }
+
+    /// Panics when the books do not balance. For tests and simulation; costs a walk over everything.
+    pub fn check_invariants(&self) {
+        self.blocks.check_invariants();
+        let mut held: Vec<BlockId> = Vec::new();
+        for (id, sequence) in &self.sequences {
+            let waits = self.waiting.contains(id);
+            let runs = self.running.contains(id);
+            assert!(!(waits && runs), "{id:?} waits and runs");
+            assert_eq!(waits, sequence.block_table.is_empty(), "{id:?} waits without blocks");
+            assert_eq!(
+                waits || runs,
+                sequence.computed < sequence.prompt_tokens,
+                "{id:?} waits or runs until computed"
+            );
+            assert!(sequence.in_step || !sequence.leaving, "{id:?} leaves only after a step");
+            if !waits {
+                assert_eq!(
+                    sequence.block_table.len(),
+                    self.blocks_for(sequence.prompt_tokens),
+                    "{id:?} holds its whole prompt's blocks"
+                );
+            }
+            held.extend(&sequence.block_table);
+        }
+        let count = held.len();
+        held.sort();
+        held.dedup();
+        assert_eq!(held.len(), count, "a block has two owners");
+        assert_eq!(count + self.free_blocks(), self.limits.kv_blocks, "blocks leaked");
+        assert!(self.waiting.len() <= self.limits.queue_requests_max);
+        assert!(self.active() <= self.limits.active_max);
+        let tokens = |ids: &VecDeque<SequenceId>| -> usize {
+            let sequences = ids.iter().map(|id| &self.sequences[id]);
+            sequences.map(|s| s.prompt_tokens - s.computed).sum()
+        };
+        assert_eq!(self.queued_tokens, tokens(&self.waiting));
+        assert_eq!(self.uncomputed_tokens, tokens(&self.waiting) + tokens(&self.running));
+        assert!(
+            self.waiting.len() <= 1 || self.queued_tokens <= self.limits.queue_tokens_max,
+            "queued tokens are bounded"
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,233 @@
+use std::collections::HashMap;
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::*;
+
+const LIMITS: Limits = Limits {
+    queue_requests_max: 6,
+    queue_tokens_max: 900,
+    active_max: 4,
+    step_tokens_max: 100,
+    block_tokens: 64,
+    kv_blocks: 12,
+};
+
+fn arrival(id: u64, prompt_tokens: usize) -> Arrival {
+    Arrival { id: SequenceId(id), request_id: format!("request-{id}").into(), prompt_tokens, deadline: None }
+}
+
+/// What can happen to a scheduler, in any order.
+#[derive(Debug, Clone)]
+enum Event {
+    Submit {
+        prompt_tokens: usize,
+        deadline_ms: Option<u64>,
+    },
+    /// Forms a step (when none runs) or ends the running one.
+    Step,
+    StepFails,
+    /// Cancels or ends the hand-off of one of the sequences submitted so far.
+    Remove(prop::sample::Index),
+    Elapse {
+        ms: u64,
+    },
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        3 => (0usize..900, prop::option::of(0u64..60))
+            .prop_map(|(prompt_tokens, deadline_ms)| Event::Submit { prompt_tokens, deadline_ms }),
+        6 => Just(Event::Step),
+        1 => Just(Event::StepFails),
+        3 => any::<prop::sample::Index>().prop_map(Event::Remove),
+        2 => (1u64..40).prop_map(|ms| Event::Elapse { ms }),
+    ]
+}
+
+/// The scheduler and what an observer knows about it.
+struct World {
+    scheduler: Scheduler,
+    step: Vec<Chunk>,
+    now: Instant,
+    /// Prompt length and tokens computed of each sequence that is still in.
+    known: HashMap<SequenceId, (usize, usize)>,
+    submitted: Vec<SequenceId>,
+    started: Vec<SequenceId>,
+}
+
+impl World {
+    fn new() -> Self {
+        Self {
+            scheduler: Scheduler::new(LIMITS),
+            step: Vec::new(),
+            now: Instant::now(),
+            known: HashMap::new(),
+            submitted: Vec::new(),
+            started: Vec::new(),
+        }
+    }
+
+    fn apply(&mut self, event: Event) {
+        match event {
+            Event::Submit { prompt_tokens, deadline_ms } => self.submit(prompt_tokens, deadline_ms),
+            Event::Step if self.step.is_empty() => self.form_step(),
+            Event::Step => {
+                for chunk in self.step.drain(..).collect::<Vec<_>>() {
+                    if let Some((_, computed)) = self.known.get_mut(&chunk.id) {
+                        *computed += chunk.tokens;
+                    }
+                    self.scheduler.complete(&[chunk]);
+                }
+            }
+            Event::StepFails => {
+                for chunk in &self.step {
+                    self.known.remove(&chunk.id);
+                }
+                self.scheduler.fail(&self.step);
+                self.step.clear();
+            }
+            Event::Remove(index) if !self.submitted.is_empty() => {
+                self.remove(*index.get(&self.submitted));
+            }
+            Event::Remove(_) => {}
+            Event::Elapse { ms } => {
+                self.now += Duration::from_millis(ms);
+                for id in self.scheduler.overdue(self.now) {
+                    self.remove(id);
+                }
+            }
+        }
+    }
+
+    fn submit(&mut self, prompt_tokens: usize, deadline_ms: Option<u64>) {
+        let id = SequenceId(self.submitted.len() as u64);
+        let mut arrival = arrival(id.0, prompt_tokens);
+        arrival.deadline = deadline_ms.map(|ms| self.now + Duration::from_millis(ms));
+        let outcome = self.scheduler.submit(arrival);
+        self.submitted.push(id);
+        match outcome {
+            Ok(()) => drop(self.known.insert(id, (prompt_tokens, 0))),
+            Err(Refusal::Empty) => assert_eq!(prompt_tokens, 0),
+            Err(Refusal::TooLong { pool_tokens, .. }) => assert!(prompt_tokens > pool_tokens),
+            Err(Refusal::QueueRequests { .. } | Refusal::QueueTokens { .. }) => {
+                assert!(self.scheduler.waiting() > 0, "an empty queue refuses nobody");
+            }
+        }
+    }
+
+    fn form_step(&mut self) {
+        self.scheduler.schedule(&mut self.step);
+        let tokens: usize = self.step.iter().map(|chunk| chunk.tokens).sum();
+        assert!(tokens <= LIMITS.step_tokens_max);
+        for chunk in &self.step {
+            let (prompt_tokens, computed) = self.known[&chunk.id];
+            assert!(chunk.tokens > 0);
+            assert_eq!(chunk.start, computed, "each token is computed once, in order");
+            assert_eq!(chunk.last, chunk.start + chunk.tokens == prompt_tokens);
+            if chunk.start == 0 {
+                let earlier = self.started.last().is_some_and(|&id| id > chunk.id);
+                assert!(!earlier, "first chunks come in order of arrival");
+                self.started.push(chunk.id);
+            }
+        }
+    }
+
+    fn remove(&mut self, id: SequenceId) {
+        self.known.remove(&id);
+        self.scheduler.remove(id);
+    }
+
+    /// Without new events everything that waits is computed, and then nothing is held.
+    fn drain(&mut self) {
+        for _ in 0..200 {
+            self.apply(Event::Step);
+            self.scheduler.check_invariants();
+            let computed = self.known.iter().filter(|(_, (prompt, done))| prompt == done);
+            for id in computed.map(|(&id, _)| id).collect::<Vec<_>>() {
+                self.remove(id);
+            }
+        }
+        assert!(self.known.is_empty(), "left behind: {:?}", self.known);
+        assert_eq!(self.scheduler.free_blocks(), LIMITS.kv_blocks);
+        assert_eq!(self.scheduler.uncomputed_tokens(), 0);
+        assert_eq!((self.scheduler.waiting(), self.scheduler.active()), (0, 0));
+    }
+}
+
+proptest! {
+    // A failing stream is printed, shrunk, together with the seed that reproduces it.
+    #![proptest_config(ProptestConfig::with_cases(512))]
+    #[test]
+    fn books_balance_under_any_event_stream(events in prop::collection::vec(event(), 1..120)) {
+        let mut world = World::new();
+        for event in events {
+            world.apply(event);
+            world.scheduler.check_invariants();
+        }
+        world.drain();
+    }
+}
+
+fn step_of(scheduler: &mut Scheduler) -> Vec<(u64, usize, usize, bool)> {
+    let mut step = Vec::new();
+    scheduler.schedule(&mut step);
+    scheduler.complete(&step);
+    let row = |chunk: &Chunk| (chunk.id.0, chunk.start, chunk.tokens, chunk.last);
+    step.iter().map(row).collect()
+}
+
+#[test]
+fn a_step_is_filled_across_sequences_in_order_of_arrival() {
+    let mut scheduler = Scheduler::new(LIMITS);
+    for (id, prompt_tokens) in [(0, 130), (1, 20), (2, 100)] {
+        scheduler.submit(arrival(id, prompt_tokens)).expect("room");
+    }
+    assert_eq!(step_of(&mut scheduler), [(0, 0, 100, false)]);
+    assert_eq!(step_of(&mut scheduler), [(0, 100, 30, true), (1, 0, 20, true), (2, 0, 50, false)]);
+    assert_eq!(step_of(&mut scheduler), [(2, 50, 50, true)]);
+    assert_eq!(step_of(&mut scheduler), []);
+}
+
+#[test]
+fn nobody_overtakes_a_head_that_lacks_blocks() {
+    let mut scheduler = Scheduler::new(LIMITS);
+    scheduler.submit(arrival(0, 100)).expect("room");
+    step_of(&mut scheduler);
+    // 12 blocks needed, 10 free: sequence 0 is computed but not handed off yet.
+    scheduler.submit(arrival(1, 768)).expect("room");
+    scheduler.submit(arrival(2, 10)).expect("room");
+    assert_eq!(step_of(&mut scheduler), []);
+    scheduler.remove(SequenceId(0));
+    assert_eq!(step_of(&mut scheduler), [(1, 0, 100, false)]);
+}
+
+#[test]
+fn blocks_of_a_running_step_are_freed_only_when_it_ends() {
+    let mut scheduler = Scheduler::new(LIMITS);
+    scheduler.submit(arrival(0, 200)).expect("room");
+    let mut step = Vec::new();
+    scheduler.schedule(&mut step);
+    scheduler.remove(SequenceId(0));
+    assert_eq!(scheduler.free_blocks(), LIMITS.kv_blocks - 4);
+    scheduler.complete(&step);
+    assert_eq!(scheduler.free_blocks(), LIMITS.kv_blocks);
+    assert_eq!(step_of(&mut scheduler), []);
+}
+
+#[test]
+fn bounds_refuse_with_their_reason() {
+    let mut scheduler = Scheduler::new(LIMITS);
+    assert_eq!(scheduler.submit(arrival(0, 0)), Err(Refusal::Empty));
+    let too_long = Refusal::TooLong { prompt_tokens: 769, pool_tokens: 768 };
+    assert_eq!(scheduler.submit(arrival(1, 769)), Err(too_long));
+    scheduler.submit(arrival(2, 700)).expect("room");
+    let full = Refusal::QueueTokens { waiting: 700 };
+    assert_eq!(scheduler.submit(arrival(3, 201)), Err(full));
+    for id in 4..9 {
+        scheduler.submit(arrival(id, 1)).expect("room");
+    }
+    let full = Refusal::QueueRequests { waiting: 6 };
+    assert_eq!(scheduler.submit(arrival(9, 1)), Err(full));
+}

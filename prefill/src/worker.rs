@@ -1,0 +1,344 @@
+//! Hop 7: the device thread. It owns engine, KV pool, scheduler and the sending side of hand-offs.
+//!
+//! One round is `receive → schedule → step → postprocess`. Requests come in over a bounded channel, cancels as dropped
+//! streams, commits through the hand-off; first tokens and ends leave into queues that are never waited on. Without
+//! work the thread sleeps until something arrives.
+//!
+//! Invariant: blocks change hands between steps only, on this thread. A failed step ends its own requests and nothing
+//! else.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver as Channel, Select, TryRecvError};
+use engine::{Engine, LogitsWanted, Sampled, SequenceInput, SequenceSampler, StepError};
+use proto::v1::{GeneratedToken, TokenLogprob};
+use tracing::Span;
+
+use crate::error::{Failure, Refusal};
+use crate::handoff::{Handoff, Outcome};
+use crate::intake::Checked;
+use crate::metrics::{Metrics, as_gauge};
+use crate::outbox::{Outbox, RequestEvent};
+use crate::scheduler::{Arrival, Chunk, Scheduler, SequenceId};
+
+/// An idle thread still goes round this often: health tells idle from dead by it, and deadlines are found.
+const IDLE_MAX: Duration = Duration::from_millis(50);
+/// With blocks that the transfer had no room for, look again after about the time that a few of them take to leave.
+const BACKLOG_MAX: Duration = Duration::from_micros(500);
+
+/// A checked request on its way to the device thread.
+pub(crate) struct Submission {
+    pub(crate) request: Checked,
+    pub(crate) outbox: Outbox,
+    pub(crate) arrived: Instant,
+    /// The request's span on this worker.
+    pub(crate) span: Span,
+}
+
+/// What the device thread listens to.
+pub(crate) struct Inputs {
+    pub(crate) submissions: Channel<Submission>,
+    /// Rings when a stream was dropped.
+    pub(crate) doorbell: Channel<()>,
+    /// The moment by which requests must have ended. Disconnected: now.
+    pub(crate) drain: Channel<Instant>,
+}
+
+/// The device thread's state.
+pub(crate) struct Worker {
+    engine: Engine,
+    scheduler: Scheduler,
+    handoff: Handoff,
+    inputs: Inputs,
+    metrics: Metrics,
+    requests: HashMap<SequenceId, Request>,
+    next_id: u64,
+    /// Set once the worker is asked to end.
+    drain_by: Option<Instant>,
+    step: Vec<Chunk>,
+    /// One row, reused.
+    logits: Vec<f32>,
+}
+
+/// A queued request, besides its blocks.
+struct Request {
+    checked: Checked,
+    outbox: Outbox,
+    arrived: Instant,
+    started: Option<Instant>,
+    span: Span,
+}
+
+impl Worker {
+    pub(crate) fn new(
+        engine: Engine,
+        scheduler: Scheduler,
+        handoff: Handoff,
+        inputs: Inputs,
+        metrics: Metrics,
+    ) -> Self {
+        Self {
+            logits: Vec::with_capacity(engine.config().vocab_size),
+            engine,
+            scheduler,
+            handoff,
+            inputs,
+            metrics,
+            requests: HashMap::new(),
+            next_id: 0,
+            drain_by: None,
+            step: Vec::new(),
+        }
+    }
+
+    /// Runs until drained.
+    pub(crate) fn run(mut self) {
+        while self.receive() {
+            self.scheduler.schedule(&mut self.step);
+            let outcome = self.step();
+            self.postprocess(outcome);
+        }
+        tracing::info!("prefill worker ended");
+    }
+
+    /// Takes in what has arrived, waiting for it when the last round found nothing to step. `false` once drained.
+    fn receive(&mut self) -> bool {
+        if self.step.is_empty() {
+            self.wait();
+        }
+        let now = Instant::now();
+        self.metrics.rounds.inc();
+        match self.inputs.drain.try_recv() {
+            Ok(by) => self.drain_by = Some(by),
+            // The handle is gone: nobody is left to wait for us.
+            Err(TryRecvError::Disconnected) => self.drain_by = Some(now),
+            Err(TryRecvError::Empty) => {}
+        }
+        // As many as there are now: a flood of refusals must not hold up a step.
+        for _ in 0..self.inputs.submissions.len() {
+            if let Ok(submission) = self.inputs.submissions.try_recv() {
+                self.submit(submission, now);
+            }
+        }
+        self.settle_handoffs(now);
+        self.drop_unwanted(now);
+        self.publish();
+        self.drain_by.is_none() || !self.requests.is_empty()
+    }
+
+    /// Sleeps until something arrives.
+    fn wait(&self) {
+        let patience = if self.handoff.has_backlog() { BACKLOG_MAX } else { IDLE_MAX };
+        let mut select = Select::new();
+        select.recv(&self.inputs.submissions);
+        select.recv(&self.inputs.doorbell);
+        if self.drain_by.is_none() {
+            select.recv(&self.inputs.drain);
+        }
+        self.handoff.wait_on(&mut select);
+        // Which of them it is shows when they are looked at, all in their order.
+        let _ = select.ready_timeout(patience);
+        let _ = self.inputs.doorbell.try_recv();
+    }
+
+    fn submit(&mut self, submission: Submission, now: Instant) {
+        let Submission { request: checked, outbox, arrived, span } = submission;
+        let id = SequenceId(self.next_id);
+        self.next_id += 1;
+        let queued = span.in_scope(|| self.queue(id, &checked, now));
+        match queued {
+            Ok(()) => {
+                outbox.send(RequestEvent::Queued);
+                self.requests.insert(id, Request { checked, outbox, arrived, started: None, span });
+            }
+            Err(refusal) => {
+                self.metrics.refused(refusal.kind());
+                outbox.send(RequestEvent::Refused(refusal));
+            }
+        }
+    }
+
+    fn queue(&mut self, id: SequenceId, checked: &Checked, now: Instant) -> Result<(), Refusal> {
+        if self.drain_by.is_some() {
+            return Err(Refusal::Draining);
+        }
+        if checked.deadline.is_some_and(|deadline| deadline <= now) {
+            return Err(Refusal::DeadlineExceeded);
+        }
+        self.scheduler.submit(Arrival {
+            id,
+            request_id: Arc::clone(&checked.request_id),
+            prompt_tokens: checked.sequence.prompt.len(),
+            deadline: checked.deadline,
+        })?;
+        self.handoff.begin(id, &checked.request_id, &checked.ticket, now).map_err(|error| {
+            self.scheduler.remove(id);
+            Refusal::Transfer(error)
+        })
+    }
+
+    /// Moves hand-offs on, and ends the requests whose hand-off has ended.
+    fn settle_handoffs(&mut self, now: Instant) {
+        for (id, outcome) in self.handoff.poll(&self.scheduler, self.engine.kv(), now) {
+            match outcome {
+                Outcome::Committed { handoff } => self.finish(id, handoff),
+                Outcome::Refused { detail } => self.fail(id, Failure::HandoffRefused { detail }),
+                Outcome::Lost => self.fail(id, Failure::HandoffLost),
+            }
+        }
+    }
+
+    /// Ends requests that nobody waits for any more: cancelled, overdue, or at the end of draining.
+    fn drop_unwanted(&mut self, now: Instant) {
+        let abandoned = self.requests.iter().filter(|(_, request)| request.outbox.is_abandoned());
+        for id in abandoned.map(|(&id, _)| id).collect::<Vec<_>>() {
+            if self.release(id, "cancelled").is_some() {
+                self.metrics.cancelled.inc();
+            }
+        }
+        for id in self.scheduler.overdue(now) {
+            self.fail(id, Failure::DeadlineExceeded);
+        }
+        if self.drain_by.is_some_and(|by| by <= now) {
+            for id in self.requests.keys().copied().collect::<Vec<_>>() {
+                self.fail(id, Failure::Stopping);
+            }
+        }
+    }
+
+    /// Runs the scheduled chunks, pushing each layer's blocks as they are done, and samples the first tokens.
+    fn step(&mut self) -> Result<Vec<(SequenceId, Sampled)>, StepError> {
+        if self.step.is_empty() {
+            return Ok(Vec::new());
+        }
+        let started = Instant::now();
+        let mut hops = Vec::with_capacity(self.step.len());
+        let mut batch = Vec::with_capacity(self.step.len());
+        for chunk in &self.step {
+            // A scheduled sequence is a request: both go together, in `release`.
+            let Some(request) = self.requests.get_mut(&chunk.id) else { continue };
+            request.started.get_or_insert(started);
+        }
+        for chunk in &self.step {
+            let Some(request) = self.requests.get(&chunk.id) else { continue };
+            hops.push(tracing::info_span!(
+                parent: &request.span,
+                "chunk",
+                hop = 7,
+                request_id = %request.checked.request_id,
+                start = chunk.start,
+                tokens = chunk.tokens
+            ));
+            batch.push(SequenceInput {
+                tokens: &request.checked.sequence.prompt[chunk.start..chunk.start + chunk.tokens],
+                position: chunk.start,
+                block_table: self.scheduler.block_table(chunk.id),
+                logits: if chunk.last { LogitsWanted::Last } else { LogitsWanted::None },
+            });
+        }
+        // What the step does for all its sequences together is shown under the first.
+        let _hop = hops.first().map(Span::enter);
+        let mut observer = self.handoff.during(&self.scheduler, &self.step);
+        let vocab_size = self.engine.config().vocab_size;
+        let output = self.engine.step(&batch, &mut observer)?;
+        let mut first_tokens = Vec::new();
+        let last_chunks = self.step.iter().filter(|chunk| chunk.last);
+        for (chunk, logits) in last_chunks.zip(output.logits.chunks_exact(vocab_size)) {
+            let Some(request) = self.requests.get(&chunk.id) else { continue };
+            self.logits.clear();
+            self.logits.extend_from_slice(logits);
+            first_tokens.push((chunk.id, request.checked.first_token(&mut self.logits)));
+        }
+        Ok(first_tokens)
+    }
+
+    /// Lets the sequences move on, and their first tokens leave.
+    fn postprocess(&mut self, outcome: Result<Vec<(SequenceId, Sampled)>, StepError>) {
+        if self.step.is_empty() {
+            return;
+        }
+        match outcome {
+            Ok(first_tokens) => {
+                self.metrics.steps.inc();
+                self.metrics.tokens.inc_by(self.step.iter().map(|chunk| chunk.tokens as u64).sum());
+                self.scheduler.complete(&self.step);
+                let now = Instant::now();
+                for (id, sampled) in first_tokens {
+                    self.deliver(id, sampled, now);
+                }
+            }
+            Err(error) => self.fail_step(error),
+        }
+    }
+
+    fn deliver(&mut self, id: SequenceId, sampled: Sampled, now: Instant) {
+        let Some(request) = self.requests.get(&id) else { return };
+        let started = request.started.unwrap_or(now);
+        let queue = started.saturating_duration_since(request.arrived);
+        let compute = now.saturating_duration_since(started);
+        self.metrics.first_token(queue, compute);
+        self.handoff.finish(id, sampled.token, now);
+        let token = to_wire(sampled, request.checked.sequence.sampling.logprobs.is_some());
+        request.outbox.send(RequestEvent::FirstToken { token, queue, compute });
+    }
+
+    /// The rows of a failed step are unusable, those of its own sequences only: they go, the worker stays.
+    fn fail_step(&mut self, error: StepError) {
+        tracing::warn!(%error, sequences = self.step.len(), "a prefill step failed");
+        let error = Arc::new(error);
+        self.scheduler.fail(&self.step);
+        for chunk in std::mem::take(&mut self.step) {
+            self.fail(chunk.id, Failure::Step(Arc::clone(&error)));
+        }
+    }
+
+    fn finish(&mut self, id: SequenceId, handoff: Duration) {
+        if let Some(request) = self.release(id, "committed") {
+            self.metrics.handed_off(handoff);
+            request.outbox.send(RequestEvent::Done { handoff });
+        }
+    }
+
+    fn fail(&mut self, id: SequenceId, failure: Failure) {
+        if let Some(request) = self.release(id, failure.kind()) {
+            self.metrics.failed(failure.kind());
+            let _span = request.span.enter();
+            tracing::debug!(%failure, "request failed");
+            request.outbox.send(RequestEvent::Failed(failure));
+        }
+    }
+
+    /// Gives back what a request holds: its transfer, if that goes on, then its blocks.
+    fn release(&mut self, id: SequenceId, reason: &str) -> Option<Request> {
+        self.handoff.abort(id, reason);
+        self.scheduler.remove(id);
+        self.requests.remove(&id)
+    }
+
+    fn publish(&self) {
+        self.metrics.waiting.set(as_gauge(self.scheduler.waiting()));
+        self.metrics.active.set(as_gauge(self.scheduler.active()));
+        self.metrics.waiting_tokens.set(as_gauge(self.scheduler.uncomputed_tokens()));
+        self.metrics.blocks_free.set(as_gauge(self.scheduler.free_blocks()));
+    }
+}
+
+impl Checked {
+    /// Draws the token behind the prompt from its row of `logits`, which is overwritten.
+    fn first_token(&self, logits: &mut [f32]) -> Sampled {
+        let sequence = &self.sequence;
+        let mut sampler = SequenceSampler::new(&sequence.sampling, sequence.choice, &sequence.prompt);
+        sampler.sample(logits, sequence.prompt.len(), &self.suppressed)
+    }
+}
+
+fn to_wire(sampled: Sampled, logprobs: bool) -> GeneratedToken {
+    let top = sampled.top.into_iter().map(|(token, logprob)| TokenLogprob { token_id: token.0, logprob });
+    GeneratedToken {
+        token_id: sampled.token.0,
+        logprob: logprobs.then_some(sampled.logprob),
+        top: top.collect(),
+    }
+}

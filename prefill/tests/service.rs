@@ -1,0 +1,235 @@
+//! The role through its real service: what arrives on decode, and that nothing stays behind whatever happens.
+//!
+//! That blocks come back is shown without looking inside: the pool holds twelve, so a prompt of twelve blocks completes
+//! only if none is missing.
+
+mod support;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use prefill::Config;
+use proto::control::Consequence;
+use support::{FlakyExperts, KV_BLOCKS, Scene, engine_with, sequence};
+use tonic::Code;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+
+const BLOCK_TOKENS: usize = 64;
+const WHOLE_POOL: usize = KV_BLOCKS * BLOCK_TOKENS;
+
+fn chunks_of(step_tokens_max: usize) -> Config {
+    Config { step_tokens_max, ..Config::default() }
+}
+
+/// A prompt as large as the pool goes through: no block is held by anything else.
+async fn assert_pool_is_free(scene: &mut Scene) {
+    let whole = sequence(&scene.oracle, 99, WHOLE_POOL);
+    scene.complete(&[whole]).await;
+}
+
+#[tokio::test]
+async fn decode_gets_the_same_bytes_whatever_the_chunks_and_the_company() {
+    for step_tokens_max in [7, 64, 100, 256] {
+        let mut scene = Scene::new(chunks_of(step_tokens_max)).await;
+        let lengths = [1, 63, 64, 65, 200];
+        let sequences: Vec<_> =
+            (0u64..).zip(lengths).map(|(seed, length)| sequence(&scene.oracle, seed, length)).collect();
+        let tokens = scene.complete(&sequences).await;
+        for (nth, (sequence, token)) in sequences.iter().zip(tokens).enumerate() {
+            let (rows, first) = scene.expected(sequence);
+            let case = format!("chunks of {step_tokens_max}, prompt of {}", sequence.prompt.len());
+            assert!(scene.decode.rows(nth) == &rows, "{case}: other KV");
+            assert_eq!(scene.decode.first_token(nth), first.token, "{case}");
+            assert_eq!(token.token_id, first.token.0, "{case}");
+            assert_eq!(token.logprob.map(f32::to_bits), Some(first.logprob.to_bits()), "{case}");
+            assert_eq!(token.top.len(), 2, "{case}");
+        }
+        assert_pool_is_free(&mut scene).await;
+    }
+}
+
+#[tokio::test]
+async fn a_dropped_stream_gives_its_blocks_back() {
+    let mut scene = Scene::new(chunks_of(16)).await;
+    // Each would fill the pool: dropped while it waits, while it is computed, and while it is handed off.
+    for seed in 0..6 {
+        let sequence = sequence(&scene.oracle, seed, WHOLE_POOL);
+        let request = scene.request(&sequence);
+        let mut stream = scene.send(request).await.expect("queued");
+        if seed % 3 == 2 {
+            scene.first_token(&mut stream).await;
+        }
+    }
+    assert_pool_is_free(&mut scene).await;
+    assert!(!scene.decode.aborted.is_empty(), "decode is told");
+}
+
+#[tokio::test]
+async fn a_failed_step_ends_its_requests_and_not_the_worker() {
+    let failing = Arc::new(AtomicBool::new(true));
+    let switch = Arc::clone(&failing);
+    let engine = engine_with(|experts| Box::new(FlakyExperts { experts, failing: switch }));
+    let mut scene = Scene::with_engine(Config::default(), engine).await;
+    let sequence = sequence(&scene.oracle, 1, 100);
+    let request = scene.request(&sequence);
+    let mut stream = scene.send(request).await.expect("queued");
+    let status = scene.next(&mut stream).await.expect_err("no experts");
+    assert_eq!(status.code(), Code::Unavailable);
+    assert_eq!(Consequence::of(&status), Consequence::Unavailable);
+    assert!(status.message().contains("expert-1"), "{}", status.message());
+    failing.store(false, Ordering::Relaxed);
+    assert_pool_is_free(&mut scene).await;
+}
+
+#[tokio::test]
+async fn a_dead_decode_loses_its_own_requests_alone() {
+    let mut scene = Scene::new(chunks_of(16)).await;
+    let sequence = sequence(&scene.oracle, 1, WHOLE_POOL);
+    let request = scene.request(&sequence);
+    let mut stream = scene.send(request).await.expect("queued");
+    scene.first_token(&mut stream).await;
+    scene.decode.fabric.close();
+    // The first token may be out while blocks are on their way; nobody commits them any more.
+    let status = stream.message().await.expect_err("decode is gone");
+    assert_eq!(Consequence::of(&status), Consequence::Lost, "{status:?}");
+    let metrics = scene.handle.metrics_text();
+    let free = format!("prefill_kv_blocks_free {KV_BLOCKS}");
+    assert!(metrics.lines().any(|line| line == free) || metrics.contains("handoff_lost"), "{metrics}");
+}
+
+#[tokio::test]
+async fn a_refused_ticket_is_a_loss() {
+    let mut scene = Scene::new(Config::default()).await;
+    let sequence = sequence(&scene.oracle, 1, 100);
+    let mut request = scene.request(&sequence);
+    if let Some(ticket) = &mut request.ticket {
+        ticket.ticket_id ^= 1;
+    }
+    let mut stream = scene.send(request).await.expect("queued");
+    let status = loop {
+        match scene.next(&mut stream).await {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("the stream ended well"),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(Consequence::of(&status), Consequence::Lost, "{status:?}");
+    assert_pool_is_free(&mut scene).await;
+}
+
+#[tokio::test]
+async fn an_overdue_request_is_told_so() {
+    let mut scene = Scene::new(chunks_of(1)).await;
+    let mut sequence = sequence(&scene.oracle, 1, 700);
+    // Seven hundred steps take longer on any machine.
+    sequence.deadline = Some(Duration::from_millis(20));
+    let request = scene.request(&sequence);
+    let status = match scene.send(request).await {
+        Ok(mut stream) => scene.next(&mut stream).await.expect_err("it is overdue"),
+        Err(status) => status,
+    };
+    assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
+    assert_pool_is_free(&mut scene).await;
+}
+
+#[tokio::test]
+async fn refusals_are_statuses_of_the_call() {
+    let mut scene = Scene::new(Config::default()).await;
+    let fitting = sequence(&scene.oracle, 1, 100);
+
+    let mut request = scene.request(&fitting);
+    if let Some(sequence) = &mut request.sequence
+        && let Some(fingerprint) = &mut sequence.fingerprint
+    {
+        fingerprint.numerics = "reference".to_owned();
+    }
+    let status = scene.send(request).await.expect_err("another numerics");
+    assert_eq!(Consequence::of(&status), Consequence::Rejected);
+    assert!(status.message().contains("fingerprint.numerics"), "{}", status.message());
+
+    let mut request = scene.request(&fitting);
+    if let Some(ticket) = &mut request.ticket {
+        ticket.layers += 1;
+    }
+    let status = scene.send(request).await.expect_err("another layout");
+    assert!(status.message().contains("ticket.layers"), "{}", status.message());
+
+    let too_long = sequence(&scene.oracle, 2, WHOLE_POOL + 1);
+    let request = scene.request(&too_long);
+    let status = scene.send(request).await.expect_err("more than the pool");
+    assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+    assert_pool_is_free(&mut scene).await;
+}
+
+#[tokio::test]
+async fn a_full_queue_refuses_and_recovers() {
+    let config = Config { queue_requests_max: 1, active_max: 1, ..chunks_of(16) };
+    let mut scene = Scene::new(config).await;
+    let mut streams = Vec::new();
+    let status = loop {
+        let sequence = sequence(&scene.oracle, streams.len() as u64, WHOLE_POOL);
+        let request = scene.request(&sequence);
+        match scene.send(request).await {
+            Ok(stream) => streams.push(stream),
+            Err(status) => break status,
+        }
+        assert!(streams.len() < 16, "one active, one waiting, and what was done meanwhile");
+    };
+    assert_eq!(status.code(), Code::ResourceExhausted);
+    assert_eq!(Consequence::of(&status), Consequence::Unavailable);
+    for mut stream in streams {
+        scene.first_token(&mut stream).await;
+        scene.done(&mut stream).await;
+    }
+    assert_pool_is_free(&mut scene).await;
+}
+
+#[tokio::test]
+async fn shutdown_lets_queued_requests_end() {
+    let mut scene = Scene::new(chunks_of(64)).await;
+    let sequence = sequence(&scene.oracle, 1, 300);
+    let request = scene.request(&sequence);
+    let mut stream = scene.send(request).await.expect("queued");
+    let Scene { handle, client, identity, mut decode, oracle } = scene;
+    let end = async {
+        let first = stream.message().await.expect("a first token");
+        let done = stream.message().await.expect("done");
+        assert!(first.is_some() && done.is_some());
+    };
+    let poll = async {
+        loop {
+            decode.turn().await;
+        }
+    };
+    tokio::select! {
+        _ = async { tokio::join!(handle.shutdown(), end) } => {}
+        () = poll => {}
+    }
+    drop((client, identity, oracle));
+}
+
+#[tokio::test]
+async fn health_says_serving_and_strangers_are_not_answered() {
+    let scene = Scene::new(Config::default()).await;
+    let address = scene.handle.control_address().to_string();
+    let channel = scene.identity.endpoint(&address).expect("an address").connect().await.expect("connected");
+    let mut health = HealthClient::new(channel);
+    let watch = health.watch(HealthCheckRequest { service: "trireme.v1.Prefill".to_owned() });
+    let mut statuses = watch.await.expect("a stream").into_inner();
+    loop {
+        let status = statuses.message().await.expect("a status").expect("not the end").status;
+        if status == i32::from(ServingStatus::Serving) {
+            break;
+        }
+    }
+    let stranger = support::identity();
+    let connected = stranger.endpoint(&address).expect("an address").connect().await;
+    let answered = match connected {
+        Ok(channel) => HealthClient::new(channel).check(HealthCheckRequest::default()).await.is_ok(),
+        Err(_) => false,
+    };
+    assert!(!answered, "another authority's certificate is refused");
+}
