@@ -2,8 +2,11 @@
 
 use std::ops::Range;
 
-use crate::cpu::Cpu;
+use crate::cpu::{Cpu, Disjoint, ScaleRule, part};
 use crate::fp8::{self, BLOCK, ScaleFormat};
+
+/// Values of a task when rows are taken in: some 5 µs.
+const TASK_VALUES: usize = 16 * 1024;
 
 /// What activations are rounded to before a matrix product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -90,32 +93,29 @@ impl Activations {
         if m == 0 || k == 0 {
             return;
         }
-        let _ = cpu;
-        let stride = self.stride();
-        let blocks = k.div_ceil(BLOCK);
-        for (row, x) in x.chunks_exact(k).enumerate() {
-            match format {
-                ActivationFormat::F32 => self.f32[row * stride..][..k].copy_from_slice(x),
-                ActivationFormat::Bf16 => {
-                    for (out, &x) in self.bf16[row * stride..].iter_mut().zip(x) {
-                        *out = fp8::to_bf16(x);
-                    }
-                }
-                ActivationFormat::Fp8(scale_format) => {
-                    for (block, x) in x.chunks(BLOCK).enumerate() {
-                        let amax = x.iter().fold(0.0f32, |a, x| a.max(x.abs()));
-                        let scale = fp8::scale(amax, fp8::ACTIVATION_AMAX_MIN, scale_format);
-                        self.scales[row * blocks + block] = scale;
-                        for (i, &x) in x.iter().enumerate() {
-                            let code = fp8::encode(x / scale);
-                            self.codes[row * k + block * BLOCK + i] = code;
-                            self.bf16[row * stride + block * BLOCK + i] =
-                                fp8::E4M3_TO_BF16[usize::from(code)];
+        let (stride, blocks) = (self.stride(), k.div_ceil(BLOCK));
+        let (wide, bf16) = (Disjoint::new(&mut self.f32), Disjoint::new(&mut self.bf16));
+        let (codes, scales) = (Disjoint::new(&mut self.codes), Disjoint::new(&mut self.scales));
+        let rows_per_task = (TASK_VALUES / k).max(1);
+        cpu.divide(m.div_ceil(rows_per_task), m * k, &|task| {
+            for row in part(task, rows_per_task, m) {
+                let x = &x[row * k..][..k];
+                let values = row * stride..row * stride + k;
+                // SAFETY: tasks have different rows, and a row's parts are taken once each.
+                unsafe {
+                    match format {
+                        ActivationFormat::F32 => wide.part(values).copy_from_slice(x),
+                        ActivationFormat::Bf16 => cpu.f32_to_bf16(x, bf16.part(values)),
+                        ActivationFormat::Fp8(format) => {
+                            let rule = ScaleRule { amax_min: fp8::ACTIVATION_AMAX_MIN, format };
+                            let codes = codes.part(row * k..(row + 1) * k);
+                            cpu.quantise_row(x, rule, codes, scales.part(row * blocks..(row + 1) * blocks));
+                            cpu.e4m3_to_bf16(codes, bf16.part(values));
                         }
                     }
                 }
             }
-        }
+        });
     }
 
     /// Takes `m` rows of `k` channels as [`Self::encode_rows`] wrote them. Any bytes of the right length are taken:

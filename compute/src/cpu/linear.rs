@@ -12,10 +12,10 @@ mod avx2;
 mod avx512;
 mod portable;
 
-use std::marker::PhantomData;
 use std::ops::Range;
 
-use super::{Cpu, Isa};
+use super::disjoint::Disjoint;
+use super::{Cpu, Isa, part};
 use crate::fp8::BLOCK;
 use crate::matrix::{HeadStorage, Storage};
 use crate::{ActivationFormat, Activations, HeadMatrices, Matrix};
@@ -26,9 +26,6 @@ const TASK_OUTPUTS: usize = 32;
 
 /// Rows of a task: 96 rows times 1,024 channels of bf16 stay in a 1 MB level-2 cache next to the task's sums.
 const TASK_ROWS: usize = 96;
-
-/// Multiply-adds below which a product is not worth waking another thread for (about 10 µs of one core).
-const SERIAL_MAX: usize = 128 * 1024;
 
 /// Weights `[n, k]`, row-major.
 #[derive(Clone, Copy)]
@@ -85,43 +82,24 @@ impl Product<'_> {
     }
 }
 
-/// The output `[m, n]`, shared by tasks that write disjoint parts of it.
+/// The output, `stride` values from row to row; column 0 of the product is its column `first`.
 #[derive(Clone, Copy)]
 struct Output<'a> {
-    start: *mut f32,
-    len: usize,
+    values: Disjoint<'a, f32>,
     stride: usize,
-    borrow: PhantomData<&'a mut [f32]>,
+    first: usize,
 }
 
-// SAFETY: it stands for an exclusive borrow of plain values, and `write`'s contract keeps parts disjoint.
-unsafe impl Send for Output<'_> {}
-// SAFETY: as above.
-unsafe impl Sync for Output<'_> {}
-
-impl<'a> Output<'a> {
-    /// Rows of `y`, `stride` values apart.
-    fn new(y: &'a mut [f32], stride: usize) -> Self {
-        Self { start: y.as_mut_ptr(), len: y.len(), stride, borrow: PhantomData }
-    }
-
-    /// The output whose column 0 is column `n` of this one.
-    fn at_column(self, n: usize) -> Self {
-        assert!(n <= self.len);
-        // SAFETY: at most one past the end of the same slice.
-        Self { start: unsafe { self.start.add(n) }, len: self.len - n, ..self }
-    }
-
+impl Output<'_> {
     /// Stores outputs `n..n + values.len()` of row `m`.
     ///
     /// # Safety
     /// No two threads write the same element.
     #[inline]
     unsafe fn write(&self, m: usize, n: usize, values: &[f32]) {
-        let at = m * self.stride + n;
-        assert!(at + values.len() <= self.len);
-        // SAFETY: in bounds by the check, exclusive by the caller's promise and the borrow that this stands for.
-        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), self.start.add(at), values.len()) }
+        let at = m * self.stride + self.first + n;
+        // SAFETY: the caller's promise.
+        unsafe { self.values.part(at..at + values.len()) }.copy_from_slice(values);
     }
 }
 
@@ -162,7 +140,7 @@ impl Cpu {
             }
             (format, _) => panic!("{format:?} activations do not go with {:?} weights", w.format()),
         };
-        let y = Output::new(y, n);
+        let y = Output { values: Disjoint::new(y), stride: n, first: 0 };
         let product = Product { weights, n, k, x: inputs, x_stride: x.stride(), rows, y };
         let (row_chunks, groups) = (m.div_ceil(TASK_ROWS), n.div_ceil(TASK_OUTPUTS));
         let task = |task: usize| {
@@ -183,7 +161,7 @@ impl Cpu {
         let (heads, n, k) = (w.heads(), w.out_dim(), w.in_dim());
         assert_eq!(x.len(), m * heads * k, "input [{m}, {heads}, {k}]");
         assert_eq!(y.len(), m * heads * n, "output [{m}, {heads}, {n}]");
-        let output = Output::new(y, heads * n);
+        let values = Disjoint::new(y);
         let (row_chunks, groups) = (m.div_ceil(TASK_ROWS), n.div_ceil(TASK_OUTPUTS));
         let task = |task: usize| {
             let (rows, outputs) = (task % row_chunks, task / row_chunks % groups);
@@ -193,7 +171,7 @@ impl Cpu {
                 HeadStorage::Bf16(weights) => Weights::Bf16(&weights[2 * head * n * k..][..2 * n * k]),
             };
             let x = Inputs::F32(&x[head * k..]);
-            let y = output.at_column(head * n);
+            let y = Output { values, stride: heads * n, first: head * n };
             let product = Product { weights, n, k, x, x_stride: heads * k, rows: None, y };
             let (rows, outputs) = (part(rows, TASK_ROWS, m), part(outputs, TASK_OUTPUTS, n));
             // SAFETY: heads, row chunks and output groups are disjoint parts of `y`; the lengths were checked above.
@@ -201,20 +179,6 @@ impl Cpu {
         };
         self.divide(heads * row_chunks * groups, m * heads * n * k, &task);
     }
-
-    /// Runs tasks on the pool, or here if all of them together are small.
-    fn divide(&self, tasks: usize, multiply_adds: usize, task: &(dyn Fn(usize) + Sync)) {
-        if multiply_adds < SERIAL_MAX {
-            (0..tasks).for_each(task);
-        } else {
-            self.pool.run(tasks, task);
-        }
-    }
-}
-
-/// The `i`-th part of `size` (the last may be shorter) of `0..len`.
-fn part(i: usize, size: usize, len: usize) -> Range<usize> {
-    i * size..((i + 1) * size).min(len)
 }
 
 /// Computes outputs `outputs` of rows `rows`.

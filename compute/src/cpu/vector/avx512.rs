@@ -1,0 +1,171 @@
+//! Sixteen lanes of AVX-512.
+
+use std::arch::x86_64::*;
+
+use super::{Operation, Vector};
+
+/// Compiles `operation` for AVX-512.
+///
+/// # Safety
+/// The machine has [`crate::Isa::Avx512`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,f16c,fma")]
+pub(super) unsafe fn run(operation: impl Operation) {
+    // SAFETY: the caller's promise.
+    unsafe { operation.run::<F32x16>() }
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct F32x16(__m512);
+
+// SAFETY of all blocks below: the trait's contract, that the machine has the instruction set and pointers lead to
+// enough values, is what each intrinsic asks for.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Vector for F32x16 {
+    const LANES: usize = 16;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        unsafe { Self(_mm512_set1_ps(x)) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(at: *const f32) -> Self {
+        unsafe { Self(_mm512_loadu_ps(at)) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, at: *mut f32) {
+        unsafe { _mm512_storeu_ps(at, self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(at: *const u8) -> Self {
+        unsafe {
+            let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(at.cast()));
+            Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16(self, at: *mut u8) {
+        // Not `vcvtneps2bf16`, which flushes subnormals: a stored value is the same on every instruction set.
+        unsafe {
+            let bits = _mm512_castps_si512(self.0);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+            // Rounding could carry a NaN's payload into infinity: NaN is made quiet instead.
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
+            let rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x40_0000));
+            let packed = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded));
+            _mm256_storeu_si256(at.cast(), packed);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_e4m3(at: *const u8) -> Self {
+        // Shifted into a half-precision number a code is its value over 256, subnormals included; NaN is put in.
+        unsafe {
+            let codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(at.cast()));
+            let magnitude = _mm256_and_si256(codes, _mm256_set1_epi16(0x7F));
+            let sign = _mm256_slli_epi16::<8>(_mm256_and_si256(codes, _mm256_set1_epi16(0x80)));
+            let half = _mm256_or_si256(_mm256_slli_epi16::<7>(magnitude), sign);
+            let nan = _mm256_cmpeq_epi16_mask(magnitude, _mm256_set1_epi16(0x7F));
+            let half = _mm256_mask_mov_epi16(half, nan, _mm256_set1_epi16(0x7E00));
+            Self(_mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_e4m3(self, at: *mut u8) {
+        // As `fp8::encode`, all cases computed and blended.
+        unsafe {
+            let bits = _mm512_castps_si512(self.0);
+            let sign = _mm512_and_si512(_mm512_srli_epi32::<24>(bits), _mm512_set1_epi32(0x80));
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
+            let magnitude = _mm512_min_ps(_mm512_abs_ps(self.0), _mm512_set1_ps(448.0));
+            let bits = _mm512_castps_si512(magnitude);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<20>(bits), _mm512_set1_epi32(1));
+            let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7_FFFF)), odd);
+            let code = _mm512_sub_epi32(_mm512_srli_epi32::<20>(rounded), _mm512_set1_epi32(120 << 3));
+            let magic = _mm512_set1_ps(24576.0);
+            let small = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(magnitude, _mm512_set1_ps(1.0 / 64.0));
+            let code = _mm512_mask_sub_epi32(
+                code,
+                small,
+                _mm512_castps_si512(_mm512_add_ps(magnitude, magic)),
+                _mm512_castps_si512(magic),
+            );
+            let code = _mm512_mask_mov_epi32(code, nan, _mm512_set1_epi32(0x7F));
+            let packed = _mm512_cvtepi32_epi8(_mm512_or_si512(code, sign));
+            _mm_storeu_si128(at.cast(), packed);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        unsafe { Self(_mm512_add_ps(self.0, other.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn sub(self, other: Self) -> Self {
+        unsafe { Self(_mm512_sub_ps(self.0, other.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        unsafe { Self(_mm512_mul_ps(self.0, other.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn div(self, other: Self) -> Self {
+        unsafe { Self(_mm512_div_ps(self.0, other.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(self, factor: Self, addend: Self) -> Self {
+        unsafe { Self(_mm512_fmadd_ps(self.0, factor.0, addend.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn max(self, other: Self) -> Self {
+        unsafe { Self(_mm512_max_ps(self.0, other.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn min(self, other: Self) -> Self {
+        unsafe { Self(_mm512_min_ps(self.0, other.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn abs(self) -> Self {
+        unsafe { Self(_mm512_abs_ps(self.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn power_of_two(self) -> Self {
+        unsafe {
+            let n = _mm512_add_epi32(_mm512_cvtps_epi32(self.0), _mm512_set1_epi32(127));
+            Self(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(n)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn sum4(vectors: [Self; 4]) -> [f32; 4] {
+        unsafe {
+            let [a, b, c, d] = vectors;
+            // Even plus odd quarters of two vectors at a time: after two rounds one quarter per vector is left.
+            let ab =
+                _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a.0, b.0), _mm512_shuffle_f32x4::<0xDD>(a.0, b.0));
+            let cd =
+                _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(c.0, d.0), _mm512_shuffle_f32x4::<0xDD>(c.0, d.0));
+            let quarters =
+                _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xDD>(ab, cd));
+            let pairs = _mm512_add_ps(quarters, _mm512_permute_ps::<0b01_00_11_10>(quarters));
+            let sums = _mm512_add_ps(pairs, _mm512_permute_ps::<0b10_11_00_01>(pairs));
+            let first = _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, sums));
+            let mut out = [0.0; 4];
+            _mm_storeu_ps(out.as_mut_ptr(), first);
+            out
+        }
+    }
+}
