@@ -19,7 +19,7 @@ pub enum EngineError {
         source: compute::MatrixError,
     },
     /// `reference` numerics keeps its cache in f32.
-    #[error("kv_format {kv_format:?} does not go with {numerics} numerics")]
+    #[error("kv_format {kv_format} does not go with {numerics} numerics")]
     KvFormat {
         /// The format asked for.
         kv_format: KvFormat,

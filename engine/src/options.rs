@@ -1,13 +1,9 @@
 //! How an engine is set up, and the arithmetic that follows from it.
 
 use compute::{ActivationFormat, ScaleFormat as ActivationScale};
-use model::{KvFormat, ModelConfig, Numerics, ScaleFormat};
+use model::{KvFormat, KvLayout, ModelConfig, Numerics, ScaleFormat};
 
 use crate::error::EngineError;
-
-/// Counts every change that alters a bit of any result; part of the execution fingerprint, so that workers of two
-/// versions never mix their caches.
-pub const ARITHMETIC_REVISION: u32 = 1;
 
 /// How to set up an [`crate::Engine`].
 #[derive(Clone, Debug)]
@@ -27,7 +23,15 @@ pub struct EngineOptions {
 }
 
 impl EngineOptions {
-    pub(crate) fn validate(&self, config: &ModelConfig) -> Result<KvFormat, EngineError> {
+    /// How an engine with these options lays out its cache.
+    ///
+    /// # Errors
+    /// As [`crate::Engine::load`]: an option is zero, contradicts another or asks for what the model has not.
+    pub fn kv_layout(&self, config: &ModelConfig) -> Result<KvLayout, EngineError> {
+        Ok(KvLayout::for_model(config, self.validate(config)?, usize::from(self.mtp)))
+    }
+
+    fn validate(&self, config: &ModelConfig) -> Result<KvFormat, EngineError> {
         let limits = [
             ("kv_blocks_max", self.kv_blocks_max),
             ("threads", self.threads),

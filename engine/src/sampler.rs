@@ -25,7 +25,7 @@ const GREEDY_BELOW: f32 = 1e-5;
 pub struct Sampled {
     /// The token.
     pub token: TokenId,
-    /// Its natural log-probability after bias and penalties, before temperature and truncation.
+    /// Its natural log-probability after bias and penalties, before temperature and truncation. Never NaN.
     pub logprob: f32,
     /// The most probable tokens in descending order, as many as [`SamplingParams::logprobs`] asks for.
     pub top: Vec<(TokenId, f32)>,
@@ -77,7 +77,7 @@ impl SequenceSampler {
         self.adjust(logits, suppress);
         let best = argmax(logits);
         let log_total = log_sum_exp(logits, logits[best]);
-        let logprob = |index: usize, logits: &[f32]| (f64::from(logits[index]) - log_total) as f32;
+        let logprob = |index: usize, logits: &[f32]| log_probability(logits[index], log_total);
         let top = match self.params.logprobs {
             Some(count) if count > 0 => largest(logits, count as usize)
                 .into_iter()
@@ -181,6 +181,12 @@ fn argmax(logits: &[f32]) -> usize {
 fn log_sum_exp(logits: &[f32], peak: f32) -> f64 {
     let total: f64 = logits.iter().map(|&logit| f64::from(weight(logit, peak, 1.0))).sum();
     f64::from(peak) + total.ln()
+}
+
+/// Of a token that cannot come, and in a row without any finite logit: negative infinity, never NaN.
+fn log_probability(logit: f32, log_total: f64) -> f32 {
+    let value = f64::from(logit) - log_total;
+    if value.is_nan() { f32::NEG_INFINITY } else { value as f32 }
 }
 
 /// Indices of the `count` largest values in descending order, lower indices first among equals.

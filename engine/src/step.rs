@@ -10,8 +10,9 @@ use crate::deepseek::{
 };
 use crate::error::{EngineError, InvalidBatch, StepError};
 use crate::experts::Experts;
+use crate::fingerprint::execution_fingerprint;
 use crate::kv_cache::KvPool;
-use crate::options::{ARITHMETIC_REVISION, EngineOptions};
+use crate::options::EngineOptions;
 
 /// Watches a step from inside. `()` watches nothing.
 pub trait StepObserver {
@@ -74,16 +75,9 @@ impl Engine {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, EngineError> {
         let config = checkpoint.config().clone();
-        let kv_format = options.validate(&config)?;
-        let layout = KvLayout::for_model(&config, kv_format, usize::from(options.mtp));
+        let layout = options.kv_layout(&config)?;
         let cpu = Cpu::new(options.threads);
-        let fingerprint = ExecutionFingerprint {
-            weights: checkpoint.weights_hash(),
-            numerics: options.numerics,
-            kv_layout_digest: layout.digest(),
-            backend: format!("cpu-{}", cpu.isa().name()),
-            arithmetic_revision: ARITHMETIC_REVISION,
-        };
+        let fingerprint = execution_fingerprint(checkpoint, &layout, options.numerics, &cpu);
 
         let schema::GlobalTensors { embed_tokens, norm, lm_head } = schema::global(&config);
         let plan = [embed_tokens, norm, lm_head].into_iter();
@@ -157,6 +151,7 @@ impl Engine {
         batch: &[SequenceInput<'_>],
         observer: &mut dyn StepObserver,
     ) -> Result<StepOutput<'_>, StepError> {
+        let _span = tracing::debug_span!("step", hop = 7, sequences = batch.len()).entered();
         self.batch.form(batch.iter().copied(), &self.limits)?;
         let attention_rows = self.batch.attention_rows(recycle(std::mem::take(&mut self.attention_rows)));
         let mut step = StepContext {

@@ -127,24 +127,20 @@ fn fixtures_are_as_close_as_they_were() {
     check(&measured);
 }
 
-/// `w8a8.safetensors` has the authors' own FP8 arithmetic: as far from the golden logits as ours, and much closer to
-/// ours than either is to them. What remains is the cache's format and kv_b, which they quantise activations for and
-/// we absorb.
+/// `w8a8.safetensors` is the authors' own FP8 arithmetic with everything else in f32. With an f32 cache what is left
+/// between us is bf16: the experts' results and the head's input, both behind the last quantisation. (Any difference
+/// before one moves roundings, and is then as large as the distance to the golden logits: 0.13.)
 #[test]
 fn fp8_agrees_with_the_authors_arithmetic() {
     let name = "v3_fp8_aligned";
     let golden = Golden::open(&fixture(name).join("golden.safetensors"));
     let authors = Golden::open(&fixture(name).join("w8a8.safetensors")).f32("p0.logits");
-    let mut measured = Vec::new();
-    for kv_format in [KvFormat::Fp8, KvFormat::Bf16] {
-        let mut bench = Bench::open(&fixture(name), setup(kv_format));
-        let (ours, exact) = teacher_forced(&mut bench, &golden, 1);
-        let against_authors = Quality::measure(&ours, &authors, bench.vocab());
-        measured.push((format!("{name} w8a8 kv-{kv_format}"), against_authors));
-        let against_exact = Quality::measure(&ours, &exact, bench.vocab());
-        measured.push((format!("{name} p0 kv-{kv_format}"), against_exact));
-    }
-    check(&measured);
+    let mut bench = Bench::open(&fixture(name), setup(KvFormat::F32));
+    let (ours, _) = teacher_forced(&mut bench, &golden, 1);
+    let quality = Quality::measure(&ours, &authors, bench.vocab());
+    println!("{quality:?}");
+    assert!(quality.mean_abs_dlogit < 0.005 && quality.median_kl < 1e-5, "{quality:?}");
+    assert_eq!(quality.argmax_agreement, 1.0);
 }
 
 #[test]

@@ -192,7 +192,7 @@ fn split_rows(rows: &[f32], a_width: usize, a: &mut [f32], b_width: usize, b: &m
 
 /// Rotation angles of every position that the model has.
 pub(crate) fn rope_table(config: &ModelConfig) -> RopeTable {
-    RopeTable::new(&config.rope_frequencies(), f64::from(config.rope_gain()), config.max_position_embeddings)
+    RopeTable::new(&config.rope_frequencies(), config.rope_gain(), config.max_position_embeddings)
 }
 
 /// Intermediate values of attention for up to `rows_max` rows; widths per row in the comments.

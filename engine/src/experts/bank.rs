@@ -79,7 +79,7 @@ impl ExpertBank {
         })
     }
 
-    /// Loads every routed expert of every layer; the MTP module's if `mtp`.
+    /// Loads every routed expert of the main model, and of the MTP module if `mtp`.
     pub fn load_all(
         checkpoint: &Checkpoint,
         numerics: Numerics,
@@ -87,12 +87,10 @@ impl ExpertBank {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, EngineError> {
         let config = checkpoint.config();
+        let layers = config.num_hidden_layers + usize::from(mtp);
         let all: Vec<ExpertId> = (0..config.n_routed_experts).map(|expert| ExpertId(expert as u16)).collect();
-        let held: Vec<_> = config
-            .moe_layers()
-            .filter(|&layer| mtp || layer < config.num_hidden_layers)
-            .map(|layer| (layer, all.clone()))
-            .collect();
+        let held: Vec<_> =
+            config.moe_layers().filter(|&layer| layer < layers).map(|layer| (layer, all.clone())).collect();
         Self::load(checkpoint, &held, numerics, progress)
     }
 

@@ -241,6 +241,7 @@ fn odd_logits_give_a_token() {
                 });
                 let sampled = sampler(&params).sample(&mut row.to_vec(), 0, &[]);
                 assert!((sampled.token.0 as usize) < row.len());
+                assert!(!sampled.logprob.is_nan(), "{row:?}: {sampled:?}");
             }
         }
     }

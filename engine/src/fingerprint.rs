@@ -1,0 +1,25 @@
+//! What two workers must have in common for their bits to be the same.
+
+use compute::Cpu;
+use model::{Checkpoint, ExecutionFingerprint, KvLayout, Numerics};
+
+/// Counts every change that alters a bit of any result; part of the execution fingerprint, so that workers of two
+/// versions never mix their caches.
+pub const ARITHMETIC_REVISION: u32 = 1;
+
+/// What must be equal for KV, prefixes and bits to cross between two workers; an expert worker, which has no engine,
+/// proves with it that its sources compute as it does.
+pub fn execution_fingerprint(
+    checkpoint: &Checkpoint,
+    layout: &KvLayout,
+    numerics: Numerics,
+    cpu: &Cpu,
+) -> ExecutionFingerprint {
+    ExecutionFingerprint {
+        weights: checkpoint.weights_hash(),
+        numerics,
+        kv_layout_digest: layout.digest(),
+        backend: format!("cpu-{}", cpu.isa().name()),
+        arithmetic_revision: ARITHMETIC_REVISION,
+    }
+}
