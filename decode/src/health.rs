@@ -1,9 +1,18 @@
 //! Health as forward progress: a worker is well while its device thread goes round and, as long as there is something
 //! to step, steps advance. That a process answers says nothing about either.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use tokio::sync::watch;
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
+
 use crate::metrics::Metrics;
+
+/// How often health looks at progress.
+const LOOK_INTERVAL: Duration = Duration::from_millis(250);
 
 /// What the device thread has done so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +62,30 @@ impl Watch {
         self.last = progress;
         now.duration_since(self.round_at) < self.stall_max
             && now.duration_since(self.step_at) < self.stall_max
+    }
+
+    /// Keeps `health` and `unwell` in step with what `metrics` say. `ended` closes with the device thread: no need to
+    /// wait for its silence then.
+    pub(crate) async fn report(
+        mut self,
+        metrics: Metrics,
+        ended: watch::Receiver<()>,
+        health: HealthReporter,
+        unwell: Arc<AtomicBool>,
+    ) {
+        let mut ticks = tokio::time::interval(LOOK_INTERVAL);
+        loop {
+            ticks.tick().await;
+            let moves = self.observe(Progress::of(&metrics), Instant::now());
+            let well = moves && ended.has_changed().is_ok();
+            if unwell.swap(!well, Ordering::Relaxed) == well {
+                tracing::warn!(well, "forward progress changed");
+            }
+            let status = if well { ServingStatus::Serving } else { ServingStatus::NotServing };
+            for service in ["", "trireme.v1.Decode"] {
+                health.set_service_status(service, status).await;
+            }
+        }
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use kvtransfer::ReceiverStats;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::encoding::{EncodeLabelSet, EncodeMetric, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
@@ -52,6 +53,8 @@ pub struct Metrics {
     pub(crate) step_time: DurationHistogram,
     /// Time from ticket to commit.
     pub(crate) handoff_time: DurationHistogram,
+    /// What the receiver of hand-offs has counted.
+    pub(crate) handoffs: HandoffCounters,
     failures: Family<Kind, Counter>,
     refusals: Family<Kind, Counter>,
 }
@@ -87,6 +90,13 @@ impl Metrics {
         let rounds = counter("rounds", "Rounds of the device thread's loop");
         let admitted = counter("admitted", "Sequences admitted");
         let finished = counter("finished", "Sequences that ended by their own rule");
+        let handoffs = HandoffCounters {
+            bytes: counter("handoff_bytes", "KV bytes written into the pool"),
+            duplicates: counter("handoff_duplicates", "KV pieces that had landed before"),
+            stale: counter("handoff_stale", "KV frames that the fence stopped: their ticket was dead"),
+            violations: counter("handoff_violations", "KV frames that their ticket did not permit"),
+            malformed: counter("handoff_malformed", "Frames on the KV channel that were no message"),
+        };
         let step_time = DurationHistogram::new(STEP_BOUNDS_US);
         registry.register_with_unit(
             "step",
@@ -118,6 +128,7 @@ impl Metrics {
             finished,
             step_time,
             handoff_time,
+            handoffs,
             failures,
             refusals,
         }
@@ -139,6 +150,27 @@ impl Metrics {
         // Writing into a String cannot fail.
         let _ = encode(&mut text, &self.registry);
         text
+    }
+}
+
+/// [`ReceiverStats`] where a scrape can see them.
+#[derive(Clone, Debug)]
+pub(crate) struct HandoffCounters {
+    bytes: Counter,
+    duplicates: Counter,
+    stale: Counter,
+    violations: Counter,
+    malformed: Counter,
+}
+
+impl HandoffCounters {
+    pub(crate) fn store(&self, stats: &ReceiverStats) {
+        let store = |counter: &Counter, total| counter.inner().store(total, Ordering::Relaxed);
+        store(&self.bytes, stats.bytes);
+        store(&self.duplicates, stats.duplicates);
+        store(&self.stale, stats.stale);
+        store(&self.violations, stats.violations);
+        store(&self.malformed, stats.malformed);
     }
 }
 

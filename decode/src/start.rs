@@ -17,7 +17,6 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::Server;
-use tonic_health::ServingStatus;
 
 use crate::config::Config;
 use crate::error::Error;
@@ -29,8 +28,6 @@ use crate::scheduler::{Limits, Scheduler};
 use crate::server::DecodeService;
 use crate::worker::{Inputs, Parts, Worker};
 
-/// How often health looks at progress.
-const HEALTH_INTERVAL: Duration = Duration::from_millis(250);
 /// A router that is silent for this long is gone; its streams end and their sequences with them.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_millis(500);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -63,8 +60,8 @@ pub struct Handle {
     /// The device thread hears a moment to end by, or the end of this channel.
     drain: Sender<Instant>,
     drain_max: Duration,
-    /// Turns `true`, or closes, when the device thread has ended.
-    ended: watch::Receiver<bool>,
+    /// Closes when the device thread has ended, by a panic too.
+    ended: watch::Receiver<()>,
     stop_serving: watch::Sender<bool>,
     tasks: JoinSet<()>,
     _announcement: Announcement,
@@ -77,7 +74,7 @@ pub struct Handle {
 pub async fn start(config: Config, node: Node) -> Result<Handle, Error> {
     config.validate()?;
     config.validate_for(node.engine.step_tokens_max())?;
-    let mut server = server(&node.identity)?;
+    let mut server = tls_server(&config, &node.identity)?;
     let bind = |source| Error::Bind { address: config.listen, source };
     let listener = TcpListener::bind(config.listen).await.map_err(bind)?;
     let control_address = listener.local_addr().map_err(bind)?;
@@ -108,7 +105,8 @@ pub async fn start(config: Config, node: Node) -> Result<Handle, Error> {
 
     let draining = Arc::new(AtomicBool::new(false));
     let unwell = Arc::new(AtomicBool::new(false));
-    tasks.spawn(watch_health(config.progress_stall_max(), metrics.clone(), health, Arc::clone(&unwell)));
+    let watch = Watch::new(config.progress_stall_max(), Progress::of(&metrics), Instant::now());
+    tasks.spawn(watch.report(metrics.clone(), device.ended.clone(), health, Arc::clone(&unwell)));
     let report = Report { info, metrics: metrics.clone(), draining: Arc::clone(&draining), unwell };
     let announcement = announce(node.routers, node.identity, move || report.now());
     tracing::info!(%control_address, "decode worker serves");
@@ -126,9 +124,13 @@ pub async fn start(config: Config, node: Node) -> Result<Handle, Error> {
 }
 
 /// A gRPC server that speaks to this cluster's members alone, and notices when one is gone.
-fn server(identity: &Identity) -> Result<Server, Error> {
+fn tls_server(config: &Config, identity: &Identity) -> Result<Server, Error> {
+    // One stream a sequence, and enough beyond that for one too many to be refused here instead of waiting unseen in
+    // the router's connection, which is what the default of 200 would do.
+    let streams_max = u32::try_from(config.sequences_max + config.submissions_queued_max).unwrap_or(u32::MAX);
     let server = Server::builder()
         .tcp_nodelay(true)
+        .max_concurrent_streams(Some(streams_max))
         .http2_keepalive_interval(Some(KEEP_ALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT));
     server.tls_config(identity.server_tls()).map_err(Error::Tls)
@@ -158,7 +160,7 @@ struct Device {
     submissions: Sender<Submission>,
     doorbell: Doorbell,
     drain: Sender<Instant>,
-    ended: watch::Receiver<bool>,
+    ended: watch::Receiver<()>,
 }
 
 fn start_device(
@@ -171,7 +173,7 @@ fn start_device(
     let (submissions, submitted) = bounded(config.submissions_queued_max);
     let (doorbell, heard) = Doorbell::new();
     let (drain, drain_by) = bounded(1);
-    let (end, ended) = watch::channel(false);
+    let (alive, ended) = watch::channel(());
     let scheduler = Scheduler::new(Limits {
         sequences_max: config.sequences_max,
         batch_max: config.batch_max,
@@ -182,9 +184,8 @@ fn start_device(
     let inputs = Inputs { submissions: submitted, doorbell: heard, drain: drain_by };
     let worker = Worker::new(Parts { engine, scheduler, receiver, intake, inputs, metrics });
     let run = move || {
+        let _alive = alive;
         worker.run();
-        // Not reached by a panic: then the channel closes, which is heard as well.
-        end.send_replace(true);
     };
     std::thread::Builder::new().name("decode-device".to_owned()).spawn(run).map_err(Error::Thread)?;
     Ok(Device { submissions, doorbell, drain, ended })
@@ -203,7 +204,8 @@ impl Handle {
 
     /// Returns once the device thread has ended: after [`Handle::shutdown`], or because an invariant was broken.
     pub async fn wait(&self) {
-        let _ = self.ended.clone().wait_for(|ended| *ended).await;
+        let mut ended = self.ended.clone();
+        while ended.changed().await.is_ok() {}
     }
 
     /// Refuses new sequences, lets the running ones end for up to `drain_ms_max`, fails the rest, and stops.
@@ -239,28 +241,6 @@ impl Report {
             kv_blocks_free: count(self.metrics.blocks_free.get()),
             // A worker that does not move must get no more requests either.
             draining: self.draining.load(Ordering::Relaxed) || self.unwell.load(Ordering::Relaxed),
-        }
-    }
-}
-
-/// Keeps the health service's answer in step with the device thread's progress.
-async fn watch_health(
-    stall_max: Duration,
-    metrics: Metrics,
-    health: tonic_health::server::HealthReporter,
-    unwell: Arc<AtomicBool>,
-) {
-    let mut watch = Watch::new(stall_max, Progress::of(&metrics), Instant::now());
-    let mut ticks = tokio::time::interval(HEALTH_INTERVAL);
-    loop {
-        ticks.tick().await;
-        let well = watch.observe(Progress::of(&metrics), Instant::now());
-        if unwell.swap(!well, Ordering::Relaxed) == well {
-            tracing::warn!(well, "forward progress changed");
-        }
-        let status = if well { ServingStatus::Serving } else { ServingStatus::NotServing };
-        for service in ["", "trireme.v1.Decode"] {
-            health.set_service_status(service, status).await;
         }
     }
 }

@@ -137,7 +137,7 @@ impl Worker {
     }
 
     /// Sleeps until something arrives or falls due.
-    fn wait(&self) {
+    fn wait(&mut self) {
         let due = self.scheduler.next_deadline().into_iter().chain(self.drain_by).min();
         let until = due.map_or(IDLE_MAX, |at| at.saturating_duration_since(Instant::now()).min(IDLE_MAX));
         let mut select = Select::new();
@@ -146,9 +146,15 @@ impl Worker {
         if self.drain_by.is_none() {
             select.recv(&self.inputs.drain);
         }
-        select.recv(self.receiver.arrivals());
-        // Which of them it is shows when they are looked at, all in their order.
-        let _ = select.ready_timeout(until);
+        let arrivals = select.recv(self.receiver.arrivals());
+        // What has come shows when each of them is looked at, all in their order. Only an end shows nowhere else.
+        let ready = select.ready_timeout(until);
+        let closed = ready == Ok(arrivals) && self.receiver.arrivals().is_empty();
+        if closed && self.drain_by.is_none() {
+            tracing::error!("the fabric is closed: no KV can arrive any more");
+            self.drain_by = Some(Instant::now());
+        }
+        // Answered by going round.
         let _ = self.inputs.doorbell.try_recv();
     }
 
@@ -353,6 +359,7 @@ impl Worker {
         self.metrics.runnable.set(as_gauge(self.scheduler.runnable()));
         self.metrics.waiting.set(as_gauge(self.scheduler.waiting()));
         self.metrics.blocks_free.set(as_gauge(self.scheduler.free_blocks()));
+        self.metrics.handoffs.store(&self.receiver.stats());
     }
 }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use decode::{Config, Handle, Node, RETRY_AFTER_METADATA, start};
 use fabric::{Fabric, Hub};
-use kvtransfer::KvTicket;
+use kvtransfer::{KvTicket, SenderEvent};
 use proto::control::Consequence;
 use proto::security::{Identity, SERVER_NAME};
 use proto::sequence::Sequence;
@@ -104,6 +104,10 @@ async fn a_real_prompt_gives_the_bits_of_a_single_run() {
     let ticket = ticket(&mut stream).await;
     let first = cluster.prefill.push(&sequence, ticket);
     assert!(matches!(next(&mut stream).await, Ok(Event::Handoff(_))));
+    assert!(
+        matches!(cluster.prefill.events(1)[..], [SenderEvent::Committed { .. }]),
+        "prefill may free its blocks"
+    );
     let mut tokens = vec![(first.token.0, Some(first.logprob.to_bits()))];
     let finished = loop {
         match next(&mut stream).await.expect("tokens") {
@@ -138,7 +142,8 @@ async fn another_fingerprint_is_refused_by_its_field() {
 async fn malformed_requests_name_their_field_and_harm_nobody() {
     let mut cluster = Cluster::start(Duration::from_secs(60)).await;
     let sound = request(&cluster.prefill.engine, 1, 10, 5);
-    let check: [(fn(&mut v1::SequenceRequest), &str); 5] = [
+    type Spoil = fn(&mut v1::SequenceRequest);
+    let check: [(Spoil, &str); 5] = [
         (|wire| wire.prompt.clear(), "prompt"),
         (|wire| wire.prompt[3] = u32::MAX, "prompt[3]"),
         (|wire| wire.sampling = None, "sampling"),

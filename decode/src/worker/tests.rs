@@ -3,7 +3,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
 
 use crossbeam_channel::{Sender, bounded};
-use engine::LocalExperts;
+use engine::{ExpertBatch, Experts, ExpertsError, LocalExperts};
 use fabric::{Fabric, Hub};
 use kvtransfer::{KvTicket, SenderEvent};
 use proto::sequence::Sequence;
@@ -14,7 +14,7 @@ use super::*;
 use crate::finish::Finish;
 use crate::outbox::{self, Doorbell, Inbox};
 use crate::scheduler::Limits;
-use support::{FlakyExperts, KV_BLOCKS, Prefill, engine, engine_with, request, single_run};
+use support::{KV_BLOCKS, Prefill, engine, engine_with, request, single_run};
 
 #[path = "../../tests/support/mod.rs"]
 mod support;
@@ -23,6 +23,28 @@ mod support;
 const EVENTS_MAX: usize = 64;
 const BATCH_MAX: usize = 4;
 const LEASE: Duration = Duration::from_secs(3600);
+
+/// Experts that fail while told to.
+struct FlakyExperts {
+    experts: LocalExperts,
+    failing: Arc<AtomicBool>,
+}
+
+impl Experts for FlakyExperts {
+    fn dispatch(&mut self, cpu: &compute::Cpu, batch: &ExpertBatch<'_>) -> Result<(), ExpertsError> {
+        if self.failing.load(Ordering::Relaxed) {
+            return Err(ExpertsError::Unavailable {
+                worker: "expert-1".to_owned(),
+                detail: "gone".to_owned(),
+            });
+        }
+        self.experts.dispatch(cpu, batch)
+    }
+
+    fn combine(&mut self, cpu: &compute::Cpu, out: &mut [f32]) -> Result<(), ExpertsError> {
+        self.experts.combine(cpu, out)
+    }
+}
 
 /// A worker whose rounds the test makes itself, and a prefill side on the same in-process fabric.
 struct Rig {
@@ -174,7 +196,8 @@ fn a_handed_off_batch_gives_the_bits_of_single_runs() {
         assert_same_bits(&[first], &expect[..1]);
         assert_same_bits(&tokens, &expect[1..]);
     }
-    assert!(matches!(rig.prefill.poll()[..], [SenderEvent::Committed { .. }, ..]));
+    let committed = rig.prefill.events(4);
+    assert!(committed.iter().all(|event| matches!(event, SenderEvent::Committed { .. })), "{committed:?}");
 }
 
 #[test]
@@ -242,9 +265,11 @@ fn a_push_for_a_cancelled_sequence_lands_nowhere() {
     };
     let before = pool(&rig);
     rig.prefill.push(&sequence, ticket);
-    rig.round();
+    while rig.worker.receiver.stats().stale == 0 {
+        rig.round();
+    }
     assert!(pool(&rig) == before, "a revoked ticket wrote into the pool");
-    assert!(matches!(rig.prefill.poll()[..], [SenderEvent::Refused { .. }]));
+    assert!(matches!(rig.prefill.events(1)[..], [SenderEvent::Refused { .. }]));
 }
 
 #[test]

@@ -1,15 +1,13 @@
 //! A prefill worker in a few lines, and the oracle: the same sequence on one engine without any hand-off.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use engine::{
-    Engine, EngineOptions, ExpertBank, ExpertBatch, Experts, ExpertsError, LocalExperts, LogitsWanted,
-    Sampled, SequenceInput, SequenceSampler,
+    Engine, EngineOptions, ExpertBank, Experts, LocalExperts, LogitsWanted, Sampled, SequenceInput,
+    SequenceSampler,
 };
 use fabric::Fabric;
-use kvtransfer::{KvTicket, Receiver, Sender, SenderEvent};
+use kvtransfer::{KvTicket, Receiver, ReceiverOptions, Sender, SenderEvent, TransferError};
 use model::{BlockId, Checkpoint, Numerics, SamplingParams, Stopping, TokenId};
 use proto::sequence::Sequence;
 use proto::trace::TraceContext;
@@ -38,28 +36,6 @@ pub fn engine_with(wrap: impl FnOnce(LocalExperts) -> Box<dyn Experts>) -> Engin
     let bank =
         ExpertBank::load_all(&checkpoint, options.numerics, options.mtp, &mut progress).expect("experts");
     Engine::load(&checkpoint, &options, wrap(LocalExperts::new(bank)), &mut progress).expect("engine")
-}
-
-/// Experts that fail while told to.
-pub struct FlakyExperts {
-    pub experts: LocalExperts,
-    pub failing: Arc<AtomicBool>,
-}
-
-impl Experts for FlakyExperts {
-    fn dispatch(&mut self, cpu: &compute::Cpu, batch: &ExpertBatch<'_>) -> Result<(), ExpertsError> {
-        if self.failing.load(Ordering::Relaxed) {
-            return Err(ExpertsError::Unavailable {
-                worker: "expert-1".to_owned(),
-                detail: "gone".to_owned(),
-            });
-        }
-        self.experts.dispatch(cpu, batch)
-    }
-
-    fn combine(&mut self, cpu: &compute::Cpu, out: &mut [f32]) -> Result<(), ExpertsError> {
-        self.experts.combine(cpu, out)
-    }
 }
 
 /// A request for `max_tokens` tokens behind a prompt of `prompt_tokens`, both drawn from `seed`.
@@ -109,12 +85,13 @@ pub fn single_run(engine: &mut Engine, sequence: &Sequence) -> Vec<Sampled> {
 /// The prefill side of hand-offs.
 pub struct Prefill {
     pub engine: Engine,
-    pub sender: Sender,
+    sender: Sender,
+    events: Vec<SenderEvent>,
 }
 
 impl Prefill {
     pub fn new(fabric: Fabric) -> Self {
-        Self { engine: engine(), sender: Sender::new(fabric) }
+        Self { engine: engine(), sender: Sender::new(fabric), events: Vec::new() }
     }
 
     /// Computes the prompt, queues all of its KV for `ticket` with the first token behind it, and returns that token.
@@ -143,20 +120,45 @@ impl Prefill {
                     &self.engine.kv().block_layer(BlockId(block as u32), layer)[..rows * layout.row_bytes()]
                 })
                 .collect();
-            self.sender
-                .push_blocks(transfer, layer as u32, 0, &pieces, last_rows as u32)
-                .expect("room to send");
+            offer(&mut self.sender, &mut self.events, |sender| {
+                sender.push_blocks(transfer, layer as u32, 0, &pieces, last_rows as u32)
+            });
         }
-        self.sender.finish(transfer, first).expect("room to send");
+        offer(&mut self.sender, &mut self.events, |sender| sender.finish(transfer, first));
     }
 
-    /// What has become of the hand-offs since the last call.
-    pub fn poll(&mut self) -> Vec<SenderEvent> {
-        self.sender.poll(Instant::now())
+    /// The ends of `count` hand-offs, as soon as they are known.
+    pub fn events(&mut self, count: usize) -> Vec<SenderEvent> {
+        while self.events.len() < count {
+            std::thread::yield_now();
+            self.events.extend(self.sender.poll(Instant::now()));
+        }
+        std::mem::take(&mut self.events)
+    }
+}
+
+/// Offers until it is taken: the connection is made on another thread.
+fn offer(
+    sender: &mut Sender,
+    events: &mut Vec<SenderEvent>,
+    mut push: impl FnMut(&mut Sender) -> Result<(), TransferError>,
+) {
+    while let Err(error) = push(sender) {
+        assert!(matches!(error, TransferError::Full), "{error}");
+        std::thread::yield_now();
+        events.extend(sender.poll(Instant::now()));
     }
 }
 
 /// The decode side of hand-offs on `fabric`, for `engine`'s layout.
 pub fn receiver(fabric: Fabric, engine: &Engine, lease: Duration) -> Receiver {
-    Receiver::new(fabric, engine.fingerprint().clone(), lease)
+    let options = ReceiverOptions {
+        worker_id: "decode-0".to_owned(),
+        incarnation: 7,
+        fingerprint: engine.fingerprint().clone(),
+        layout: engine.kv_layout().clone(),
+        lease,
+        tickets_max: 64,
+    };
+    Receiver::new(fabric, options)
 }
