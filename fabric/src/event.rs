@@ -64,6 +64,9 @@ pub enum LossReason {
     /// Nothing heard for longer than the idle time: killed, stopped, or cut off.
     #[error("silent for too long")]
     Silent,
+    /// The peer's port answers, but does not know the connection: its process started anew.
+    #[error("restarted")]
+    Restarted,
     /// The same worker connected under a new incarnation: the old process is gone.
     #[error("replaced by a new incarnation")]
     Superseded,

@@ -10,6 +10,7 @@ mod endpoint;
 mod hello;
 mod outbox;
 mod path;
+mod peers;
 mod socket;
 mod tls;
 
@@ -29,9 +30,10 @@ use crate::inbox::Inbox;
 use crate::limits::Limits;
 use crate::stats::Stats;
 use crate::sync::lock;
-use endpoint::{Dial, Peers};
+use endpoint::Dial;
 use hello::Hello;
 use path::Path;
+use peers::Peers;
 
 const SCHEME: &str = "quic://";
 

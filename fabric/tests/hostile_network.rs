@@ -61,6 +61,30 @@ fn a_new_incarnation_ends_the_old_one_at_once() {
 }
 
 #[test]
+fn a_process_that_was_killed_and_restarted_disowns_its_connections() {
+    let net = Net::quic();
+    let ca = authority(&net);
+    let credentials = ca.issue();
+    let b = |incarnation| {
+        let options = options(&ca.pem(), credentials.clone(), "b", incarnation, Limits::default());
+        Fabric::quic(options).expect("an end")
+    };
+    let (a, killed) = (net.open("a"), b(1));
+    let relay = Relay::to(&killed.address());
+    let old_peer = a.connect(&relay.address(), PATIENCE).expect("a connection");
+    let events = a.receiver(Channel::Kv);
+    up(&events);
+
+    // The same address and private key, but none of the old process' memory.
+    let restarted = b(2);
+    relay.retarget(&restarted.address());
+    assert_eq!(lost(&events), (old_peer, LossReason::Restarted));
+    let new_peer = a.connect(&relay.address(), PATIENCE).expect("a connection to the new process");
+    assert_eq!(up(&events).1.incarnation, 2);
+    assert_ne!(new_peer, old_peer);
+}
+
+#[test]
 fn another_authority_is_refused_in_either_direction() {
     let (ours, theirs) = (Net::quic(), Net::quic());
     let us = ours.open("us");

@@ -164,6 +164,7 @@ fn ended_by(error: ReadError) -> Result<(), ProtocolError> {
 fn loss_reason(error: ConnectionError) -> LossReason {
     match error {
         ConnectionError::TimedOut => LossReason::Silent,
+        ConnectionError::Reset => LossReason::Restarted,
         // Ours: only a closing end closes a connection that `run` still watches.
         ConnectionError::LocallyClosed => LossReason::Closed,
         ConnectionError::ApplicationClosed(closed) => {

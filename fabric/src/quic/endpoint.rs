@@ -1,34 +1,37 @@
-//! The I/O thread: accepts and dials connections, and keeps the table of live peers.
+//! The I/O thread: accepts and dials connections, and starts their lives.
 
 use std::collections::HashMap;
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam_channel::Sender;
-use quinn::{ClientConfig, Connection, EndpointConfig, Incoming, ServerConfig, TokioRuntime};
+use quinn::{
+    ClientConfig, Connection, ConnectionId, ConnectionIdGenerator, EndpointConfig, Incoming, ServerConfig,
+    TokioRuntime,
+};
 use tokio::sync::{Notify, Semaphore, mpsc};
 
 use super::connection::{self, CloseCode, Live, close};
 use super::hello::{self, Hello};
-use super::outbox::{Outbox, outbox};
+use super::outbox::outbox;
 use super::path::Path;
+use super::peers::{Peer, Peers};
 use super::{socket, tls};
-use crate::error::{DialError, SendError};
-use crate::event::{Event, LossReason, PeerId, PeerInfo};
-use crate::frame::{Channel, Frame};
+use crate::error::DialError;
+use crate::event::{Event, LossReason, PeerId};
 use crate::inbox::Inbox;
 use crate::limits::Limits;
-use crate::stats::{Counters, Stats};
-use crate::sync::{lock, read, write};
+use crate::sync::lock;
 
 /// From the first packet to the hello. A peer that is silent for 1.5 s fails earlier.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(3);
 /// Strangers in the handshake at once; more are refused before they cost any cryptography.
 const HANDSHAKES_MAX: usize = 64;
+const CONNECTION_ID_BYTES: usize = 8;
 /// For the goodbyes to leave the socket.
 const CLOSE_MAX: Duration = Duration::from_millis(100);
 
@@ -36,56 +39,6 @@ const CLOSE_MAX: Duration = Duration::from_millis(100);
 pub(crate) struct Dial {
     pub remote: SocketAddr,
     pub answer: Sender<Result<PeerId, DialError>>,
-}
-
-/// Live peers, shared with the threads that send.
-#[derive(Default)]
-pub(crate) struct Peers {
-    pub counters: Counters,
-    live: RwLock<HashMap<PeerId, Peer>>,
-}
-
-struct Peer {
-    info: PeerInfo,
-    /// The address we dialled, if we did.
-    dialled: Option<SocketAddr>,
-    outboxes: [Outbox; 2],
-    connection: Connection,
-    superseded: Arc<Notify>,
-}
-
-impl Peers {
-    /// The live connection that was dialled to `remote`.
-    pub fn dialled(&self, remote: SocketAddr) -> Option<PeerId> {
-        let live = read(&self.live);
-        live.iter().find(|(_, peer)| peer.dialled == Some(remote)).map(|(id, _)| *id)
-    }
-
-    pub fn try_send(&self, peer: PeerId, channel: Channel, frame: Frame) -> Result<(), SendError> {
-        let live = read(&self.live);
-        let peer = live.get(&peer).ok_or(SendError::Gone)?;
-        peer.outboxes[channel.index()].offer(frame)
-    }
-
-    pub fn info(&self, peer: PeerId) -> Option<PeerInfo> {
-        read(&self.live).get(&peer).map(|peer| peer.info.clone())
-    }
-
-    pub fn stats(&self) -> Stats {
-        let mut stats = self.counters.snapshot();
-        let live = read(&self.live);
-        stats.peers = live.len() as u64;
-        for peer in live.values() {
-            let path = peer.connection.stats().path;
-            stats.packets_lost += path.lost_packets;
-            let mtu_bytes = u64::from(path.current_mtu);
-            stats.mtu_bytes_min = match stats.mtu_bytes_min {
-                0 => mtu_bytes,
-                least => least.min(mtu_bytes),
-            };
-        }
-        stats
-    }
 }
 
 /// What the I/O thread starts from.
@@ -167,13 +120,32 @@ fn open(
     let mut server = ServerConfig::with_crypto(Arc::clone(&configs.server) as _);
     server.transport_config(transport).migration(false).max_incoming(HANDSHAKES_MAX);
 
-    let mut config = EndpointConfig::default();
+    let mut config = EndpointConfig::new(Arc::new(configs.reset_key.clone()));
+    config.cid_generator(|| Box::new(ConnectionIds));
     // A transport parameter: at quinn's default of 1,472 the peer would not send larger datagrams.
     config.max_udp_payload_size(path.mtu_bytes).map_err(io::Error::other)?;
     let socket = socket::register(udp, path)?;
     let endpoint =
         quinn::Endpoint::new_with_abstract_socket(config, Some(server), socket, Arc::new(TokioRuntime))?;
     Ok((endpoint, client))
+}
+
+/// Random connection ids. quinn's own carry a mark of the process that made them, and it ignores packets without
+/// its mark: a restarted end would not disown its predecessor's connections.
+struct ConnectionIds;
+
+impl ConnectionIdGenerator for ConnectionIds {
+    fn generate_cid(&mut self) -> ConnectionId {
+        ConnectionId::new(&rand::random::<[u8; CONNECTION_ID_BYTES]>())
+    }
+
+    fn cid_len(&self) -> usize {
+        CONNECTION_ID_BYTES
+    }
+
+    fn cid_lifetime(&self) -> Option<Duration> {
+        None
+    }
 }
 
 async fn serve(io: Arc<Io>, mut dials: mpsc::Receiver<Dial>, closing: Arc<Notify>) {
@@ -187,7 +159,7 @@ async fn serve(io: Arc<Io>, mut dials: mpsc::Receiver<Dial>, closing: Arc<Notify
     io.endpoint.close(quinn::VarInt::from_u32(CloseCode::Goodbye as u32), b"closing");
     // The goodbyes are sent by the connections' own tasks; a peer that does not answer is not waited for.
     drop(tokio::time::timeout(CLOSE_MAX, io.endpoint.wait_idle()).await);
-    write(&io.peers.live).clear();
+    io.peers.clear();
 }
 
 fn accept(io: &Arc<Io>, incoming: Incoming) {
@@ -293,38 +265,26 @@ async fn greet(
 }
 
 /// Makes the peer known and announces it. `false`: there is no room.
-fn enter(io: &Io, peer: PeerId, entry: Peer) -> bool {
-    let mut live = write(&io.peers.live);
-    let room = io.inboxes.iter().all(|inbox| inbox.has_room_for_peers(live.len(), 1));
-    if live.len() >= io.limits.peers_max || !room {
+fn enter(io: &Io, id: PeerId, peer: Peer) -> bool {
+    let info = peer.info.clone();
+    let room =
+        |live| live < io.limits.peers_max && io.inboxes.iter().all(|inbox| inbox.has_room_for_peers(live, 1));
+    // Known first: whoever reads the event may answer at once.
+    if !io.peers.enter(id, peer, room) {
         return false;
     }
-    // Its old process cannot be alive: do not wait until it has been silent for long enough.
-    for older in live.values() {
-        if older.info.worker == entry.info.worker && older.info.incarnation != entry.info.incarnation {
-            older.superseded.notify_one();
-        }
-    }
-    let info = entry.info.clone();
-    // Into the table first: whoever reads the event may answer at once.
-    live.insert(peer, entry);
-    drop(live);
-    tracing::debug!(%peer, worker = info.worker, incarnation = info.incarnation, "peer up");
-    io.peers.counters.peers_up.fetch_add(1, Relaxed);
+    tracing::debug!(peer = %id, worker = info.worker, incarnation = info.incarnation, "peer up");
     for inbox in &io.inboxes {
-        inbox.announce(Event::PeerUp { peer, info: info.clone() });
+        inbox.announce(Event::PeerUp { peer: id, info: info.clone() });
     }
     true
 }
 
 /// Forgets the peer and announces its loss, after its last frame.
-fn leave(io: &Io, peer: PeerId, reason: LossReason) {
-    let Some(entry) = write(&io.peers.live).remove(&peer) else { return };
-    let lost_packets = entry.connection.stats().path.lost_packets;
-    io.peers.counters.packets_lost.fetch_add(lost_packets, Relaxed);
-    io.peers.counters.peers_lost.fetch_add(1, Relaxed);
-    tracing::info!(%peer, worker = entry.info.worker, %reason, "peer lost");
+fn leave(io: &Io, id: PeerId, reason: LossReason) {
+    let Some(info) = io.peers.leave(id) else { return };
+    tracing::info!(peer = %id, worker = info.worker, %reason, "peer lost");
     for inbox in &io.inboxes {
-        inbox.announce(Event::PeerLost { peer, reason: reason.clone() });
+        inbox.announce(Event::PeerLost { peer: id, reason: reason.clone() });
     }
 }

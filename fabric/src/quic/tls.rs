@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use ring::hmac;
 use rustls::client::Resumption;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
@@ -22,10 +23,11 @@ pub(crate) const SERVER_NAME: &str = "trireme";
 /// Bytes of a chain, or of the CAs. The handshake carries them in packets that may not reach 16 KiB (see `path`).
 const CERTIFICATES_BYTES_MAX: usize = 12 << 10;
 
-/// What dials and what answers.
+/// What dials, what answers, and what disowns.
 pub(crate) struct Configs {
     pub client: Arc<QuicClientConfig>,
     pub server: Arc<QuicServerConfig>,
+    pub reset_key: hmac::Key,
 }
 
 pub(crate) fn configs(options: &QuicOptions) -> Result<Configs, CredentialError> {
@@ -58,6 +60,7 @@ pub(crate) fn configs(options: &QuicOptions) -> Result<Configs, CredentialError>
     Ok(Configs {
         client: Arc::new(QuicClientConfig::try_from(client).map_err(no_suite)?),
         server: Arc::new(QuicServerConfig::try_from(server).map_err(no_suite)?),
+        reset_key: reset_key(&options.key_pem),
     })
 }
 
@@ -66,6 +69,15 @@ fn provider() -> CryptoProvider {
     let mut provider = rustls::crypto::ring::default_provider();
     provider.cipher_suites.retain(|suite| suite.suite() == CipherSuite::TLS13_AES_128_GCM_SHA256);
     provider
+}
+
+/// The key of QUIC's stateless reset, with which an end disowns a connection of its predecessor on the same port: the
+/// peer learns of the restart with its next packet instead of after 1.5 s of silence. Made from the private key, because
+/// it must be the same in the next process and secret to everybody else.
+fn reset_key(key_pem: &str) -> hmac::Key {
+    let secret = hmac::Key::new(hmac::HMAC_SHA256, key_pem.trim().as_bytes());
+    let derived = hmac::sign(&secret, b"trireme-fabric stateless reset");
+    hmac::Key::new(hmac::HMAC_SHA256, derived.as_ref())
 }
 
 fn certificates(field: &'static str, pem: &str) -> Result<Vec<CertificateDer<'static>>, CredentialError> {

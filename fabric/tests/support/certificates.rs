@@ -11,6 +11,7 @@ pub struct Authority {
 }
 
 /// A certificate and its key, as PEM.
+#[derive(Clone)]
 pub struct Credentials {
     pub cert_pem: String,
     pub key_pem: String,

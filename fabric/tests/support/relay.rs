@@ -9,6 +9,7 @@ use std::time::Duration;
 /// Forwards between one client and a server until cut or dropped.
 pub struct Relay {
     front: SocketAddr,
+    server: Arc<Mutex<SocketAddr>>,
     cut: Arc<AtomicBool>,
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
@@ -17,30 +18,37 @@ pub struct Relay {
 impl Relay {
     /// Listens on a free port and forwards to `server`, a `quic://` address.
     pub fn to(server: &str) -> Self {
-        let server: SocketAddr =
-            server.strip_prefix("quic://").and_then(|a| a.parse().ok()).expect("a QUIC address");
+        let server = Arc::new(Mutex::new(socket_address(server)));
         let bind = || Arc::new(UdpSocket::bind("127.0.0.1:0").expect("a free port"));
         let (front, back) = (bind(), bind());
         let address = front.local_addr().expect("a bound address");
         let (cut, stop) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
         let client = Arc::new(Mutex::new(None));
         let to_server = {
-            let (back, client) = (Arc::clone(&back), Arc::clone(&client));
+            let (back, client, server) = (Arc::clone(&back), Arc::clone(&client), Arc::clone(&server));
             forward(Arc::clone(&front), &cut, &stop, move |datagram, sender| {
                 *client.lock().expect("not poisoned") = Some(sender);
-                drop(back.send_to(datagram, server));
+                drop(back.send_to(datagram, *server.lock().expect("not poisoned")));
             })
         };
-        let to_client = forward(back, &cut, &stop, move |datagram, _| {
-            if let Some(client) = *client.lock().expect("not poisoned") {
+        let current = Arc::clone(&server);
+        let to_client = forward(back, &cut, &stop, move |datagram, sender| {
+            if let Some(client) = *client.lock().expect("not poisoned")
+                && sender == *current.lock().expect("not poisoned")
+            {
                 drop(front.send_to(datagram, client));
             }
         });
-        Self { front: address, cut, stop, threads: vec![to_server, to_client] }
+        Self { front: address, server, cut, stop, threads: vec![to_server, to_client] }
     }
 
     pub fn address(&self) -> String {
         format!("quic://{}", self.front)
+    }
+
+    /// From now on another server is behind the same address, as after a restart.
+    pub fn retarget(&self, server: &str) {
+        *self.server.lock().expect("not poisoned") = socket_address(server);
     }
 
     /// From now on nothing passes in either direction.
@@ -56,6 +64,10 @@ impl Drop for Relay {
             drop(thread.join());
         }
     }
+}
+
+fn socket_address(address: &str) -> SocketAddr {
+    address.strip_prefix("quic://").and_then(|a| a.parse().ok()).expect("a QUIC address")
 }
 
 /// Hands what arrives at `from` on, until told to stop.
