@@ -12,7 +12,7 @@ pub mod summary;
 mod table;
 
 use std::fs::File;
-use std::io::BufWriter;
+use std::io::{BufWriter, Write as _};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -111,11 +111,20 @@ pub struct Report {
 /// # Errors
 /// As [`measure`], a file that cannot be written, or a run without a single answer.
 pub async fn run(args: Args) -> anyhow::Result<()> {
+    // Opened first: minutes of measuring must not end at a mistyped path.
+    let json = match &args.json {
+        Some(path) => {
+            let file = File::create(path).with_context(|| format!("cannot create {}", path.display()))?;
+            Some((path, BufWriter::new(file)))
+        }
+        None => None,
+    };
     let report = measure(&args).await?;
     print!("{}", table::render(&report));
-    if let Some(path) = &args.json {
-        let file = File::create(path).with_context(|| format!("cannot create {}", path.display()))?;
-        serde_json::to_writer_pretty(BufWriter::new(file), &report)
+    if let Some((path, mut file)) = json {
+        serde_json::to_writer_pretty(&mut file, &report)
+            .map_err(anyhow::Error::from)
+            .and_then(|()| Ok(file.flush()?))
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
     ensure!(report.points.iter().any(|point| point.completed > 0), "no request was answered");
