@@ -168,8 +168,8 @@ impl RemoteExperts {
         Ok(())
     }
 
-    fn frame(&self, rank: usize, batch: &ExpertBatch<'_>) -> KeptFrame {
-        let parcel = &self.parcels[rank];
+    fn frame(&mut self, rank: usize, batch: &ExpertBatch<'_>) -> KeptFrame {
+        let parcel = &mut self.parcels[rank];
         let mut body = Vec::with_capacity(parcel.tokens.len() * self.wire.activation_row_bytes());
         for &token in &parcel.tokens {
             batch.activations.encode_row(token as usize, &mut body);
@@ -181,10 +181,13 @@ impl RemoteExperts {
             placement_version: self.placement.version(),
             tokens: parcel.tokens.len() as u32,
             hidden: self.wire.hidden as u32,
-            experts: parcel.experts.clone(),
-            experts_per_token: parcel.experts_per_token.clone(),
+            // Lent for the encoding, so that the lists keep their memory.
+            experts: std::mem::take(&mut parcel.experts),
+            experts_per_token: std::mem::take(&mut parcel.experts_per_token),
         };
-        KeptFrame { head: head.encode_to_vec().into(), body: body.into() }
+        let encoded = head.encode_to_vec();
+        (parcel.experts, parcel.experts_per_token) = (head.experts, head.experts_per_token);
+        KeptFrame { head: encoded.into(), body: body.into() }
     }
 
     /// Hands a frame to the fabric, connecting first where there is no connection, and connecting

@@ -2,6 +2,7 @@
 
 mod support;
 
+use compute::Cpu;
 use engine::{Engine, Experts, LogitsWanted, SequenceInput};
 use model::{BlockId, Checkpoint, Numerics, TokenId};
 use support::{Batch, Network, PATIENCE, Worker, checkpoint, local, options, placement, remote, runtime};
@@ -140,4 +141,38 @@ fn sources_do_not_disturb_each_other() {
             });
         }
     });
+}
+
+/// The same, with all frames there before the worker looks: they become one step.
+#[test]
+fn frames_that_wait_are_computed_together() {
+    let runtime = runtime();
+    let _runtime = runtime.enter();
+    let checkpoint = checkpoint("v3_fp8_mtp");
+    let numerics = Numerics::Fp8;
+    let network = Network::in_process();
+    let placement = placement(&checkpoint, 1);
+    let end = network.join("expert-0", 1);
+    let cpu = Cpu::new(1);
+    let layer = placement.layers().next().expect("a MoE layer");
+    let mut sources: Vec<_> = (0..3)
+        .map(|source| {
+            let batch = Batch::random(&checkpoint, numerics, layer, 1 + 4 * source as usize, source);
+            let fabric = network.join(&format!("source-{source}"), 7);
+            let mut remote = remote(&checkpoint, numerics, &placement, vec![end.address()], fabric, PATIENCE);
+            remote.dispatch(&cpu, &batch.as_expert_batch()).expect("dispatched");
+            (batch, remote)
+        })
+        .collect();
+    let worker = Worker::start(&checkpoint, numerics, &placement, 0, end);
+    for (source, (batch, remote)) in sources.iter_mut().enumerate() {
+        let mut out = batch.output();
+        remote.combine(&cpu, &mut out).expect("combined");
+        let alone = batch.run(&mut local(&checkpoint, numerics)).expect("local experts");
+        assert_eq!(bits(&out), alone, "source {source}");
+    }
+    let metrics = worker.handle.metrics_text();
+    for line in ["expert_steps_total 1", "expert_dispatches_total 3"] {
+        assert!(metrics.lines().any(|found| found == line), "{line} is not in\n{metrics}");
+    }
 }

@@ -53,12 +53,12 @@ struct Scene {
 }
 
 impl Scene {
-    /// `receive_bytes_max`: what decode's end of the fabric takes before it pushes back.
-    fn new(prompt_tokens: usize, step_tokens_max: usize, receive_bytes_max: usize) -> Self {
+    /// `receive_frames_max`: what decode's end of the fabric takes before it pushes back.
+    fn new(prompt_tokens: usize, step_tokens_max: usize, receive_frames_max: usize) -> Self {
         let layout = layout();
         let hub = Hub::new();
         let now = Instant::now();
-        let limits = Limits { receive_bytes_max, ..Limits::default() };
+        let limits = Limits { receive_frames_max, ..Limits::default() };
         let ours = Fabric::in_process(&hub, "prefill-0", 1, Limits::default()).expect("an end");
         let theirs = Fabric::in_process(&hub, "decode-0", 2, limits).expect("an end");
         let options = ReceiverOptions {
@@ -170,11 +170,10 @@ proptest! {
     #[test]
     fn every_row_arrives_once_whatever_the_chunks_and_the_room(
         prompt_tokens in 1usize..(KV_BLOCKS * 64), step_tokens_max in 1usize..300,
-        room_pieces in 1usize..40, lazy in any::<bool>(),
+        room_frames in 1usize..12, lazy in any::<bool>(),
     ) {
-        // Room for a few pieces, down to a single frame: decode's end pushes back nearly always.
-        let piece = layout().layer_stride();
-        let mut scene = Scene::new(prompt_tokens, step_tokens_max, room_pieces * piece);
+        // Room for a few frames, down to a single one: decode's end pushes back nearly always.
+        let mut scene = Scene::new(prompt_tokens, step_tokens_max, room_frames);
         while scene.step() {
             if !lazy {
                 prop_assert!(scene.poll().is_empty());
@@ -190,7 +189,7 @@ proptest! {
 
 #[test]
 fn whole_blocks_leave_while_the_chunk_runs_and_the_partial_one_waits() {
-    let mut scene = Scene::new(150, 100, 64 << 20);
+    let mut scene = Scene::new(150, 100, 1024);
     let pieces_after = |scene: &mut Scene| {
         // The first poll makes the connection's news known, the second follows it.
         for _ in 0..2 {
@@ -208,7 +207,7 @@ fn whole_blocks_leave_while_the_chunk_runs_and_the_partial_one_waits() {
 
 #[test]
 fn an_aborted_hand_off_tells_decode_and_is_forgotten() {
-    let mut scene = Scene::new(150, 100, 64 << 20);
+    let mut scene = Scene::new(150, 100, 1024);
     scene.step();
     assert!(scene.poll().is_empty());
     scene.decode.poll(scene.now);
@@ -226,7 +225,7 @@ fn an_aborted_hand_off_tells_decode_and_is_forgotten() {
 
 #[test]
 fn a_revoked_ticket_is_a_refusal() {
-    let mut scene = Scene::new(150, 200, 64 << 20);
+    let mut scene = Scene::new(150, 200, 1024);
     scene.decode.receiver.revoke(scene.ticket);
     scene.step();
     let outcome = scene.settle();
@@ -236,7 +235,7 @@ fn a_revoked_ticket_is_a_refusal() {
 
 #[test]
 fn a_dead_decode_is_a_loss() {
-    let mut scene = Scene::new(150, 200, 64 << 20);
+    let mut scene = Scene::new(150, 200, 1024);
     scene.step();
     let Scene { decode, mut handoff, scheduler, kv, now, id, .. } = scene;
     drop(decode);

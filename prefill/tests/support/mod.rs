@@ -27,7 +27,7 @@ use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 
 /// Blocks of every pool in these tests: a few prompts of a few blocks.
-pub const KV_BLOCKS: usize = 12;
+pub const KV_BLOCKS: usize = 6;
 const CHECKPOINT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/v3_fp8_aligned");
 
 /// An engine with all experts in place, in the numerics that serves.
@@ -92,6 +92,7 @@ pub struct Scene {
     pub handle: Handle,
     pub client: PrefillClient<Channel>,
     pub identity: Identity,
+    pub hub: Hub,
     pub decode: Decode,
     pub oracle: Engine,
 }
@@ -119,7 +120,13 @@ impl Scene {
         let address = handle.control_address().to_string();
         let channel = identity.endpoint(&address).expect("an address").connect().await.expect("connected");
         let decode = Decode::new(&hub, 1, &oracle);
-        Self { handle, client: PrefillClient::new(channel), identity, decode, oracle }
+        Self { handle, client: PrefillClient::new(channel), identity, hub, decode, oracle }
+    }
+
+    /// What a killed decode worker and its successor at the same address look like.
+    pub fn restart_decode(&mut self, incarnation: u64) {
+        self.decode.fabric.close();
+        self.decode = Decode::new(&self.hub, incarnation, &self.oracle);
     }
 
     /// A request for `sequence` with a ticket of this scene's decode.
@@ -186,10 +193,10 @@ impl Scene {
         let first = sampler.sample(&mut logits, prompt.len(), &[]);
         let layout = self.oracle.kv_layout();
         let mut rows = Rows::new();
-        for block in 0..layout.blocks_for(prompt.len()) {
+        for (block, &id) in blocks.iter().enumerate().take(layout.blocks_for(prompt.len())) {
             for layer in 0..layout.layers {
                 let count = (prompt.len() - block * layout.block_tokens).min(layout.block_tokens);
-                let bytes = &self.oracle.kv().block_layer(blocks[block], layer)[..count * layout.row_bytes()];
+                let bytes = &self.oracle.kv().block_layer(id, layer)[..count * layout.row_bytes()];
                 rows.insert((block as u32, layer as u32), bytes.to_vec());
             }
         }
