@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use engine::{Experts, ExpertsError};
 use expert::Placement;
-use fabric::{Channel, Event, Fabric, Frame, PeerId};
+use fabric::{Channel, Event, Fabric, Frame, Limits, PeerId};
 use model::{Checkpoint, Numerics};
 use prost::Message;
 use proto::v1::{CombineHead, DispatchHead};
@@ -124,6 +124,22 @@ fn a_hanging_worker_costs_the_timeout_and_no_more() {
     let size = dispatch.experts.len() * dispatch.hidden as usize * 2;
     hanging.reply(peer, combine_head(&dispatch).encode_to_vec(), vec![0xff; size]);
     assert_unavailable(scene.batch.run(&mut source), "expert-1");
+}
+
+#[test]
+fn a_worker_that_takes_no_frames_costs_the_timeout_too() {
+    let scene = Scene::new(Network::in_process());
+    let limits = || Limits { receive_frames_max: 1, ..Limits::default() };
+    let _ends = [0, 1].map(|rank| scene.network.join_with(&format!("expert-{rank}"), 1, limits()));
+    let mut source = scene.source(Duration::from_millis(50));
+    match scene.batch.run(&mut source) {
+        Err(ExpertsError::Unavailable { detail, .. }) => assert_eq!(detail, "no answer in time"),
+        other => panic!("{other:?}"),
+    }
+    match scene.batch.run(&mut source) {
+        Err(ExpertsError::Unavailable { detail, .. }) => assert_eq!(detail, "it takes no frames"),
+        other => panic!("{other:?}"),
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 mod support;
 
 use bytes::Bytes;
-use fabric::{Channel, Event, Fabric, Frame, PeerId};
+use fabric::{Channel, Event, Fabric, Frame, Limits, PeerId};
 use model::Numerics;
 use prost::Message;
 use proto::v1::{CombineHead, DispatchHead};
@@ -107,4 +107,42 @@ fn wrong_frames_are_refused_by_name_and_garbage_is_survived() {
     let metrics = worker.handle.metrics_text();
     let unread = metrics.lines().any(|line| line == "expert_frames_unreadable_total 0");
     assert!(!unread, "unreadable frames are counted:\n{metrics}");
+}
+
+#[test]
+fn a_source_that_takes_no_replies_holds_nobody_up() {
+    let runtime = runtime();
+    let _runtime = runtime.enter();
+    let checkpoint = checkpoint("v3_fp8_mtp");
+    let network = Network::in_process();
+    let placement = placement(&checkpoint, 1);
+    let worker = Worker::start(&checkpoint, NUMERICS, &placement, 0, network.join("expert-0", 1));
+    let layer = placement.layers().next().expect("a MoE layer");
+    let deaf = network.join_with("deaf", 9, Limits { receive_frames_max: 1, ..Limits::default() });
+    let peer = deaf.connect(&worker.fabric.address(), PATIENCE).expect("connected");
+    let deaf = Attacker { fabric: deaf, peer };
+    let hidden = checkpoint.config().hidden_size;
+    // More than the worker keeps: the oldest are dropped.
+    for sequence in 0..600 {
+        let head = DispatchHead {
+            source_incarnation: 9,
+            sequence,
+            layer: layer as u32,
+            placement_version: placement.version(),
+            tokens: 1,
+            hidden: hidden as u32,
+            experts: vec![0],
+            experts_per_token: vec![1],
+        };
+        deaf.send(head.encode_to_vec(), vec![0; hidden + 4 * hidden.div_ceil(128)]);
+    }
+    let batch = Batch::random(&checkpoint, NUMERICS, layer, 3, 5);
+    let addresses = vec![worker.fabric.address()];
+    let source = network.join("prefill-0", 7);
+    let mut remote = remote(&checkpoint, NUMERICS, &placement, addresses, source, PATIENCE);
+    let expected = batch.run(&mut local(&checkpoint, NUMERICS)).expect("local experts");
+    assert_eq!(batch.run(&mut remote).expect("served"), expected);
+    let metrics = worker.handle.metrics_text();
+    let none_dropped = metrics.lines().any(|line| line == "expert_replies_dropped_total 0");
+    assert!(!none_dropped, "dropped replies are counted:\n{metrics}");
 }

@@ -56,21 +56,20 @@ impl Network {
     }
 
     pub fn join(&self, worker: &str, incarnation: u64) -> Fabric {
-        self.join_at(worker, incarnation, SocketAddr::from(([127, 0, 0, 1], 0)))
+        self.join_with(worker, incarnation, Limits::default())
     }
 
-    /// `bind` is for QUIC alone: in process, the name is the address.
-    pub fn join_at(&self, worker: &str, incarnation: u64, bind: SocketAddr) -> Fabric {
+    pub fn join_with(&self, worker: &str, incarnation: u64, limits: Limits) -> Fabric {
         match self {
-            Self::InProcess(hub) => Fabric::in_process(hub, worker, incarnation, Limits::default()),
+            Self::InProcess(hub) => Fabric::in_process(hub, worker, incarnation, limits),
             Self::Quic(identity) => Fabric::quic(QuicOptions {
-                bind,
+                bind: SocketAddr::from(([127, 0, 0, 1], 0)),
                 ca_pem: identity.ca_pem.clone(),
                 cert_pem: identity.cert_pem.clone(),
                 key_pem: identity.key_pem.clone(),
                 worker: worker.to_owned(),
                 incarnation,
-                limits: Limits::default(),
+                limits,
             }),
         }
         .expect("an end of the fabric")
