@@ -11,8 +11,13 @@ use std::time::Duration;
 
 use prefill::Config;
 use proto::control::Consequence;
+use proto::v1;
+use proto::v1::registry_server::{Registry, RegistryServer};
 use support::{FlakyExperts, KV_BLOCKS, Scene, engine_with, sequence};
-use tonic::Code;
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::Server;
+use tonic::{Code, Request, Response, Status, Streaming};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
@@ -229,4 +234,52 @@ async fn health_says_serving_and_strangers_are_not_answered() {
         Err(_) => false,
     };
     assert!(!answered, "another authority's certificate is refused");
+}
+
+/// A router that notes what it is told and refuses nobody.
+struct Router(tokio::sync::mpsc::Sender<v1::WorkerReport>);
+
+#[tonic::async_trait]
+impl Registry for Router {
+    type AnnounceStream = tokio_stream::Pending<Result<v1::RouterReport, Status>>;
+
+    async fn announce(
+        &self,
+        request: Request<Streaming<v1::WorkerReport>>,
+    ) -> Result<Response<Self::AnnounceStream>, Status> {
+        let mut reports = request.into_inner();
+        let told = self.0.clone();
+        tokio::spawn(async move {
+            while let Ok(Some(report)) = reports.message().await {
+                if told.send(report).await.is_err() {
+                    break;
+                }
+            }
+        });
+        Ok(Response::new(tokio_stream::pending()))
+    }
+}
+
+#[tokio::test]
+async fn routers_are_told_who_this_is_and_what_it_does() {
+    let identity = support::identity();
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("bound").to_string();
+    let (told, mut reports) = tokio::sync::mpsc::channel(8);
+    let mut router = Server::builder().tls_config(identity.server_tls()).expect("certificates");
+    let router = router.add_service(RegistryServer::new(Router(told)));
+    tokio::spawn(router.serve_with_incoming(TcpListenerStream::new(listener)));
+    let mut scene = Scene::announced_to(Config::default(), support::engine(), identity, vec![address]).await;
+
+    let report = reports.recv().await.expect("a report");
+    let info = report.info.expect("the first report says who");
+    assert_eq!((info.worker_id.as_str(), info.role()), ("prefill-0", v1::Role::Prefill));
+    assert_eq!(info.control_address, scene.handle.control_address().to_string());
+    assert_eq!(info.fabric_address, "inproc://prefill-0");
+    assert_eq!((info.kv_blocks_max, info.kv_block_tokens), (KV_BLOCKS as u32, BLOCK_TOKENS as u32));
+    assert!(info.fingerprint.is_some());
+    assert_eq!((report.steps_total, report.kv_blocks_free), (0, KV_BLOCKS as u32));
+
+    assert_pool_is_free(&mut scene).await;
+    while reports.recv().await.expect("a report").steps_total < 2 {}
 }

@@ -103,15 +103,23 @@ impl Scene {
     }
 
     pub async fn with_engine(config: Config, engine: Engine) -> Self {
+        Self::announced_to(config, engine, identity(), Vec::new()).await
+    }
+
+    pub async fn announced_to(
+        config: Config,
+        engine: Engine,
+        identity: Identity,
+        routers: Vec<String>,
+    ) -> Self {
         let hub = Hub::new();
         let oracle = self::engine();
         let fabric = Fabric::in_process(&hub, "prefill-0", 1, Limits::default()).expect("an end");
-        let identity = identity();
         let node = Node {
             worker_id: "prefill-0".to_owned(),
             incarnation: 1,
             identity: identity.clone(),
-            routers: Vec::new(),
+            routers,
             fabric_address: fabric.address(),
             sender: Sender::new(fabric),
             engine,
