@@ -1,1 +1,61 @@
-fn main() {}
+//! The `trireme` program.
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use trireme::{
+    chat,
+    cli::{Cli, Command},
+    config::Role,
+    generate, inspect, node, up,
+};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    trireme::tracing_setup::install(matches!(
+        cli.command,
+        Command::Router(_) | Command::Prefill(_) | Command::Decode(_) | Command::Expert(_)
+    ));
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: no runtime: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let outcome = runtime.block_on(async {
+        match cli.command {
+            Command::Up(args) => up::run(args).await,
+            Command::Router(args) => node::run(Role::Router, args).await,
+            Command::Prefill(args) => node::run(Role::Prefill, args).await,
+            Command::Decode(args) => node::run(Role::Decode, args).await,
+            Command::Expert(args) => node::run(Role::Expert, args).await,
+            Command::Chat(args) => chat::run(args).await,
+            Command::Generate(args) => generate::run(args).await,
+            Command::Inspect(args) => inspect::run(args),
+            Command::Bench(command) => bench::run(command).await,
+        }
+    });
+    // A blocking read of a terminal cannot be interrupted; it must not hold the end of the program.
+    runtime.shutdown_background();
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", told_once(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The error and its causes, without those that an outer message has told already.
+fn told_once(error: &anyhow::Error) -> String {
+    let mut told = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if told.is_empty() {
+            told = cause;
+        } else if !told.contains(&cause) {
+            told = format!("{told}: {cause}");
+        }
+    }
+    told
+}

@@ -1,0 +1,53 @@
+use super::*;
+
+fn check(toml: &str, expected: Result<(), &str>) {
+    let outcome = toml::from_str::<Config>(toml)
+        .map_err(|e| e.to_string())
+        .and_then(|config| config.validate().map_err(|e| e.to_string()));
+    match expected {
+        Ok(()) => assert_eq!(outcome, Ok(()), "{toml}"),
+        Err(part) => {
+            let message = outcome.expect_err(toml);
+            assert!(message.contains(part), "{message:?} does not name {part:?}");
+        }
+    }
+}
+
+const MODEL: &str = "[model]\npath = 'model/tiny'\n";
+
+fn with_worker(lines: &str) -> String {
+    format!(
+        "{MODEL}[[worker]]\nid = 'prefill-0'\nrole = 'prefill'\ncontrol = '127.0.0.1:1'\nfabric = '127.0.0.1:2'\n{lines}"
+    )
+}
+
+#[test]
+fn what_is_wrong_is_named() {
+    check(MODEL, Ok(()));
+    check(&with_worker(""), Ok(()));
+    check("", Err("model"));
+    check(&format!("{MODEL}colour = 1\n"), Err("colour"));
+    check(&format!("{MODEL}numerics = 'fp4'\n"), Err("numerics"));
+    check(&format!("{MODEL}kv_format = 'int8'\n"), Err("kv_format"));
+    check(&format!("{MODEL}[engine]\nkv_blocks_max = 0\n"), Err("engine.kv_blocks_max"));
+    check(&format!("{MODEL}[engine]\nblocks = 1\n"), Err("blocks"));
+    check(&with_worker("threads = 0\n"), Err("worker[0].threads"));
+    check(&with_worker("threads = -1\n"), Err("threads"));
+    check(&with_worker("admin = 'here'\n"), Err("admin"));
+    check(&with_worker("").replace("'prefill'\n", "'oracle'\n"), Err("oracle"));
+    check(&with_worker("").replace("'prefill'\n", "'router'\n"), Err("worker[0].role"));
+    check(&with_worker("").replace("'prefill-0'", "'a b'"), Err("worker[0].id"));
+    let twice = format!(
+        "{}[[worker]]\nid = 'prefill-0'\nrole = 'decode'\ncontrol = '127.0.0.1:3'\nfabric = '127.0.0.1:4'\n",
+        with_worker("")
+    );
+    check(&twice, Err("taken by another worker"));
+}
+
+#[test]
+fn a_written_configuration_reads_back_the_same() {
+    let config: Config = toml::from_str(&with_worker("threads = 3\n")).expect("valid");
+    let again: Config = toml::from_str(&toml::to_string(&config).expect("writes")).expect("reads");
+    assert_eq!(config.workers, again.workers);
+    assert_eq!(config.model, again.model);
+}

@@ -1,0 +1,192 @@
+//! The processes of one machine's cluster: started, watched, restarted, stopped together.
+//!
+//! A child knows that its supervisor is gone when its standard input ends, however the supervisor died; so no
+//! cluster outlives its `up`, and no process group trickery is needed. A child that dies is started again at
+//! once, and with a growing pause when it keeps dying.
+
+use std::{
+    path::PathBuf,
+    process::Stdio,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use tokio::{
+    process::{Child, Command},
+    sync::watch,
+    task::JoinHandle,
+};
+
+/// What a child waits at most for its work to end after it was asked to stop.
+const STOP_GRACE: Duration = Duration::from_secs(5);
+/// A child that lived this long was healthy: its next death is restarted at once again.
+const HEALTHY_AFTER: Duration = Duration::from_secs(10);
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+
+/// One process to keep running.
+#[derive(Debug, Clone)]
+pub struct ProcessSpec {
+    /// Worker id, or `router`.
+    pub id: String,
+    /// Program and arguments.
+    pub program: PathBuf,
+    /// Its arguments.
+    pub arguments: Vec<String>,
+    /// Where its standard error goes.
+    pub log: PathBuf,
+}
+
+/// A supervised process.
+pub struct Process {
+    /// What it was started from.
+    pub spec: ProcessSpec,
+    state: Arc<State>,
+    task: JoinHandle<()>,
+}
+
+#[derive(Default)]
+struct State {
+    pid: AtomicU32,
+    restarts: AtomicU64,
+}
+
+impl Process {
+    /// Process id now, 0 while it is being restarted.
+    pub fn pid(&self) -> u32 {
+        self.state.pid.load(Ordering::Relaxed)
+    }
+
+    /// How often it died and was started again.
+    pub fn restarts(&self) -> u64 {
+        self.state.restarts.load(Ordering::Relaxed)
+    }
+}
+
+/// Keeps a set of processes alive until it is told to stop.
+pub struct Supervisor {
+    processes: Vec<Process>,
+    stop: watch::Sender<bool>,
+}
+
+impl Supervisor {
+    /// Starts every process; an error here means that one could not be started at all.
+    pub fn start(specs: Vec<ProcessSpec>) -> anyhow::Result<Self> {
+        let (stop, _) = watch::channel(false);
+        let mut processes = Vec::with_capacity(specs.len());
+        for spec in specs {
+            let child = spawn(&spec)?;
+            let state = Arc::new(State::default());
+            state.pid.store(child.id().unwrap_or(0), Ordering::Relaxed);
+            let task = tokio::spawn(watch_over(spec.clone(), child, state.clone(), stop.subscribe()));
+            processes.push(Process { spec, state, task });
+        }
+        Ok(Self { processes, stop })
+    }
+
+    /// The processes, in the order given to [`Supervisor::start`].
+    pub fn processes(&self) -> &[Process] {
+        &self.processes
+    }
+
+    /// Asks every process to end, waits for the grace period, then kills what is left.
+    pub async fn stop(self) {
+        let _ = self.stop.send(true);
+        for process in self.processes {
+            let _ = process.task.await;
+        }
+    }
+}
+
+fn spawn(spec: &ProcessSpec) -> anyhow::Result<Child> {
+    let log = std::fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(&spec.log)
+        .with_context(|| format!("log file {}", spec.log.display()))?;
+    Command::new(&spec.program)
+        .args(&spec.arguments)
+        // Kept open and never written: its end tells the child that the supervisor is gone.
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(log)
+        // The terminal's Ctrl-C belongs to the supervisor, which stops its children in order.
+        .process_group(0)
+        .kill_on_drop(true)
+        .spawn()
+        .with_context(|| format!("starting {} ({})", spec.id, spec.program.display()))
+}
+
+async fn watch_over(spec: ProcessSpec, mut child: Child, state: Arc<State>, mut stop: watch::Receiver<bool>) {
+    let mut deaths_in_a_row = 0_u32;
+    loop {
+        let born = Instant::now();
+        tokio::select! {
+            () = asked(&mut stop) => {
+                end(&spec, child).await;
+                return;
+            }
+            status = child.wait() => {
+                state.pid.store(0, Ordering::Relaxed);
+                tracing::warn!(worker = spec.id, ?status, "process ended, starting it again");
+            }
+        }
+        deaths_in_a_row = if born.elapsed() >= HEALTHY_AFTER { 0 } else { deaths_in_a_row + 1 };
+        loop {
+            let pause = restart_pause(deaths_in_a_row);
+            tokio::select! {
+                () = asked(&mut stop) => return,
+                () = tokio::time::sleep(pause) => {}
+            }
+            match spawn(&spec) {
+                Ok(again) => {
+                    child = again;
+                    state.pid.store(child.id().unwrap_or(0), Ordering::Relaxed);
+                    state.restarts.fetch_add(1, Ordering::Relaxed);
+                    break;
+                }
+                Err(error) => {
+                    deaths_in_a_row += 1;
+                    tracing::error!(worker = spec.id, %error, "cannot start the process again");
+                }
+            }
+        }
+    }
+}
+
+/// The supervisor wants an end, or is gone itself.
+async fn asked(stop: &mut watch::Receiver<bool>) {
+    let _ = stop.wait_for(|stop| *stop).await;
+}
+
+/// Nothing for the first death, then doubling from 100 ms.
+fn restart_pause(deaths_in_a_row: u32) -> Duration {
+    match deaths_in_a_row {
+        0 | 1 => Duration::ZERO,
+        n => PAUSE_MAX.min(Duration::from_millis(100 << (n - 2).min(10))),
+    }
+}
+
+async fn end(spec: &ProcessSpec, mut child: Child) {
+    drop(child.stdin.take());
+    if tokio::time::timeout(STOP_GRACE, child.wait()).await.is_err() {
+        tracing::warn!(worker = spec.id, "did not end in time, killing it");
+        let _ = child.kill().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_keeps_dying_is_restarted_ever_more_slowly_up_to_a_bound() {
+        assert_eq!(restart_pause(1), Duration::ZERO);
+        let pauses: Vec<_> = (2..12).map(restart_pause).collect();
+        assert!(pauses.is_sorted());
+        assert_eq!(restart_pause(u32::MAX), PAUSE_MAX);
+    }
+}

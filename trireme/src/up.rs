@@ -1,0 +1,418 @@
+//! `trireme up`: a whole cluster on this machine with one command, every role its own process, supervised, and a
+//! first answer before the prompt comes back.
+
+use std::{
+    io::{IsTerminal as _, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail};
+use bench::client::Client;
+use model::{Checkpoint, KvFormat, ModelConfig, Numerics};
+use serde_json::json;
+
+use crate::{
+    answer,
+    cluster::{self, Cluster},
+    config::{Config, ModelSection, Role, Worker},
+    identity, ready,
+    supervisor::{ProcessSpec, Supervisor},
+};
+
+/// A laptop loads the demo model in well under a second, a large checkpoint takes its time.
+const READY_TIMEOUT: Duration = Duration::from_secs(1800);
+/// A process that died this often before the cluster was ready will not get better.
+const START_DEATHS_MAX: u64 = 3;
+
+/// What a cluster consists of.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Shape {
+    /// A checkpoint folder in the Hugging Face layout. Default: the demo model of this repository.
+    #[arg(long)]
+    pub model: Option<PathBuf>,
+    /// `fp8` to serve, `reference` to compare with golden values.
+    #[arg(long, default_value = "fp8")]
+    pub numerics: Numerics,
+    /// What KV rows are stored in: fp8, bf16 or f32. Default: f32 in `reference`, fp8 otherwise.
+    #[arg(long)]
+    pub kv_format: Option<KvFormat>,
+    /// Prefill workers.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub prefill: u16,
+    /// Decode workers.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub decode: u16,
+    /// Expert workers; 0 keeps the experts inside prefill and decode.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(0..=256))]
+    pub expert: u16,
+    /// Threads of each worker's device. Default: the machine's cores divided among the workers.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// KV blocks of 64 tokens in each pool.
+    #[arg(long)]
+    pub kv_blocks_max: Option<usize>,
+}
+
+/// Flags of `trireme up`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    /// What to start.
+    #[command(flatten)]
+    pub shape: Shape,
+    /// Port of the HTTP front door on loopback; 0 takes a free one.
+    #[arg(long, default_value_t = 8000)]
+    pub port: u16,
+    /// Port of the gRPC front door; 0 takes a free one. Default: the HTTP port plus one.
+    #[arg(long)]
+    pub grpc_port: Option<u16>,
+    /// Every role in this one process: for debuggers and small machines.
+    #[arg(long)]
+    pub in_process: bool,
+    /// Do not ask the first question.
+    #[arg(long)]
+    pub quiet: bool,
+}
+
+/// The model of this repository, where the binary was built in a clone of it.
+pub fn demo_model() -> anyhow::Result<PathBuf> {
+    let beside_sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tiny");
+    for path in [PathBuf::from("model/tiny"), beside_sources] {
+        if path.join("config.json").is_file() {
+            return Ok(path.canonicalize()?);
+        }
+    }
+    bail!("the demo model (model/tiny) is not here; name a checkpoint with --model DIR")
+}
+
+impl Shape {
+    /// A cluster whose roles share this process: every port is the system's choice.
+    pub fn in_process_config(&self) -> anyhow::Result<Config> {
+        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        self.config(any, any, any, || Ok(any))
+    }
+
+    fn config(
+        &self,
+        http: SocketAddr,
+        grpc: SocketAddr,
+        control: SocketAddr,
+        mut address: impl FnMut() -> anyhow::Result<SocketAddr>,
+    ) -> anyhow::Result<Config> {
+        let demo = self.model.is_none();
+        let path = match &self.model {
+            Some(path) => path.canonicalize().with_context(|| format!("--model {}", path.display()))?,
+            None => demo_model()?,
+        };
+        let mut config = Config {
+            model: ModelSection {
+                path,
+                id: demo.then(|| "trireme-tiny".to_owned()),
+                numerics: self.numerics,
+                kv_format: self.kv_format,
+            },
+            security: None,
+            engine: Default::default(),
+            router: Default::default(),
+            prefill: Default::default(),
+            decode: Default::default(),
+            expert: Default::default(),
+            workers: Vec::new(),
+        };
+        if let Some(blocks) = self.kv_blocks_max {
+            config.engine.kv_blocks_max = blocks;
+        }
+        config.router.http_listen = http;
+        config.router.grpc_listen = grpc;
+        config.router.control_listen = control;
+        config.router.expert_workers_min = usize::from(self.expert);
+        let workers = usize::from(self.prefill + self.decode + self.expert);
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = self.threads.map_or_else(|| (cores / workers).max(1), usize::from);
+        for (role, count) in
+            [(Role::Expert, self.expert), (Role::Prefill, self.prefill), (Role::Decode, self.decode)]
+        {
+            for i in 0..count {
+                config.workers.push(Worker {
+                    id: format!("{}-{i}", role.name()),
+                    role,
+                    control: address()?,
+                    fabric: address()?,
+                    admin: Some(address()?),
+                    threads,
+                });
+            }
+        }
+        config.validate()?;
+        Ok(config)
+    }
+}
+
+/// Starts, shows, asks, and stays until Ctrl-C.
+pub async fn run(args: Args) -> anyhow::Result<()> {
+    let begin = Instant::now();
+    let http = SocketAddr::from((Ipv4Addr::LOCALHOST, args.port));
+    let grpc_port = match (args.grpc_port, args.port) {
+        (Some(port), _) => port,
+        (None, 0) => 0,
+        (None, port) => port.checked_add(1).context("--port leaves no port for gRPC; give --grpc-port")?,
+    };
+    let grpc = SocketAddr::from((Ipv4Addr::LOCALHOST, grpc_port));
+    if args.in_process {
+        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let config = args.shape.config(http, grpc, any, || Ok(any))?;
+        let cluster = cluster::start(config.clone(), cluster::Options::default()).await?;
+        let view = View::of_cluster(&config, &cluster)?;
+        greet(&args, &view, begin).await?;
+        wait_for_stop().await?;
+        cluster.shutdown().await;
+        return Ok(());
+    }
+    let mut ports = Ports::default();
+    let (http, grpc) = (ports.fixed("--port", http)?, ports.fixed("--grpc-port", grpc)?);
+    let control = ports.free()?;
+    let mut config = args.shape.config(http, grpc, control, || ports.free())?;
+    let state = StateDirectory::create()?;
+    config.security = Some(identity::store(&identity::generate()?, &state.path)?);
+    let file = state.path.join("cluster.toml");
+    std::fs::write(&file, toml::to_string(&config)?).with_context(|| format!("writing {}", file.display()))?;
+    // Checked here, so that a wrong checkpoint is one message and not one of each process.
+    let view = View::of_config(&config)?;
+    drop(ports);
+    let supervisor = Supervisor::start(processes(&config, &state.path, &file)?)?;
+    let outcome = async {
+        ready(&view, &supervisor).await?;
+        greet(&args, &View { supervisor: Some(&supervisor), state: Some(&state.path), ..view }, begin).await?;
+        wait_for_stop().await
+    }
+    .await;
+    supervisor.stop().await;
+    if outcome.is_err() {
+        state.keep();
+    }
+    outcome
+}
+
+fn processes(config: &Config, state: &Path, file: &Path) -> anyhow::Result<Vec<ProcessSpec>> {
+    let program = std::env::current_exe().context("finding this program's own file")?;
+    let spec = |id: &str, role: Role| {
+        let mut arguments = vec![role.name().to_owned(), "--config".to_owned(), file.display().to_string()];
+        if role != Role::Router {
+            arguments.extend(["--id".to_owned(), id.to_owned()]);
+        }
+        arguments.push("--supervised".to_owned());
+        ProcessSpec { id: id.to_owned(), program: program.clone(), arguments, log: state.join(format!("{id}.log")) }
+    };
+    let mut specs = vec![spec("router", Role::Router)];
+    specs.extend(config.workers.iter().map(|worker| spec(&worker.id, worker.role)));
+    Ok(specs)
+}
+
+/// Waits until the router says that every tier is there.
+async fn ready(view: &View<'_>, supervisor: &Supervisor) -> anyhow::Result<()> {
+    let client = Client::new(&view.url(), None, Duration::from_secs(5))?;
+    ready::wait(&client, READY_TIMEOUT, || match supervisor.processes().iter().find(|p| p.restarts() >= START_DEATHS_MAX) {
+        Some(dying) => {
+            let log = std::fs::read_to_string(&dying.spec.log).unwrap_or_default();
+            let lines: Vec<_> = log.lines().collect();
+            let end = lines[lines.len().saturating_sub(12)..].join("\n");
+            bail!("{} keeps dying; the end of {}:\n{end}", dying.spec.id, dying.spec.log.display())
+        }
+        None => Ok(()),
+    })
+    .await
+}
+
+/// What the screen shows.
+struct View<'a> {
+    config: &'a Config,
+    model: ModelConfig,
+    parameters: u64,
+    http: SocketAddr,
+    grpc: SocketAddr,
+    supervisor: Option<&'a Supervisor>,
+    state: Option<&'a Path>,
+}
+
+impl<'a> View<'a> {
+    fn of_config(config: &'a Config) -> anyhow::Result<Self> {
+        let checkpoint = Checkpoint::open(&config.model.path)?;
+        Ok(Self {
+            config,
+            model: checkpoint.config().clone(),
+            parameters: crate::inspect::parameters(&checkpoint),
+            http: config.router.http_listen,
+            grpc: config.router.grpc_listen,
+            supervisor: None,
+            state: None,
+        })
+    }
+
+    fn of_cluster(config: &'a Config, cluster: &Cluster) -> anyhow::Result<Self> {
+        Ok(Self { http: cluster.http_address(), grpc: cluster.grpc_address(), ..Self::of_config(config)? })
+    }
+
+    fn url(&self) -> String {
+        format!("http://{}", self.http)
+    }
+
+    fn pid(&self, id: &str) -> String {
+        match self.supervisor {
+            Some(supervisor) => supervisor
+                .processes()
+                .iter()
+                .find(|p| p.spec.id == id)
+                .map_or_else(|| "-".to_owned(), |p| p.pid().to_string()),
+            None => std::process::id().to_string(),
+        }
+    }
+}
+
+async fn greet(args: &Args, view: &View<'_>, begin: Instant) -> anyhow::Result<()> {
+    let (url, model) = (view.url(), view.config.model.served_id());
+    println!(
+        "Trireme {} serves {model}: {}, {} numerics, {} tokens of context. Ready in {:.1} s.\n",
+        env!("CARGO_PKG_VERSION"),
+        millions(view.parameters),
+        view.config.model.numerics,
+        view.model.max_position_embeddings,
+        begin.elapsed().as_secs_f64(),
+    );
+    println!("  {:<12} {:>8}  what", "worker", "pid");
+    println!("  {:<12} {:>8}  HTTP {url}, gRPC {}", "router", view.pid("router"), view.grpc);
+    for worker in &view.config.workers {
+        println!("  {:<12} {:>8}  {}", worker.id, view.pid(&worker.id), duty(view, worker));
+    }
+    if let Some(state) = view.state {
+        println!("\nLogs, certificates and the configuration: {}", state.display());
+    }
+    println!(
+        "\nTry, in another terminal:\n  curl {url}/v1/chat/completions -H 'content-type: application/json' \\\n    -d '{{\"model\": \"{model}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Tell me a story about a fox.\"}}]}}'"
+    );
+    let program = program();
+    let elsewhere = if args.port == 8000 { String::new() } else { format!(" --url {url}") };
+    println!("  {program} chat{elsewhere}\n  {program} bench serve{elsewhere}\n  curl {url}/metrics\n");
+    if !args.quiet {
+        first_question(&url, &model).await?;
+    }
+    println!("Ctrl-C stops everything.");
+    Ok(())
+}
+
+fn duty(view: &View<'_>, worker: &Worker) -> String {
+    let experts = view.config.workers_of(Role::Expert).count();
+    match worker.role {
+        Role::Expert => format!("1/{experts} of the {} routed experts of every layer", view.model.n_routed_experts),
+        Role::Prefill => "prompts to KV blocks, pushed to decode".to_owned(),
+        Role::Decode => format!("{} KV blocks of 64 tokens", view.config.engine.kv_blocks_max),
+        Role::Router => String::new(),
+    }
+}
+
+async fn first_question(url: &str, model: &str) -> anyhow::Result<()> {
+    let client = Client::new(url, None, Duration::from_secs(120))?;
+    let request = answer::Request { max_tokens: Some(64), temperature: Some(0.0), ..Default::default() };
+    let question = "What is a planet?";
+    println!("> {question}");
+    let messages = [json!({ "role": "user", "content": question })];
+    let answered = match answer::chat(&client, model, &messages, &request, std::io::stdout()).await {
+        // A base model has no chat template: it continues a text instead.
+        Err(bench::client::ClientError::Status { status: 400, .. }) => {
+            let mut out = std::io::stdout();
+            let opening = "Once upon a time";
+            write!(out, "{opening}")?;
+            answer::complete(&client, model, opening, &request, out).await
+        }
+        other => other,
+    }
+    .context("the cluster is up, but did not answer the first question")?;
+    println!("\n[{}]\n", answer::figures(&answered.streamed));
+    Ok(())
+}
+
+fn millions(parameters: u64) -> String {
+    match parameters {
+        0..1_000_000_000 => format!("{:.1} M parameters", parameters as f64 / 1e6),
+        _ => format!("{:.1} B parameters", parameters as f64 / 1e9),
+    }
+}
+
+/// How the user started this program, for the commands that the screen suggests.
+fn program() -> String {
+    let built_by_cargo = std::env::current_exe().is_ok_and(|p| p.components().any(|c| c.as_os_str() == "target"));
+    if built_by_cargo { "cargo run --release --".to_owned() } else { "trireme".to_owned() }
+}
+
+/// Ctrl-C, or what a service manager sends.
+pub async fn wait_for_stop() -> anyhow::Result<()> {
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    tokio::select! {
+        outcome = tokio::signal::ctrl_c() => outcome?,
+        _ = terminate.recv() => {}
+    }
+    if std::io::stdout().is_terminal() {
+        println!();
+    }
+    println!("Stopping.");
+    Ok(())
+}
+
+/// Ports that are free now, held until every one is chosen so that none is given twice.
+#[derive(Default)]
+struct Ports(Vec<(TcpListener, UdpSocket)>);
+
+impl Ports {
+    fn free(&mut self) -> anyhow::Result<SocketAddr> {
+        for _ in 0..64 {
+            let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("finding a free port")?;
+            let address = tcp.local_addr()?;
+            if let Ok(udp) = UdpSocket::bind(address) {
+                self.0.push((tcp, udp));
+                return Ok(address);
+            }
+        }
+        bail!("no port is free for both TCP and UDP")
+    }
+
+    fn fixed(&mut self, flag: &str, address: SocketAddr) -> anyhow::Result<SocketAddr> {
+        if address.port() == 0 {
+            return self.free();
+        }
+        TcpListener::bind(address).with_context(|| format!("{flag}: {address} cannot be used"))?;
+        Ok(address)
+    }
+}
+
+/// `up`'s own folder: configuration, certificates and logs; gone when it ends well.
+struct StateDirectory {
+    path: PathBuf,
+    keep: std::cell::Cell<bool>,
+}
+
+impl StateDirectory {
+    fn create() -> anyhow::Result<Self> {
+        use std::os::unix::fs::DirBuilderExt as _;
+        let path = std::env::temp_dir().join(format!("trireme-{}", std::process::id()));
+        // A stale folder of a process that had our number: not ours to read, so never reused.
+        if path.exists() {
+            std::fs::remove_dir_all(&path).with_context(|| format!("removing the stale {}", path.display()))?;
+        }
+        std::fs::DirBuilder::new().mode(0o700).create(&path).with_context(|| format!("creating {}", path.display()))?;
+        Ok(Self { path, keep: std::cell::Cell::new(false) })
+    }
+
+    fn keep(&self) {
+        self.keep.set(true);
+    }
+}
+
+impl Drop for StateDirectory {
+    fn drop(&mut self) {
+        if self.keep.get() {
+            eprintln!("Logs are kept in {}", self.path.display());
+        } else if let Err(error) = std::fs::remove_dir_all(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "cannot remove the state folder");
+        }
+    }
+}
