@@ -5,7 +5,8 @@
 //! batch, [`finish`] says when it ends, and [`outbox`] carries its tokens back to the stream.
 //!
 //! Invariants:
-//! - One thread owns engine, KV pool, scheduler, receiver and samplers. tokio is in [`server`] and in this file alone.
+//! - One thread owns engine, KV pool, scheduler, receiver and samplers. tokio is in [`server`], [`health`], [`start`] and
+//!   the readers' half of [`outbox`] alone.
 //! - A sequence is admitted with blocks for its whole life, and none of them changes hands before its ticket is dead.
 //! - The device thread never waits for a reader; every queue to and from it is bounded.
 //!
