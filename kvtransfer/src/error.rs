@@ -1,7 +1,5 @@
 //! What the callers of either end can be told at once. How a transfer ends is an event, not an error.
 
-use std::io;
-
 use proto::control::Consequence;
 use proto::ticket::TicketId;
 
@@ -49,16 +47,13 @@ pub enum TransferError {
         /// As asked for.
         first_block: usize,
     },
-    /// No thread for dialling the decode worker.
-    #[error("cannot start a thread to connect to the decode worker")]
-    Dial(#[source] io::Error),
 }
 
 impl TransferError {
     /// What the request's owner does next.
     pub fn consequence(&self) -> Consequence {
         match self {
-            Self::Full | Self::TooMany { .. } | Self::Dial(_) => Consequence::Unavailable,
+            Self::Full | Self::TooMany { .. } => Consequence::Unavailable,
             Self::Ended(_) => Consequence::Lost,
             Self::OutsideTicket { .. }
             | Self::FrameTooLarge { .. }

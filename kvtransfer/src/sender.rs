@@ -118,7 +118,10 @@ impl Sender {
                     tracing::debug!(%peer, %reason, "a decode worker is lost");
                     self.core.handle_peer_lost(peer);
                 }
-                Ok(Event::PeerUp { .. }) => {}
+                // Rings before the dial's own end does, and wakes who waits for it.
+                Ok(Event::PeerUp { peer, info }) => {
+                    self.core.handle_connected(&info.address, peer, info.incarnation);
+                }
                 Err(_) => break,
             }
         }
@@ -140,10 +143,12 @@ impl Sender {
     }
 
     fn dial_where_wanted(&mut self) {
-        while let Some(address) = self.core.next_dial() {
+        while self.dialer.has_room()
+            && let Some(address) = self.core.next_dial()
+        {
             self.dialer.dial(address);
+            self.take_connections();
         }
-        self.take_connections();
     }
 
     fn take_connections(&mut self) {

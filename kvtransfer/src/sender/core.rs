@@ -222,9 +222,11 @@ impl<P: Copy + Eq> SenderCore<P> {
         }
     }
 
-    /// A connection to `address` stands, at whose end is `incarnation`.
+    /// A connection to `address` stands, at whose end is `incarnation`. Ignored where nobody wants one; telling it
+    /// twice does no harm.
     pub fn handle_connected(&mut self, address: &str, peer: P, incarnation: u64) {
-        self.links.insert(address.to_owned(), Link::Up { peer, incarnation, full: false });
+        let Some(link) = self.links.get_mut(address) else { return };
+        *link = Link::Up { peer, incarnation, full: false };
         for transfer in self.transfers.values_mut() {
             if transfer.address == address
                 && transfer.peer.is_none()
@@ -237,8 +239,10 @@ impl<P: Copy + Eq> SenderCore<P> {
 
     /// Nobody answers at `address`. Who issued a ticket there is gone.
     pub fn handle_dial_failed(&mut self, address: &str) {
-        self.links.remove(address);
-        self.lose(|transfer| transfer.peer.is_none() && transfer.address == address);
+        if matches!(self.links.get(address), Some(Link::Dialling)) {
+            self.links.remove(address);
+            self.lose(|transfer| transfer.peer.is_none() && transfer.address == address);
+        }
     }
 
     /// A connection has ended.

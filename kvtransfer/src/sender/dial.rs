@@ -3,11 +3,14 @@
 use std::thread;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
+use crossbeam_channel::{Receiver, Sender, bounded};
 use fabric::{Fabric, PeerId};
 
 /// A worker that has just issued a ticket answers within milliseconds.
 const CONNECT_DEADLINE: Duration = Duration::from_millis(1500);
+
+/// Threads at once. What is not dialled in time is lost in time, see the core's `CONNECTING_MAX`.
+const DIALS_MAX: usize = 16;
 
 /// An address, and the connection to it if there is one.
 type Outcome = (String, Option<PeerId>);
@@ -16,17 +19,24 @@ type Outcome = (String, Option<PeerId>);
 /// not answer must not delay the others.
 pub(super) struct Dialer {
     fabric: Fabric,
-    // Holds at most one outcome per address under way, which the core bounds.
     outcomes: (Sender<Outcome>, Receiver<Outcome>),
+    /// Dials whose outcome has not been taken.
+    under_way: usize,
 }
 
 impl Dialer {
     pub(super) fn new(fabric: Fabric) -> Self {
-        Self { fabric, outcomes: unbounded() }
+        Self { fabric, outcomes: bounded(DIALS_MAX), under_way: 0 }
+    }
+
+    /// Whether another dial may begin.
+    pub(super) fn has_room(&self) -> bool {
+        self.under_way < DIALS_MAX
     }
 
     /// Connects to `address`; [`Self::next`] says with what result.
-    pub(super) fn dial(&self, address: String) {
+    pub(super) fn dial(&mut self, address: String) {
+        self.under_way += 1;
         if connects_at_once(&address) {
             return connect(&self.fabric, address, &self.outcomes.0);
         }
@@ -36,14 +46,16 @@ impl Dialer {
             .spawn(move || connect(&fabric, dialled, &outcomes));
         if let Err(error) = spawned {
             tracing::warn!(%address, %error, "no thread to connect to a decode worker");
-            // The other end is this very struct's.
+            // There is room, and the other end is this very struct's.
             let _ = self.outcomes.0.send((address, None));
         }
     }
 
     /// A dial that has ended since the last call.
-    pub(super) fn next(&self) -> Option<Outcome> {
-        self.outcomes.1.try_recv().ok()
+    pub(super) fn next(&mut self) -> Option<Outcome> {
+        let outcome = self.outcomes.1.try_recv().ok()?;
+        self.under_way -= 1;
+        Some(outcome)
     }
 }
 
