@@ -11,10 +11,13 @@ use std::collections::BTreeMap;
 use model::{KvFormat, Numerics, TokenId, Tokenizer};
 use support::{Bench, FIXTURES, Golden, Setup, argmax, fixture, tiny};
 
-/// Another instruction set sums in another order, and a router near-tie falls the other way: a few percent of a mean.
+/// The table has the worst of the instruction sets. Another order of sums moves the means by a few percent, because a
+/// router near-tie falls the other way or a value rounds to its other neighbour.
 const SLACK: f64 = 1.05;
-/// Argmax agreement may lose this much: two of the some 200 rows of a fixture.
-const AGREEMENT_SLACK: f64 = 0.01;
+/// A median of some 170 rows moves more.
+const KL_SLACK: f64 = 1.15;
+/// Two of those rows.
+const AGREEMENT_SLACK: f64 = 0.012;
 /// The demo model's perplexity may differ from `reference` by this share.
 const PERPLEXITY_TOLERANCE: f64 = 0.005;
 
@@ -64,7 +67,7 @@ impl Quality {
 
     fn is_no_worse_than(self, frozen: Self) -> bool {
         self.mean_abs_dlogit <= frozen.mean_abs_dlogit * SLACK
-            && self.median_kl <= frozen.median_kl * SLACK
+            && self.median_kl <= frozen.median_kl * KL_SLACK
             && self.argmax_agreement >= frozen.argmax_agreement - AGREEMENT_SLACK
     }
 }
@@ -148,23 +151,29 @@ fn the_demo_models_perplexity_is_that_of_reference() {
     let tokens =
         Tokenizer::open(tiny()).and_then(|t| t.encode(CONVERSATION)).expect("the demo tokenizer works");
     assert!((1300..=support::STEP_TOKENS_MAX).contains(&tokens.len()), "{} tokens", tokens.len());
-    let reference = perplexity(&mut Bench::open(&tiny(), Setup::new(Numerics::Reference)), &tokens);
+    let reference = demo_logits(Setup::new(Numerics::Reference), &tokens);
+    let vocab = reference.len() / tokens.len();
+    let expect = perplexity(&reference, &tokens);
+    let mut measured = Vec::new();
     for kv_format in [KvFormat::Fp8, KvFormat::Bf16] {
-        let fp8 = perplexity(&mut Bench::open(&tiny(), setup(kv_format)), &tokens);
-        let difference = fp8 / reference - 1.0;
-        println!(
-            "{} tokens, reference {reference:.5}, fp8 with kv-{kv_format} {fp8:.5} ({:+.3} %)",
-            tokens.len(),
-            100.0 * difference
-        );
-        assert!(difference.abs() < PERPLEXITY_TOLERANCE, "kv-{kv_format}: {fp8} against {reference}");
+        let fp8 = demo_logits(setup(kv_format), &tokens);
+        let ours = perplexity(&fp8, &tokens);
+        let change = ours / expect - 1.0;
+        println!("kv-{kv_format}: perplexity {ours:.5}, reference {expect:.5} ({:+.3} %)", 100.0 * change);
+        assert!(change.abs() < PERPLEXITY_TOLERANCE, "kv-{kv_format}: {ours} against {expect}");
+        measured.push((format!("demo kv-{kv_format}"), Quality::measure(&fp8, &reference, vocab)));
     }
+    check(&measured);
 }
 
-fn perplexity(bench: &mut Bench, tokens: &[TokenId]) -> f64 {
+fn demo_logits(setup: Setup, tokens: &[TokenId]) -> Vec<f32> {
+    let mut bench = Bench::open(&tiny(), setup);
     let sequence = bench.sequence(tokens, 0);
-    let rows = bench.prefill(&sequence, tokens.len(), &mut ());
-    let next = rows.logits.chunks_exact(bench.vocab()).zip(&tokens[1..]);
+    bench.prefill(&sequence, tokens.len(), &mut ()).logits
+}
+
+fn perplexity(logits: &[f32], tokens: &[TokenId]) -> f64 {
+    let next = logits.chunks_exact(logits.len() / tokens.len()).zip(&tokens[1..]);
     let loss: f64 = next.map(|(logits, token)| -log_softmax(logits)[token.0 as usize]).sum();
     (loss / (tokens.len() - 1) as f64).exp()
 }
