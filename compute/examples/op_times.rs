@@ -6,7 +6,10 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use compute::{ActivationFormat, Activations, Cpu, Matrix, ScaleFormat};
+use compute::{
+    ActivationFormat, Activations, Cpu, KvFormat, KvGeometry, KvSlot, KvView, KvViewMut, Matrix, MlaRow,
+    MlaShape, ScaleFormat,
+};
 
 /// Bytes of weights that a round goes through.
 const ROUND_BYTES: usize = 256 << 20;
@@ -15,6 +18,10 @@ fn main() {
     let threads = std::env::args().nth(1).and_then(|t| t.parse().ok()).unwrap_or(2);
     let cpu = Cpu::new(threads);
     println!("{} threads, {}", cpu.pool().threads(), cpu.isa().name());
+    println!("reads {:.1} GB/s, f32 {:.0} GFLOP/s", cpu.memory_read_bandwidth() / 1e9, cpu.peak_f32() / 1e9);
+    for (heads, latent) in [(128, 512), (16, 512), (6, 128)] {
+        attention(&cpu, MlaShape { heads, latent, rope: 64, scale: 0.1 });
+    }
     linear(&cpu, 4096, 1024);
     linear(&cpu, 512, 1024);
     linear(&cpu, 1536, 7168);
@@ -41,6 +48,54 @@ fn linear(cpu: &Cpu, n: usize, k: usize) {
             (n * k) as f64 / time.as_secs_f64() / 1e9,
             (2 * m * n * k) as f64 / time.as_secs_f64() / 1e9,
             micros(prepare),
+        );
+    }
+}
+
+fn attention(cpu: &Cpu, shape: MlaShape) {
+    let mut geometry = KvGeometry {
+        format: KvFormat::Fp8,
+        latent: shape.latent,
+        rope: shape.rope,
+        row_bytes: 0,
+        layer_stride: 0,
+        block_stride: 0,
+        block_tokens: 64,
+    };
+    geometry.row_bytes = geometry.payload_bytes().next_multiple_of(16);
+    geometry.layer_stride = 64 * geometry.row_bytes;
+    geometry.block_stride = geometry.layer_stride;
+    let blocks: u32 = 256;
+    let mut bytes = vec![0; blocks as usize * geometry.block_stride];
+    let mut view = KvViewMut { bytes: &mut bytes, geometry };
+    let latent: Vec<f32> = (0..shape.latent).map(|i| (i % 17) as f32 / 17.0).collect();
+    for token in 0..blocks * 64 {
+        let slot = KvSlot { block: token / 64, row: token % 64 };
+        cpu.kv_write(&mut view, 0, slot, &latent, &latent[..shape.rope]);
+    }
+    let table: Vec<u32> = (0..blocks).collect();
+    let view = KvView { bytes: &bytes, geometry };
+    // One row over a long context, a batch of sequences, and the last chunk of a prompt.
+    for (name, sequences, chunk, context) in
+        [("decode 1", 1, 1, 4096), ("decode 16", 16, 1, 1024), ("chunk 64", 1, 64, 1024)]
+    {
+        let rows: Vec<MlaRow<'_>> = (0..sequences)
+            .flat_map(|s| {
+                let table = &table[s * blocks as usize / sequences..];
+                (0..chunk).map(move |i| MlaRow { block_table: table, context: context - chunk + i + 1 })
+            })
+            .collect();
+        let queries = rows.len() * shape.heads;
+        let (q_lat, q_rope) = (vec![0.1; queries * shape.latent], vec![0.1; queries * shape.rope]);
+        let mut out = vec![0.0; queries * shape.latent];
+        let time = best(|_| cpu.mla_attention(&view, 0, shape, &rows, &q_lat, &q_rope, &mut out));
+        let tokens = rows.iter().map(|row| row.context as usize).sum::<usize>();
+        println!(
+            "mla fp8 {} heads x {} {name:<9} context {context:<5} {:>9.1} us {:>7.1} GFLOP/s",
+            shape.heads,
+            shape.latent,
+            micros(time),
+            (2 * tokens * shape.heads * (2 * shape.latent + shape.rope)) as f64 / time.as_secs_f64() / 1e9,
         );
     }
 }

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use crate::aligned::Aligned;
 use crate::cpu::{Cpu, Disjoint, ScaleRule, part};
 use crate::fp8::{self, BLOCK, ScaleFormat};
 
@@ -50,14 +51,14 @@ pub enum WireError {
 
 /// A reusable buffer of activation rows `[m, k]` in one format.
 ///
-/// Rows are padded with zeros to a multiple of 128 channels: kernels read whole blocks. FP8 rows are kept as codes for
-/// the wire and as bf16 for the product; the conversion is exact.
+/// Rows start at cache lines. FP8 rows are kept as codes for the wire and as bf16 for the product; the conversion is
+/// exact.
 pub struct Activations {
     format: ActivationFormat,
     rows: usize,
     channels: usize,
-    pub(crate) f32: Vec<f32>,
-    pub(crate) bf16: Vec<u16>,
+    pub(crate) f32: Aligned<f32>,
+    pub(crate) bf16: Aligned<u16>,
     codes: Vec<u8>,
     pub(crate) scales: Vec<f32>,
 }
@@ -75,8 +76,8 @@ impl Activations {
             format: ActivationFormat::F32,
             rows: 0,
             channels: 0,
-            f32: Vec::new(),
-            bf16: Vec::new(),
+            f32: Aligned::new(),
+            bf16: Aligned::new(),
             codes: Vec::new(),
             scales: Vec::new(),
         }
@@ -233,22 +234,18 @@ impl Activations {
         self.format
     }
 
-    /// Values from one row to the next in `f32` and `bf16`.
+    /// Values from one row to the next in `f32` and `bf16`: whole cache lines.
     pub(crate) fn stride(&self) -> usize {
-        self.channels.next_multiple_of(BLOCK)
+        self.channels.next_multiple_of(64 / size_of::<u16>())
     }
 
-    /// Sizes the buffers for `[m, k]`; padding is zero afterwards.
+    /// Sizes the buffers for `[m, k]`.
     fn shape(&mut self, m: usize, k: usize, format: ActivationFormat) {
         (self.rows, self.channels, self.format) = (m, k, format);
         let padded = m * self.stride();
         let fp8 = matches!(format, ActivationFormat::Fp8(_));
-        // Clearing first makes the padding zero whatever shape was here before; capacity stays.
-        let resize = |wanted: bool| if wanted { padded } else { 0 };
-        self.f32.clear();
-        self.f32.resize(resize(format == ActivationFormat::F32), 0.0);
-        self.bf16.clear();
-        self.bf16.resize(resize(format != ActivationFormat::F32), 0);
+        self.f32.set_len(if format == ActivationFormat::F32 { padded } else { 0 });
+        self.bf16.set_len(if format == ActivationFormat::F32 { 0 } else { padded });
         self.codes.clear();
         self.codes.resize(if fp8 { m * k } else { 0 }, 0);
         self.scales.clear();

@@ -12,6 +12,7 @@
 #![allow(unsafe_code)] // SIMD intrinsics and the thread pool's erased closure; each block argues its safety.
 
 mod activations;
+mod aligned;
 pub mod cpu;
 pub mod fp8;
 mod kv;

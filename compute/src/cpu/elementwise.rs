@@ -31,9 +31,15 @@ impl Cpu {
     /// If the lengths differ.
     pub fn add_in_place(&self, acc: &mut [f32], x: &[f32]) {
         assert_eq!(acc.len(), x.len(), "sum and summand");
-        for (acc, x) in acc.iter_mut().zip(x) {
-            *acc += x;
-        }
+        let acc = Disjoint::new(acc);
+        self.divide(x.len().div_ceil(TASK_VALUES), x.len(), &|task| {
+            let range = part(task, TASK_VALUES, x.len());
+            // SAFETY: tasks have different ranges.
+            let acc = unsafe { acc.part(range.clone()) };
+            for (acc, x) in acc.iter_mut().zip(&x[range]) {
+                *acc += x;
+            }
+        });
     }
 
     /// `acc += weight · x`, element by element, product and sum rounded separately: one expert's vector into a token's
@@ -66,15 +72,23 @@ impl Cpu {
         if x.is_empty() {
             return;
         }
-        for (x, &position) in x.chunks_exact_mut(position_values).zip(positions) {
-            let angles = table.at(position);
-            for row in x.chunks_exact_mut(rows.stride) {
-                let pairs = row[rows.offset..][..width].as_chunks_mut::<2>().0;
-                for ([a, b], &[cos, sin]) in pairs.iter_mut().zip(angles.as_chunks::<2>().0) {
-                    (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos);
+        let per_task = (TASK_VALUES / position_values).max(1);
+        let values = x.len();
+        let x = Disjoint::new(x);
+        self.divide(positions.len().div_ceil(per_task), values, &|task| {
+            let range = part(task, per_task, positions.len());
+            // SAFETY: tasks have different positions.
+            let x = unsafe { x.part(range.start * position_values..range.end * position_values) };
+            for (x, &position) in x.chunks_exact_mut(position_values).zip(&positions[range]) {
+                let angles = table.at(position).as_chunks::<2>().0;
+                for row in x.chunks_exact_mut(rows.stride) {
+                    let pairs = row[rows.offset..][..width].as_chunks_mut::<2>().0;
+                    for ([a, b], &[cos, sin]) in pairs.iter_mut().zip(angles) {
+                        (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos);
+                    }
                 }
             }
-        }
+        });
     }
 }
 

@@ -8,6 +8,7 @@ mod linear;
 mod mla_attention;
 mod norm;
 mod pool;
+mod probe;
 mod quantise;
 mod route;
 mod scratch;

@@ -1,9 +1,12 @@
-//! The router's choice. Scalar code in f32: 256 experts are a microsecond, and the choice must be the same on every
-//! instruction set only as far as logits are; ties go to the lower id.
+//! The router's choice. Scores in vectors, selection in plain code: 256 experts are a microsecond.
 
+use super::disjoint::Disjoint;
 use super::vector::{self, Operation, Vector};
-use super::{Cpu, scratch};
+use super::{Cpu, part, scratch};
 use crate::{RoutingRule, Scoring, Selection};
+
+/// Rows of a task.
+const TASK_ROWS: usize = 16;
 
 impl Cpu {
     /// Chooses `rule.top_k` of `experts` for each row of `logits` `[m, experts]`: `ids` and `weights` `[m, top_k]`,
@@ -28,6 +31,7 @@ impl Cpu {
             Selection::Greedy => (1, 1),
             _ => (rule.groups, rule.groups_kept),
         };
+        assert!(experts <= 1 << 16, "an id is 16 bits wide");
         assert!(
             experts > 0 && logits.len().is_multiple_of(experts),
             "{} logits of {experts} experts",
@@ -42,25 +46,32 @@ impl Cpu {
         assert!(ids.len() == rows * rule.top_k && weights.len() == ids.len(), "room for the choices");
         assert!(bias.is_none_or(|bias| bias.len() == experts), "a bias per expert");
         let bias = bias.filter(|_| rule.selection == Selection::NoauxTc);
-        scratch::with_f32(2 * experts + groups, |scratch| {
-            let (scores, rest) = scratch.split_at_mut(experts);
-            let (choice, ranks) = rest.split_at_mut(experts);
-            let out = ids.chunks_exact_mut(rule.top_k).zip(weights.chunks_exact_mut(rule.top_k));
-            for (logits, (ids, weights)) in logits.chunks_exact(experts).zip(out) {
-                vector::run(self.isa, Score { scoring: rule.scoring, logits, scores });
-                match bias {
-                    Some(bias) => {
-                        for ((choice, score), bias) in choice.iter_mut().zip(&*scores).zip(bias) {
-                            *choice = score + bias;
+        let (top_k, ids, weights) = (rule.top_k, Disjoint::new(ids), Disjoint::new(weights));
+        // A logit is worth some twenty multiply-adds, mostly of its exponential.
+        self.divide(rows.div_ceil(TASK_ROWS), 20 * logits.len(), &|task| {
+            let rows = part(task, TASK_ROWS, rows);
+            let (logits, out) =
+                (&logits[rows.start * experts..rows.end * experts], rows.start * top_k..rows.end * top_k);
+            // SAFETY: tasks have different rows.
+            let (ids, weights) = unsafe { (ids.part(out.clone()), weights.part(out)) };
+            scratch::with_f32(2 * experts + groups, |scratch| {
+                let (scores, rest) = scratch.split_at_mut(experts);
+                let (choice, ranks) = rest.split_at_mut(experts);
+                let out = ids.chunks_exact_mut(top_k).zip(weights.chunks_exact_mut(top_k));
+                for (logits, (ids, weights)) in logits.chunks_exact(experts).zip(out) {
+                    vector::run(self.isa, Score { scoring: rule.scoring, logits, scores });
+                    choice.copy_from_slice(scores);
+                    if let Some(bias) = bias {
+                        for (choice, bias) in choice.iter_mut().zip(bias) {
+                            *choice += bias;
                         }
                     }
-                    None => choice.copy_from_slice(scores),
+                    if kept < groups {
+                        limit_groups(choice, ranks, kept, rule.selection);
+                    }
+                    select(choice, scores, rule, ids, weights);
                 }
-                if kept < groups {
-                    limit_groups(choice, ranks, kept, rule.selection);
-                }
-                select(choice, scores, rule, ids, weights);
-            }
+            });
         });
     }
 }

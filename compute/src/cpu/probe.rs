@@ -1,0 +1,122 @@
+//! What the machine gives at best, to hold operators against.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use super::Cpu;
+use super::vector::{self, Operation, Vector};
+
+/// Rounds of a probe; the best one counts, since anything else on the machine can only slow one down.
+const ROUNDS: usize = 32;
+
+/// Bytes that the read probe walks over, a part per round: far more than a last-level cache.
+const READ_BYTES: usize = 512 << 20;
+/// Bytes of a round.
+const ROUND_BYTES: usize = 32 << 20;
+
+/// Multiply-adds in a row of each of the probe's independent sums.
+const CHAIN: usize = 4096;
+/// Independent sums: latency times throughput of any core, with room.
+const CHAINS: usize = 12;
+
+impl Cpu {
+    /// Bytes per second that all threads together read from memory, in order.
+    pub fn memory_read_bandwidth(&self) -> f64 {
+        let memory = vec![1.0f32; READ_BYTES / 4];
+        let tasks = self.pool.threads() * 8;
+        let size = ROUND_BYTES / 4 / tasks;
+        let seconds = best_of(|round| {
+            let memory =
+                &memory[super::part(round % (READ_BYTES / ROUND_BYTES), ROUND_BYTES / 4, memory.len())];
+            self.pool.run(tasks, &|task| {
+                let mut sum = 0.0;
+                vector::run(self.isa, Read { memory: &memory[task * size..][..size], sum: &mut sum });
+                black_box(sum);
+            });
+        });
+        (tasks * size * 4) as f64 / seconds
+    }
+
+    /// Operations per second (a multiply-add is two) of all threads together in f32.
+    pub fn peak_f32(&self) -> f64 {
+        let threads = self.pool.threads();
+        let mut lanes = [0; 1];
+        vector::run(self.isa, MultiplyAdd { sum: &mut 0.0, lanes: &mut lanes[0] });
+        let seconds = best_of(|_| {
+            self.pool.run(threads * 64, &|_| {
+                let (mut sum, mut lanes) = (0.0, 0);
+                vector::run(self.isa, MultiplyAdd { sum: &mut sum, lanes: &mut lanes });
+                black_box(sum);
+            });
+        });
+        (2 * threads * 64 * CHAIN * CHAINS * lanes[0]) as f64 / seconds
+    }
+}
+
+/// Seconds of the fastest round.
+fn best_of(mut run: impl FnMut(usize)) -> f64 {
+    let mut best = f64::INFINITY;
+    for round in 0..ROUNDS {
+        let start = Instant::now();
+        run(round);
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    best
+}
+
+struct Read<'a> {
+    memory: &'a [f32],
+    sum: &'a mut f32,
+}
+
+impl Operation for Read<'_> {
+    #[inline(always)]
+    unsafe fn run<V: Vector>(self) {
+        // SAFETY: the machine has the instruction set; four whole vectors are left in the slice.
+        unsafe {
+            let mut sums = [V::splat(0.0); 4];
+            let mut i = 0;
+            while i + 4 * V::LANES <= self.memory.len() {
+                let mut j = 0;
+                while j < 4 {
+                    sums[j] = sums[j].max(V::load(self.memory.as_ptr().add(i + j * V::LANES)));
+                    j += 1;
+                }
+                i += 4 * V::LANES;
+            }
+            *self.sum = sums[0].max(sums[1]).max(sums[2].max(sums[3])).largest();
+        }
+    }
+}
+
+struct MultiplyAdd<'a> {
+    sum: &'a mut f32,
+    lanes: &'a mut usize,
+}
+
+impl Operation for MultiplyAdd<'_> {
+    #[inline(always)]
+    unsafe fn run<V: Vector>(self) {
+        // SAFETY: the machine has the instruction set.
+        unsafe {
+            let (x, mut sums) = (V::splat(black_box(0.5)), [V::splat(1.0); CHAINS]);
+            let mut i = 0;
+            while i < CHAIN {
+                let mut j = 0;
+                while j < CHAINS {
+                    sums[j] = sums[j].mul_add(x, x);
+                    j += 1;
+                }
+                i += 1;
+            }
+            let mut total = V::splat(0.0);
+            let mut j = 0;
+            while j < CHAINS {
+                total = total.add(sums[j]);
+                j += 1;
+            }
+            *self.sum = total.sum();
+            *self.lanes = V::LANES;
+        }
+    }
+}
