@@ -10,17 +10,17 @@ const LIMITS: SequenceLimits = SequenceLimits { vocab_size: 1000, context_tokens
 
 /// Runs every conversion on every message type that `bytes` happen to decode as.
 fn decode_and_convert(bytes: &[u8]) {
-    if let Ok(wire) = v1::SequenceRequest::decode(bytes) {
-        if let Ok(sequence) = Sequence::from_wire(&wire, LIMITS) {
-            // What was accepted must survive the way back.
-            assert_eq!(Sequence::from_wire(&sequence.to_wire(), LIMITS).as_ref(), Ok(&sequence));
-        }
+    if let Ok(wire) = v1::SequenceRequest::decode(bytes)
+        && let Ok(sequence) = Sequence::from_wire(&wire, LIMITS)
+    {
+        // What was accepted must survive the way back.
+        assert_eq!(Sequence::from_wire(&sequence.to_wire(), LIMITS).as_ref(), Ok(&sequence));
     }
-    if let Ok(wire) = v1::KvTicket::decode(bytes) {
-        if let Ok(ticket) = KvTicket::from_wire(&wire) {
-            assert!(ticket.end_block() <= ticket.prompt_tokens);
-            assert_eq!(KvTicket::from_wire(&ticket.to_wire()).as_ref(), Ok(&ticket));
-        }
+    if let Ok(wire) = v1::KvTicket::decode(bytes)
+        && let Ok(ticket) = KvTicket::from_wire(&wire)
+    {
+        assert!(ticket.end_block() <= ticket.prompt_tokens);
+        assert_eq!(KvTicket::from_wire(&ticket.to_wire()).as_ref(), Ok(&ticket));
     }
     if let Ok(wire) = v1::Fingerprint::decode(bytes) {
         let _ = fingerprint::from_wire(&wire);

@@ -181,7 +181,8 @@ async fn a_stranger_is_not_served() -> Result {
 #[test]
 fn worker_info_is_checked_field_by_field() {
     assert_eq!(check_info(&info()), Ok(()));
-    let cases: [(&str, fn(&mut WorkerInfo)); 7] = [
+    type Break = fn(&mut WorkerInfo);
+    let cases: [(&str, Break); 7] = [
         ("wire_major", |info| info.wire_major = 2),
         ("worker_id", |info| info.worker_id.clear()),
         ("role", |info| info.role = 9),
