@@ -57,7 +57,7 @@ struct Outgoing {
     backlog: bool,
     /// Something can never be given to it, and why.
     broken: Option<String>,
-    /// Open from the first push to the end.
+    /// Open from the ticket to the end.
     hop: Span,
 }
 
@@ -156,14 +156,17 @@ impl Handoff {
     ) -> Vec<(SequenceId, Outcome)> {
         let mut ended = Vec::new();
         for event in self.sender.poll(now) {
-            let (transfer, refused) = match event {
-                SenderEvent::Committed { id } => (id, None),
-                SenderEvent::Refused { id, detail } => (id, Some(Outcome::Refused { detail })),
-                SenderEvent::Lost { id } => (id, Some(Outcome::Lost)),
-            };
+            let (SenderEvent::Committed { id: transfer }
+            | SenderEvent::Refused { id: transfer, .. }
+            | SenderEvent::Lost { id: transfer }) = event;
             let Some(id) = self.sequences.remove(&transfer) else { continue };
             let Some(outgoing) = self.outgoing.remove(&id) else { continue };
-            ended.push((id, outgoing.outcome(refused, now)));
+            let outcome = match event {
+                SenderEvent::Committed { .. } => outgoing.committed(now),
+                SenderEvent::Refused { detail, .. } => Outcome::Refused { detail },
+                SenderEvent::Lost { .. } => Outcome::Lost,
+            };
+            ended.push((id, outcome));
         }
         for (&id, outgoing) in self.outgoing.iter_mut().filter(|(_, outgoing)| outgoing.backlog) {
             let block_table = scheduler.block_table(id);
@@ -240,14 +243,16 @@ impl Outgoing {
         }
     }
 
-    fn outcome(&self, refused: Option<Outcome>, now: Instant) -> Outcome {
-        refused.unwrap_or_else(|| {
-            let since = match self.first_token {
-                FirstToken::Known { since, .. } | FirstToken::Sent { since } => since,
-                FirstToken::Unknown => now,
-            };
-            Outcome::Committed { handoff: now.saturating_duration_since(since) }
-        })
+    /// What decode's commit means: nothing, unless all was sent.
+    fn committed(&self, now: Instant) -> Outcome {
+        match self.first_token {
+            FirstToken::Sent { since } => {
+                Outcome::Committed { handoff: now.saturating_duration_since(since) }
+            }
+            FirstToken::Unknown | FirstToken::Known { .. } => {
+                Outcome::Refused { detail: "it committed what was not sent".to_owned() }
+            }
+        }
     }
 
     /// Offers the blocks of `layer` that are ready and not pushed.

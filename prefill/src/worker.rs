@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver as Channel, Select, TryRecvError};
 use engine::{Engine, LogitsWanted, Sampled, SequenceInput, SequenceSampler, StepError};
+use model::BlockId;
 use proto::v1::{GeneratedToken, TokenLogprob};
 use tracing::Span;
 
@@ -218,25 +219,15 @@ impl Worker {
         let mut batch = Vec::with_capacity(self.step.len());
         for chunk in &self.step {
             // A scheduled sequence is a request: both go together, in `release`.
-            let Some(request) = self.requests.get_mut(&chunk.id) else { continue };
-            request.started.get_or_insert(started);
+            if let Some(request) = self.requests.get_mut(&chunk.id) {
+                request.started.get_or_insert(started);
+                hops.push(request.hop(chunk));
+            }
         }
         for chunk in &self.step {
-            let Some(request) = self.requests.get(&chunk.id) else { continue };
-            hops.push(tracing::info_span!(
-                parent: &request.span,
-                "chunk",
-                hop = 7,
-                request_id = %request.checked.request_id,
-                start = chunk.start,
-                tokens = chunk.tokens
-            ));
-            batch.push(SequenceInput {
-                tokens: &request.checked.sequence.prompt[chunk.start..chunk.start + chunk.tokens],
-                position: chunk.start,
-                block_table: self.scheduler.block_table(chunk.id),
-                logits: if chunk.last { LogitsWanted::Last } else { LogitsWanted::None },
-            });
+            if let Some(request) = self.requests.get(&chunk.id) {
+                batch.push(request.input(chunk, self.scheduler.block_table(chunk.id)));
+            }
         }
         // What the step does for all its sequences together is shown under the first.
         let _hop = hops.first().map(Span::enter);
@@ -289,8 +280,8 @@ impl Worker {
         tracing::warn!(%error, sequences = self.step.len(), "a prefill step failed");
         let error = Arc::new(error);
         self.scheduler.fail(&self.step);
-        for chunk in std::mem::take(&mut self.step) {
-            self.fail(chunk.id, Failure::Step(Arc::clone(&error)));
+        for id in self.step.iter().map(|chunk| chunk.id).collect::<Vec<_>>() {
+            self.fail(id, Failure::Step(Arc::clone(&error)));
         }
     }
 
@@ -322,6 +313,29 @@ impl Worker {
         self.metrics.active.set(as_gauge(self.scheduler.active()));
         self.metrics.waiting_tokens.set(as_gauge(self.scheduler.uncomputed_tokens()));
         self.metrics.blocks_free.set(as_gauge(self.scheduler.free_blocks()));
+    }
+}
+
+impl Request {
+    /// The span of one of its chunks.
+    fn hop(&self, chunk: &Chunk) -> Span {
+        tracing::info_span!(
+            parent: &self.span,
+            "chunk",
+            hop = 7,
+            request_id = %self.checked.request_id,
+            start = chunk.start,
+            tokens = chunk.tokens
+        )
+    }
+
+    fn input<'a>(&'a self, chunk: &Chunk, block_table: &'a [BlockId]) -> SequenceInput<'a> {
+        SequenceInput {
+            tokens: &self.checked.sequence.prompt[chunk.start..chunk.start + chunk.tokens],
+            position: chunk.start,
+            block_table,
+            logits: if chunk.last { LogitsWanted::Last } else { LogitsWanted::None },
+        }
     }
 }
 
