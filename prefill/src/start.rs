@@ -78,6 +78,7 @@ pub async fn start(config: Config, node: Node) -> Result<Handle, Error> {
         .tls_config(node.identity.server_tls())
         .map_err(Error::Tls)?
         .tcp_nodelay(true)
+        .max_concurrent_streams(Some(streams_max(&config)))
         .http2_keepalive_interval(Some(KEEP_ALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT));
     let bind = |source| Error::Bind { address: config.listen, source };
@@ -163,6 +164,12 @@ impl fmt::Debug for Handle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Handle").field("control_address", &self.control_address).finish_non_exhaustive()
     }
+}
+
+/// hyper's default of 200 would let requests wait unseen in the router's connection instead of being refused here.
+fn streams_max(config: &Config) -> u32 {
+    let requests = config.submissions_queued_max + config.queue_requests_max + config.active_max;
+    u32::try_from(requests).unwrap_or(u32::MAX)
 }
 
 fn limits(config: &Config, engine: &Engine) -> Limits {
