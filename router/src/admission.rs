@@ -38,7 +38,8 @@ pub(crate) struct Admitted {
     pub deadline: Instant,
     /// Time spent here.
     pub admission: Duration,
-    pub permit: Permit,
+    /// Held, not read.
+    pub _permit: Permit,
 }
 
 /// One prompt, tokenised and checked against the model.
@@ -134,7 +135,7 @@ impl Admission {
         }
         let admission = context.received.elapsed();
         self.metrics.hop("admission", admission);
-        Ok(Admitted { context, prompts: admitted, n, sampling, stop, deadline, admission, permit })
+        Ok(Admitted { context, prompts: admitted, n, sampling, stop, deadline, admission, _permit: permit })
     }
 
     fn sequences(&self, prompts: usize, n: u32) -> Result<u32, RequestError> {

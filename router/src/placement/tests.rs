@@ -1,1 +1,139 @@
+use std::sync::Arc;
 
+use model::{ExecutionFingerprint, Numerics};
+use proptest::prelude::*;
+
+use super::{Need, Pair, PlacementError, Tier, WorkerLoad, decode_order, place, prefill_order};
+use crate::worker::WorkerKey;
+
+fn key(id: &str) -> WorkerKey {
+    WorkerKey { id: Arc::from(id), incarnation: 1 }
+}
+
+fn fingerprint(backend: u8) -> Option<Arc<ExecutionFingerprint>> {
+    Some(Arc::new(ExecutionFingerprint {
+        weights: [0; 16],
+        numerics: Numerics::Fp8,
+        kv_layout_digest: 1,
+        backend: format!("cpu/{backend}"),
+        arithmetic_revision: 1,
+    }))
+}
+
+fn worker(id: &str, tier: Tier) -> WorkerLoad {
+    WorkerLoad {
+        key: key(id),
+        tier,
+        fingerprint: fingerprint(0),
+        draining: false,
+        sequences: 0,
+        waiting_tokens: 0,
+        kv_blocks_free: 100,
+        kv_blocks_max: 100,
+        kv_block_tokens: 64,
+    }
+}
+
+const NEED: Need<'static> = Need { prompt_tokens: 100, lifetime_tokens: 200, excluded: &[] };
+
+#[track_caller]
+fn chosen(workers: &[WorkerLoad], need: &Need<'_>, prefill: &str, decode: &str) {
+    assert_eq!(place(workers, need), Ok(Pair { prefill: key(prefill), decode: key(decode) }));
+}
+
+#[test]
+fn the_least_loaded_win_and_ties_go_to_the_smaller_id() {
+    let mut workers = vec![
+        worker("p1", Tier::Prefill),
+        worker("p0", Tier::Prefill),
+        worker("d1", Tier::Decode),
+        worker("d0", Tier::Decode),
+        worker("e0", Tier::Expert),
+    ];
+    chosen(&workers, &NEED, "p0", "d0");
+    workers[1].waiting_tokens = 1;
+    workers[3].sequences = 1;
+    chosen(&workers, &NEED, "p1", "d1");
+    workers[2].kv_blocks_free = 3;
+    chosen(&workers, &NEED, "p1", "d0");
+    workers[3].draining = true;
+    assert_eq!(place(&workers, &NEED), Err(PlacementError::NoRoom { blocks: 4 }));
+}
+
+#[test]
+fn says_what_is_missing() {
+    let prefill = worker("p0", Tier::Prefill);
+    let mut decode = worker("d0", Tier::Decode);
+    assert_eq!(place(std::slice::from_ref(&decode), &NEED), Err(PlacementError::NoPrefill));
+    assert_eq!(place(std::slice::from_ref(&prefill), &NEED), Err(PlacementError::NoDecode));
+    let excluded = [key("d0")];
+    let need = Need { excluded: &excluded, ..NEED };
+    assert_eq!(place(&[prefill.clone(), decode.clone()], &need), Err(PlacementError::NoDecode));
+
+    let long = Need { lifetime_tokens: 6401, ..NEED };
+    assert_eq!(
+        place(&[prefill.clone(), decode.clone()], &long),
+        Err(PlacementError::TooLong { lifetime_tokens: 6401 })
+    );
+    decode.fingerprint = fingerprint(1);
+    let Err(PlacementError::Fingerprints { field, prefill_value, decode_value, .. }) =
+        place(&[prefill, decode], &NEED)
+    else {
+        panic!("two back ends are no pair");
+    };
+    assert_eq!(
+        (field.as_str(), prefill_value.as_str(), decode_value.as_str()),
+        ("backend", "cpu/0", "cpu/1")
+    );
+}
+
+fn any_worker(index: usize) -> impl Strategy<Value = WorkerLoad> {
+    let tier = prop::sample::select(Tier::ALL.to_vec());
+    (tier, 0..2_u8, prop::bool::weighted(0.2), 0..4_u64, 0..4_u64, 0..6_u64).prop_map(
+        move |(tier, backend, draining, sequences, waiting, free)| WorkerLoad {
+            fingerprint: fingerprint(backend),
+            draining,
+            sequences,
+            waiting_tokens: waiting * 100,
+            kv_blocks_free: free,
+            kv_blocks_max: 5,
+            ..worker(&format!("w{index}"), tier)
+        },
+    )
+}
+
+fn any_workers() -> impl Strategy<Value = Vec<WorkerLoad>> {
+    (0..10_usize).prop_flat_map(|count| (0..count).map(any_worker).collect::<Vec<_>>())
+}
+
+proptest! {
+    #[test]
+    fn a_pair_is_allowed_best_and_found_when_there_is_one(
+        workers in any_workers(),
+        lifetime_tokens in 1..400_u64,
+        excluded in prop::collection::vec(0..10_usize, 0..3),
+    ) {
+        let excluded: Vec<_> = excluded.into_iter().map(|index| key(&format!("w{index}"))).collect();
+        let need = Need { prompt_tokens: lifetime_tokens.div_ceil(2), lifetime_tokens, excluded: &excluded };
+        let open = |tier| {
+            let excluded = &excluded;
+            workers.iter().filter(move |w: &&WorkerLoad| w.tier == tier && !w.draining && !excluded.contains(&w.key))
+        };
+        let prefills = open(Tier::Prefill).filter(|w| w.blocks_for(need.prompt_tokens) <= w.kv_blocks_max);
+        let allowed: Vec<_> = prefills
+            .flat_map(|prefill| open(Tier::Decode).map(move |decode| (prefill, decode)))
+            .filter(|(prefill, decode)| prefill.fingerprint == decode.fingerprint)
+            .filter(|(_, decode)| decode.blocks_for(lifetime_tokens) <= decode.kv_blocks_free)
+            .collect();
+        let best = allowed.iter().min_by_key(|(prefill, decode)| (prefill_order(prefill), decode_order(decode)));
+        let expected = best.map(|(p, d)| Pair { prefill: p.key.clone(), decode: d.key.clone() });
+        prop_assert_eq!(place(&workers, &need).ok(), expected);
+    }
+
+    #[test]
+    fn the_order_of_the_snapshot_means_nothing(workers in any_workers(), turn in 0..10_usize) {
+        let mut turned = workers.clone();
+        turned.rotate_left(turn.min(workers.len()));
+        prop_assert_eq!(place(&workers, &NEED), place(&turned, &NEED));
+    }
+}

@@ -131,13 +131,13 @@ impl Attempt<'_> {
                         continue;
                     }
                 },
-                event = tokens.message() => match event {
+                event = tokens.message(), if merge.needs_decode() => match event {
                     Ok(Some(event)) => (decode, merge.decode(event)),
                     Ok(None) => return Err(Failure::protocol(decode, "its stream ended before the sequence did")),
                     Err(status) => return Err(self.failure(decode, &status)),
                 },
                 () = prefill.gone(), if merge.needs_prefill() => return Err(Failure::gone(prefill)),
-                () = decode.gone() => return Err(Failure::gone(decode)),
+                () = decode.gone(), if merge.needs_decode() => return Err(Failure::gone(decode)),
             };
             let ready = ready.map_err(|problem| Failure::protocol(worker, problem))?;
             if worker.tier == Tier::Decode && !ready.is_empty() {

@@ -117,6 +117,11 @@ impl Merge {
         !(self.first_token && (self.handed_over || self.end.is_some()))
     }
 
+    /// Whether decode still has something to say: it may be through before prefill's first token is here.
+    pub fn needs_decode(&self) -> bool {
+        self.end.is_none()
+    }
+
     /// How the sequence ended, once every token of it is out.
     pub fn end(&self) -> Option<End> {
         self.end.filter(|_| self.first_token)

@@ -120,6 +120,14 @@ impl Answer {
         self.prompts.len() * self.n as usize
     }
 
+    /// Whether a delta holds anything that the client asked to see: a token whose text is not certain yet is
+    /// news only to who wants tokens.
+    pub fn worth_a_chunk(&self, delta: &Delta) -> bool {
+        let tokens_wanted = self.options.token_ids || self.options.logprobs.is_some();
+        let text = !delta.reasoning.is_empty() || !delta.content.is_empty();
+        text || delta.finish.is_some() || (tokens_wanted && !delta.tokens.is_empty())
+    }
+
     pub fn head(&self, object: &'static str) -> Head<'_> {
         Head { id: &self.id, object, created: self.created, model: &self.model.id }
     }

@@ -180,9 +180,7 @@ impl Encode for ChatEncoder {
     fn delta(&mut self, delta: Delta) -> Option<Value> {
         let first =
             self.begun.get_mut(delta.index as usize).is_some_and(|begun| !std::mem::replace(begun, true));
-        let details = self.answer.options.token_ids || self.answer.options.logprobs.is_some();
-        let empty = delta.reasoning.is_empty() && delta.content.is_empty();
-        if empty && !first && delta.finish.is_none() && !(details && !delta.tokens.is_empty()) {
+        if !first && !self.answer.worth_a_chunk(&delta) {
             return None;
         }
         let reasoning_content = (!delta.reasoning.is_empty()).then_some(delta.reasoning);

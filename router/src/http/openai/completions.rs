@@ -128,8 +128,7 @@ struct Choice {
 
 impl Encode for CompletionEncoder {
     fn delta(&mut self, delta: Delta) -> Option<Value> {
-        let details = self.answer.options.token_ids || self.answer.options.logprobs.is_some();
-        if delta.content.is_empty() && delta.finish.is_none() && !(details && !delta.tokens.is_empty()) {
+        if !self.answer.worth_a_chunk(&delta) {
             return None;
         }
         let begun = self.begun.get_mut(delta.index as usize);
