@@ -4,6 +4,8 @@
 //! they are (a slice of the mapped file, possibly unaligned); nothing is repacked at load, so a model starts at once
 //! and processes on one host share its pages.
 
+use std::fmt;
+
 use bytes::Bytes;
 
 use crate::fp8::{self, BLOCK};
@@ -157,6 +159,12 @@ impl Matrix {
     }
 }
 
+impl fmt::Debug for Matrix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Matrix[{}, {}] {:?}", self.rows, self.cols, self.format())
+    }
+}
+
 fn check_weights(
     rows: usize,
     cols: usize,
@@ -243,3 +251,12 @@ impl HeadMatrices {
         }
     }
 }
+
+impl fmt::Debug for HeadMatrices {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "HeadMatrices[{}, {}, {}]", self.heads, self.out_dim, self.in_dim)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -44,19 +44,21 @@ pub(super) unsafe fn compute(product: &Product<'_>, rows: Range<usize>, outputs:
     unsafe {
         match (product.weights, product.x) {
             (Weights::F32(w), Inputs::F32(x)) => {
-                operands(F32FromF32, product, w.as_ptr().cast(), x.as_ptr().cast()).compute(rows, outputs)
+                Operands::new(F32FromF32, product, w.as_ptr().cast(), x.as_ptr().cast())
+                    .compute(rows, outputs)
             }
             (Weights::Bf16(w), Inputs::F32(x)) => {
-                operands(F32FromBf16, product, w.as_ptr(), x.as_ptr().cast()).compute(rows, outputs)
+                Operands::new(F32FromBf16, product, w.as_ptr(), x.as_ptr().cast()).compute(rows, outputs)
             }
             (Weights::Fp8 { codes, .. }, Inputs::F32(x)) => {
-                operands(F32FromFp8::new(), product, codes.as_ptr(), x.as_ptr().cast()).compute(rows, outputs)
+                Operands::new(F32FromFp8::new(), product, codes.as_ptr(), x.as_ptr().cast())
+                    .compute(rows, outputs)
             }
             (Weights::Bf16(w), Inputs::Bf16(x)) => {
-                operands(Bf16FromBf16, product, w.as_ptr(), x.as_ptr().cast()).compute(rows, outputs)
+                Operands::new(Bf16FromBf16, product, w.as_ptr(), x.as_ptr().cast()).compute(rows, outputs)
             }
             (Weights::Fp8 { codes, .. }, Inputs::Fp8 { values, .. }) => {
-                operands(Bf16FromFp8::new(), product, codes.as_ptr(), values.as_ptr().cast())
+                Operands::new(Bf16FromFp8::new(), product, codes.as_ptr(), values.as_ptr().cast())
                     .compute(rows, outputs)
             }
             _ => unreachable!("`matrix_product` pairs the formats"),
@@ -72,20 +74,14 @@ struct Operands<'a, D> {
     inputs: *const u8,
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16")]
-fn operands<'a, D: Decode>(
-    decoder: D,
-    product: &'a Product<'a>,
-    weights: *const u8,
-    inputs: *const u8,
-) -> Operands<'a, D> {
-    Operands { decoder, product, weights, inputs }
-}
-
 /// Lane sums of a tile: `[row][output]`.
 type Sums<const M: usize> = [[__m512; TILE]; M];
 
-impl<D: Decode> Operands<'_, D> {
+impl<'a, D: Decode> Operands<'a, D> {
+    fn new(decoder: D, product: &'a Product<'a>, weights: *const u8, inputs: *const u8) -> Self {
+        Self { decoder, product, weights, inputs }
+    }
+
     /// Bytes of an input value.
     const INPUT_BYTES: usize = 64 / D::Arithmetic::LANES;
     /// Values that the decoder makes at a time.
@@ -99,11 +95,9 @@ impl<D: Decode> Operands<'_, D> {
                 0 => {}
                 1 => self.direct::<1>(rows, outputs),
                 DIRECT_ROWS => self.direct::<2>(rows, outputs),
-                _ => scratch::with_f32(
-                    TASK_ROWS * TASK_OUTPUTS * 16 + TILE * PANEL_K,
-                    #[inline(always)]
-                    |scratch| self.panels(rows, outputs, scratch),
-                ),
+                _ => scratch::with_f32(TASK_ROWS * TASK_OUTPUTS * 16 + TILE * PANEL_K, |scratch| {
+                    self.panels(rows, outputs, scratch)
+                }),
             }
         }
     }
