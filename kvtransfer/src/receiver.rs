@@ -1,8 +1,9 @@
-//! Decode's end of the hand-off: tickets out, blocks in.
+//! Hop 10, decode's end of the hand-off: tickets out, blocks in.
 //!
 //! [`Receiver::poll`] is called by the device thread between steps. Everything that a push can change, it changes
 //! there, through the caller's [`BlockSink`]; the fabric's threads only queue frames.
 
+mod arrival;
 mod core;
 
 use std::time::{Duration, Instant};
@@ -145,9 +146,11 @@ impl Receiver {
     /// sender's silence.
     pub fn poll(&mut self, now: Instant, sink: &mut dyn BlockSink) -> Vec<ReceiverEvent> {
         let mut bytes = 0;
+        let mut span = None;
         while bytes < POLL_BYTES_MAX {
             match self.events.try_recv() {
                 Ok(Event::Frame { peer, head, body }) => {
+                    span.get_or_insert_with(|| tracing::info_span!("receive", hop = 10).entered());
                     bytes += head.len() + body.len();
                     self.core.handle_frame(peer, &head, &body, now, sink);
                 }

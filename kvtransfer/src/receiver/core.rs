@@ -4,24 +4,25 @@
 //! Whatever else happens to it removes it, and a ticket that is not in the table cannot be written for. That table
 //! is the fence: there is no second place where a write is decided.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Display;
 use std::time::Instant;
 
-use model::TokenId;
 use proto::ticket::{KvTicket, TicketId};
 
+use super::arrival::{Arrival, Landed};
 use super::{BlockSink, ReceiverEvent, ReceiverOptions, ReceiverStats, Reservation};
 use crate::error::TransferError;
-use crate::extent::{Extent, Violation};
+use crate::extent::Extent;
 use crate::outlet::{Outlet, Unsent};
-use crate::wire::{self, Push, Reply, Run, TicketKey};
+use crate::wire::{self, Push, Reply, TicketKey};
 
 /// Tickets and what has landed for them, with peers named by `P`.
 pub struct ReceiverCore<P> {
     options: ReceiverOptions,
     fabric_address: String,
-    tickets: HashMap<TicketId, Ticket<P>>,
+    /// Ordered, so that equal histories give equal events.
+    tickets: BTreeMap<TicketId, Ticket<P>>,
     replies: VecDeque<(P, TicketKey, Reply)>,
     events: Vec<ReceiverEvent>,
     stats: ReceiverStats,
@@ -36,12 +37,7 @@ enum Ticket<P> {
 }
 
 struct Receiving<P> {
-    extent: Extent,
-    /// One bit for each piece.
-    landed: Vec<u64>,
-    /// Pieces whose bit is not set: the arrival counter.
-    missing: usize,
-    first_token: Option<TokenId>,
+    arrival: Arrival,
     /// Whose frame came first. Nobody else may push.
     pusher: Option<P>,
     deadline: Instant,
@@ -53,7 +49,7 @@ impl<P: Copy + Eq> ReceiverCore<P> {
         Self {
             options,
             fabric_address,
-            tickets: HashMap::new(),
+            tickets: BTreeMap::new(),
             replies: VecDeque::new(),
             events: Vec::new(),
             stats: ReceiverStats::default(),
@@ -93,14 +89,7 @@ impl<P: Copy + Eq> ReceiverCore<P> {
             layers: extent.layers,
             lease: *lease,
         };
-        let receiving = Receiving {
-            extent,
-            landed: vec![0; extent.pieces().div_ceil(64)],
-            missing: extent.pieces(),
-            first_token: None,
-            pusher: None,
-            deadline: now + *lease,
-        };
+        let receiving = Receiving { arrival: Arrival::new(extent), pusher: None, deadline: now + *lease };
         self.tickets.insert(ticket_id, Ticket::Receiving(receiving));
         self.stats.issued += 1;
         Ok(ticket)
@@ -144,9 +133,10 @@ impl<P: Copy + Eq> ReceiverCore<P> {
         }
         let taken = match push {
             Push::Abort(reason) => return self.end(key.ticket_id, format_args!("prefill gave up: {reason}")),
-            Push::Finish(token) => receiving.finish(token),
+            Push::Finish(token) => receiving.arrival.finish(token),
             Push::Blocks(run) => {
-                receiving.land(&run, body, key.ticket_id, sink).map(|landed| self.stats.count(landed))
+                let write = |block, piece: &[u8]| sink.write(key.ticket_id, block, run.layer, piece);
+                receiving.arrival.land(&run, body, write).map(|landed| self.stats.count(landed))
             }
         };
         match taken {
@@ -178,18 +168,14 @@ impl<P: Copy + Eq> ReceiverCore<P> {
         let tickets: Vec<TicketId> = due.map(|(ticket, _)| ticket).collect();
         for ticket in tickets {
             self.stats.expired += 1;
-            self.revoke(ticket);
+            self.dismiss(ticket, "the ticket's lease has run out");
             self.events.push(ReceiverEvent::Expired { ticket });
         }
     }
 
     /// Ends a ticket. A sender that is in the middle of it is told, so that it lets go of its blocks.
-    pub fn revoke(&mut self, ticket_id: TicketId) {
-        if let Some(Ticket::Receiving(Receiving { pusher: Some(peer), .. })) = self.tickets.remove(&ticket_id)
-        {
-            let key = TicketKey { incarnation: self.options.incarnation, ticket_id };
-            self.reply(peer, key, Reply::Stale("the ticket was revoked".to_owned()));
-        }
+    pub fn revoke(&mut self, ticket: TicketId) {
+        self.dismiss(ticket, "the ticket was revoked");
     }
 
     /// Sends the replies that wait. Those for a peer without room stay.
@@ -230,11 +216,8 @@ impl<P: Copy + Eq> ReceiverCore<P> {
         assert!(self.tickets.len() <= self.options.tickets_max, "more tickets than allowed");
         assert!(self.replies.len() <= self.replies_max(), "more replies than allowed");
         for (ticket, receiving) in self.receiving() {
-            let landed: u32 = receiving.landed.iter().map(|word| word.count_ones()).sum();
-            let pieces = receiving.extent.pieces();
-            assert_eq!(landed as usize + receiving.missing, pieces, "{ticket}: the counter is off");
-            let complete = receiving.missing == 0 && receiving.first_token.is_some();
-            assert!(!complete, "{ticket} is complete and not committed");
+            receiving.arrival.check_invariants();
+            assert!(receiving.arrival.complete().is_none(), "{ticket} is complete and not committed");
         }
     }
 
@@ -247,14 +230,21 @@ impl<P: Copy + Eq> ReceiverCore<P> {
 
     fn commit_if_complete(&mut self, pusher: P, key: TicketKey) {
         let Some(ticket) = self.tickets.get_mut(&key.ticket_id) else { return };
-        let &mut Ticket::Receiving(Receiving { missing: 0, first_token: Some(first_token), .. }) = ticket
-        else {
-            return;
-        };
+        let Ticket::Receiving(receiving) = ticket else { return };
+        let Some(first_token) = receiving.arrival.complete() else { return };
         *ticket = Ticket::Committed { pusher };
+        tracing::debug!(ticket = %key.ticket_id, "every block is in place");
         self.stats.committed += 1;
         self.events.push(ReceiverEvent::Committed { ticket: key.ticket_id, first_token });
         self.reply(pusher, key, Reply::Committed);
+    }
+
+    fn dismiss(&mut self, ticket_id: TicketId, detail: &str) {
+        if let Some(Ticket::Receiving(Receiving { pusher: Some(peer), .. })) = self.tickets.remove(&ticket_id)
+        {
+            let key = TicketKey { incarnation: self.options.incarnation, ticket_id };
+            self.reply(peer, key, Reply::Stale(detail.to_owned()));
+        }
     }
 
     fn end(&mut self, ticket: TicketId, reason: impl Display) {
@@ -284,63 +274,6 @@ impl<P: Copy + Eq> ReceiverCore<P> {
     fn replies_max(&self) -> usize {
         2 * self.options.tickets_max
     }
-}
-
-/// What one run has added.
-#[derive(Default)]
-struct Landed {
-    pieces: u64,
-    bytes: u64,
-    duplicates: u64,
-}
-
-impl<P> Receiving<P> {
-    fn finish(&mut self, token: TokenId) -> Result<(), Violation> {
-        let known = *self.first_token.get_or_insert(token);
-        if known == token { Ok(()) } else { Err(Violation::FirstToken { known: known.0, sent: token.0 }) }
-    }
-
-    /// Checks the whole run, then writes the pieces that have not landed before.
-    fn land(
-        &mut self,
-        run: &Run,
-        body: &[u8],
-        ticket: TicketId,
-        sink: &mut dyn BlockSink,
-    ) -> Result<Landed, Violation> {
-        self.extent.check(run, body.len())?;
-        let extent = self.extent;
-        for ((block, piece), &expected) in pieces(extent, run, body).zip(&run.checksums) {
-            if wire::checksum(piece) != expected {
-                return Err(Violation::Checksum { layer: run.layer, block });
-            }
-        }
-        let mut landed = Landed::default();
-        for (block, piece) in pieces(extent, run, body) {
-            let index = extent.index(run.layer, block);
-            let (word, bit) = (&mut self.landed[index / 64], 1 << (index % 64));
-            if *word & bit != 0 {
-                landed.duplicates += 1;
-                continue;
-            }
-            sink.write(ticket, block, run.layer, piece);
-            *word |= bit;
-            self.missing -= 1;
-            landed.pieces += 1;
-            landed.bytes += piece.len() as u64;
-        }
-        Ok(landed)
-    }
-}
-
-/// The pieces of a checked run: block and bytes.
-fn pieces<'a>(extent: Extent, run: &Run, body: &'a [u8]) -> impl Iterator<Item = (u32, &'a [u8])> {
-    let mut rest = body;
-    (run.first_block..run.first_block + run.blocks).map(move |block| {
-        let (piece, behind) = rest.split_at(extent.piece_bytes(block));
-        rest = behind;
-        (block, piece)
-    })
 }
 
 impl ReceiverStats {

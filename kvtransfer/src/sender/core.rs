@@ -72,6 +72,13 @@ struct Transfer<P> {
     sent: bool,
 }
 
+/// Where a transfer's frames go.
+struct Route<P> {
+    id: TransferId,
+    peer: P,
+    key: TicketKey,
+}
+
 enum Link<P> {
     Dialling,
     Up {
@@ -152,21 +159,15 @@ impl<P: Copy + Eq> SenderCore<P> {
     ) -> Result<(), TransferError> {
         let transfer = self.transfers.get(&id).ok_or(TransferError::Ended(id))?;
         transfer.permits(layer, first_block, pieces.len())?;
-        let (peer, key) = self.ready(id)?;
+        let route = self.route(id)?;
         let (body, checksums) = wire::gather(pieces);
-        let bytes = body.len();
+        let bytes = body.len() as u64;
         // As many as the ticket's blocks at most, as `permits` has checked.
         let blocks = pieces.len() as u32;
         let run = Run { layer, first_block, blocks, last_rows, checksums };
-        match self.send(id, peer, key, Push::Blocks(run), body, outlet) {
-            Err(Unsent::Full) => Err(TransferError::Full),
-            Err(Unsent::TooLarge) => Err(TransferError::FrameTooLarge { bytes }),
-            Err(Unsent::Gone) => Err(TransferError::Ended(id)),
-            Ok(()) => {
-                self.stats.bytes += bytes as u64;
-                Ok(())
-            }
-        }
+        self.send(route, Push::Blocks(run), body, outlet)?;
+        self.stats.bytes += bytes;
+        Ok(())
     }
 
     /// Sends the first token.
@@ -179,13 +180,8 @@ impl<P: Copy + Eq> SenderCore<P> {
         first_token: TokenId,
         outlet: &mut impl Outlet<P>,
     ) -> Result<(), TransferError> {
-        let (peer, key) = self.ready(id)?;
-        match self.send(id, peer, key, Push::Finish(first_token), Bytes::new(), outlet) {
-            Err(Unsent::Full) => Err(TransferError::Full),
-            Err(Unsent::TooLarge) => Err(TransferError::FrameTooLarge { bytes: 0 }),
-            Err(Unsent::Gone) => Err(TransferError::Ended(id)),
-            Ok(()) => Ok(()),
-        }
+        let route = self.route(id)?;
+        self.send(route, Push::Finish(first_token), Bytes::new(), outlet)
     }
 
     /// Forgets a transfer without an event. The next flush tells decode, if it has been heard of there.
@@ -334,44 +330,47 @@ impl<P: Copy + Eq> SenderCore<P> {
         }
     }
 
-    /// Peer and ticket of a transfer that could send now.
-    fn ready(&self, id: TransferId) -> Result<(P, TicketKey), TransferError> {
+    /// The way of a transfer that could send now.
+    fn route(&self, id: TransferId) -> Result<Route<P>, TransferError> {
         let transfer = self.transfers.get(&id).ok_or(TransferError::Ended(id))?;
         let peer = transfer.peer.ok_or(TransferError::Full)?;
         match self.links.get(&transfer.address) {
             Some(Link::Up { full: true, .. }) => Err(TransferError::Full),
-            _ => Ok((peer, transfer.key)),
+            _ => Ok(Route { id, peer, key: transfer.key }),
         }
     }
 
     fn send(
         &mut self,
-        id: TransferId,
-        peer: P,
-        key: TicketKey,
+        route: Route<P>,
         push: Push,
         body: Bytes,
         outlet: &mut impl Outlet<P>,
-    ) -> Result<(), Unsent> {
-        let sent = outlet.try_send(peer, wire::encode_push(key, push, body));
-        match sent {
+    ) -> Result<(), TransferError> {
+        let Route { id, peer, key } = route;
+        let bytes = body.len();
+        match outlet.try_send(peer, wire::encode_push(key, push, body)) {
             Ok(()) => {
                 if let Some(transfer) = self.transfers.get_mut(&id) {
                     transfer.sent = true;
                 }
+                Ok(())
             }
             Err(Unsent::Full) => {
                 self.stats.full += 1;
-                let of_peer = |link: &&mut Link<P>| matches!(link, Link::Up { peer: at, .. } if *at == peer);
-                if let Some(Link::Up { full, .. }) = self.links.values_mut().find(of_peer) {
+                let to_peer = |link: &&mut Link<P>| matches!(link, Link::Up { peer: at, .. } if *at == peer);
+                if let Some(Link::Up { full, .. }) = self.links.values_mut().find(to_peer) {
                     *full = true;
                 }
+                Err(TransferError::Full)
             }
-            Err(Unsent::TooLarge) => {}
-            // Its `PeerLost` is on the way, for all its transfers; this one need not wait.
-            Err(Unsent::Gone) => self.end(id, SenderEvent::Lost { id }),
+            Err(Unsent::TooLarge) => Err(TransferError::FrameTooLarge { bytes }),
+            Err(Unsent::Gone) => {
+                // Its `PeerLost` is on the way, for all its transfers; this one need not wait.
+                self.end(id, SenderEvent::Lost { id });
+                Err(TransferError::Ended(id))
+            }
         }
-        sent
     }
 
     fn want(&mut self, address: String) {

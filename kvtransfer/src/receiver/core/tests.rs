@@ -5,7 +5,7 @@ use fabric::Frame;
 use model::{ExecutionFingerprint, KvFormat, KvLayout, Numerics, TokenId};
 
 use super::*;
-use crate::wire::{decode_reply, encode_push, gather};
+use crate::wire::{Run, decode_reply, encode_push, gather};
 
 const INCARNATION: u64 = 7;
 const TICKET: TicketId = TicketId(1);
