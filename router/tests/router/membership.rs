@@ -140,12 +140,13 @@ async fn health_is_forward_progress() {
 
 #[tokio::test]
 async fn a_restarted_worker_serves_again() {
-    let (cluster, _prefill, mut decode) = Cluster::with_pair(Script::text("before")).await;
+    let (cluster, _prefill, mut decode) = Cluster::with_pair(Script::text("again")).await;
     cluster.complete("/v1/chat/completions", &chat("?")).await;
     decode.kill();
-    let _restarted = FakeWorker::decode(&cluster, "decode-0", Script::text("after")).await;
+    let restarted = FakeWorker::decode(&cluster, "decode-0", Script::text("again")).await;
     let answer = cluster.complete("/v1/chat/completions", &chat("?")).await;
-    assert_eq!(answer["choices"][0]["message"]["content"], "after");
+    assert_eq!(answer["choices"][0]["message"]["content"], "again");
+    assert_eq!((decode.requests_now(), restarted.requests_now()), (1, 1));
 }
 
 /// Asks until health has this status; the body then.

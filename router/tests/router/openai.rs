@@ -1,6 +1,6 @@
 //! OpenAI's endpoints as a client sees them, over real HTTP, with scripted workers behind the router.
 
-use crate::support::{Cluster, MODEL, Script, TINY_EOS, chat, tokens};
+use crate::support::{Cluster, End, MODEL, Script, TINY_EOS, chat, tokens};
 use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -120,7 +120,7 @@ async fn completions_take_text_tokens_and_lists() {
 #[tokio::test]
 async fn stop_strings_match_across_tokens_and_never_leak() {
     let script = Script { tokens_per_message: 2, ..Script::text("one two three END four") };
-    let (cluster, prefill, decode) = Cluster::with_pair(script).await;
+    let (cluster, prefill, _decode) = Cluster::with_pair(script).await;
     // Cuts inside of words: the stop string is spread over several tokens of a byte-pair vocabulary.
     for (stop, text) in [
         (json!("hree EN"), "one two t"),
@@ -142,8 +142,16 @@ async fn stop_strings_match_across_tokens_and_never_leak() {
         sent.iter().all(|s| s.stopping.as_ref().is_some_and(|s| s.stop.is_empty())),
         "workers know no text"
     );
-    // Three stop strings matched, in both forms: decode was told to stop each time.
-    decode.cancelled(6).await;
+}
+
+#[tokio::test]
+async fn a_stop_string_ends_the_sequence_on_decode() {
+    let script = Script { end: End::Hang, ..Script::text("one two three") };
+    let (cluster, _prefill, decode) = Cluster::with_pair(script).await;
+    let body = with(completion(json!("go")), json!({ "stop": " thr" }));
+    let answer = cluster.complete(COMPLETIONS, &body).await;
+    assert_eq!(answer["choices"][0]["text"], "one two");
+    decode.cancelled(1).await;
 }
 
 #[tokio::test]
