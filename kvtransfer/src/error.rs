@@ -11,7 +11,8 @@ pub enum TransferError {
     /// No room towards the peer, or no connection yet. Offer the same again after the next poll.
     #[error("the peer takes no more at the moment")]
     Full,
-    /// The transfer is over: committed, refused, lost or aborted. If the caller has not heard so, the next poll says it.
+    /// The transfer is over: committed, refused, lost or aborted. If the caller has not heard so, the next poll
+    /// says it.
     #[error("transfer {0} has ended")]
     Ended(TransferId),
     /// The push is not what the ticket permits: a bug of the caller.

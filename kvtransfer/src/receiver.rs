@@ -26,8 +26,8 @@ pub trait BlockSink {
 /// What became of a ticket. Each ticket has one end: one of these, or [`Receiver::revoke`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ReceiverEvent {
-    /// Every block is in place and belongs to the sequence, which goes on from `first_token`. Whether that is a token of
-    /// the vocabulary is for the caller to check.
+    /// Every block is in place and belongs to the sequence, which goes on from `first_token`. Whether that is a
+    /// token of the vocabulary is for the caller to check.
     Committed {
         /// The ticket. It answers late duplicates until it is revoked, and writes nothing any more.
         ticket: TicketId,

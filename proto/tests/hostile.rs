@@ -41,40 +41,82 @@ fn decode_and_convert(bytes: &[u8]) {
 }
 
 prop_compose! {
+    fn any_fingerprint()(
+        weights in prop::collection::vec(any::<u8>(), 15..18),
+        numerics in "fp8|reference|x",
+    ) -> v1::Fingerprint {
+        v1::Fingerprint { weights, numerics, backend: "cpu".to_owned(), ..v1::Fingerprint::default() }
+    }
+}
+
+prop_compose! {
     /// Random numbers in a well-formed message get past the decoder and into the bounds checks.
     fn any_sequence()(
-        request_id in ".{0,140}", traceparent in ".{0,60}", prompt in prop::collection::vec(0_u32..1100, 0..80),
-        floats in prop::array::uniform7(prop::option::of(any::<f32>())), top_k in any::<Option<u32>>(),
-        seed in any::<Option<u64>>(), logprobs in any::<Option<u32>>(), bias in any::<Option<(u32, f32)>>(),
-        max_tokens in prop::option::of(0_u32..80), min_tokens in 0_u32..80, choice in 0_u32..20,
-        deadline_ms in any::<u64>(), weights in prop::collection::vec(any::<u8>(), 15..18), numerics in "fp8|reference|x",
+        request_id in ".{0,140}",
+        traceparent in ".{0,60}",
+        prompt in prop::collection::vec(0_u32..1100, 0..80),
+        floats in prop::array::uniform6(prop::option::of(any::<f32>())),
+        top_k in any::<Option<u32>>(),
+        seed in any::<Option<u64>>(),
+        logprobs in any::<Option<u32>>(),
+        bias in any::<Option<(u32, f32)>>(),
+        max_tokens in prop::option::of(0_u32..80),
+        min_tokens in 0_u32..80,
+        choice in 0_u32..20,
+        deadline_ms in any::<u64>(),
+        fingerprint in any_fingerprint(),
     ) -> v1::SequenceRequest {
-        let [temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, _] = floats;
+        let [temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty] = floats;
         v1::SequenceRequest {
-            request_id, traceparent, prompt, choice, deadline_ms,
+            request_id,
+            traceparent,
+            prompt,
+            choice,
+            deadline_ms,
             sampling: Some(v1::Sampling {
-                temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty,
-                logit_bias: bias.into_iter().collect(), seed, logprobs,
+                temperature,
+                top_p,
+                top_k,
+                min_p,
+                repetition_penalty,
+                presence_penalty,
+                frequency_penalty,
+                logit_bias: bias.into_iter().collect(),
+                seed,
+                logprobs,
             }),
             stopping: Some(v1::Stopping { max_tokens, min_tokens, ..v1::Stopping::default() }),
-            fingerprint: Some(v1::Fingerprint { weights, numerics, backend: "cpu".to_owned(), ..v1::Fingerprint::default() }),
+            fingerprint: Some(fingerprint),
         }
     }
 }
 
 prop_compose! {
     fn any_ticket()(
-        worker_id in ".{0,4}", fabric_address in ".{0,4}", first_block in any::<u32>(), blocks in any::<u32>(),
-        small in any::<bool>(), prompt_tokens in any::<u32>(), bytes_per_layer in any::<u64>(), layers in any::<u32>(),
-        lease_ms in any::<u32>(), weights in prop::collection::vec(any::<u8>(), 16),
+        worker_id in ".{0,4}",
+        fabric_address in ".{0,4}",
+        first_block in any::<u32>(),
+        blocks in any::<u32>(),
+        small in any::<bool>(),
+        prompt_tokens in any::<u32>(),
+        bytes_per_layer in any::<u64>(),
+        layers in any::<u32>(),
+        lease_ms in any::<u32>(),
+        fingerprint in any_fingerprint(),
     ) -> v1::KvTicket {
         let scale = if small { 1 << 24 } else { 1 };
         v1::KvTicket {
-            worker_id, incarnation: 1, ticket_id: 2, fabric_address, first_block: first_block / scale,
-            blocks: blocks / scale, prompt_tokens, bytes_per_layer, layers, lease_ms: lease_ms / scale,
-            fingerprint: Some(v1::Fingerprint {
-                weights, numerics: "fp8".to_owned(), backend: "cpu".to_owned(), ..v1::Fingerprint::default()
-            }),
+            worker_id,
+            incarnation: 1,
+            ticket_id: 2,
+            fabric_address,
+            first_block: first_block / scale,
+            blocks: blocks / scale,
+            prompt_tokens,
+            bytes_per_layer,
+            layers,
+            lease_ms: lease_ms / scale,
+            fingerprint: Some(fingerprint),
         }
     }
 }
