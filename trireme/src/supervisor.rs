@@ -16,7 +16,7 @@ use std::{
 
 use anyhow::Context as _;
 use tokio::{
-    process::{Child, Command},
+    process::{Child, ChildStdin, Command},
     sync::watch,
     task::JoinHandle,
 };
@@ -78,10 +78,10 @@ impl Supervisor {
         let (stop, _) = watch::channel(false);
         let mut processes = Vec::with_capacity(specs.len());
         for spec in specs {
-            let child = spawn(&spec)?;
+            let running = spawn(&spec)?;
             let state = Arc::new(State::default());
-            state.pid.store(child.id().unwrap_or(0), Ordering::Relaxed);
-            let task = tokio::spawn(watch_over(spec.clone(), child, state.clone(), stop.subscribe()));
+            state.pid.store(running.child.id().unwrap_or(0), Ordering::Relaxed);
+            let task = tokio::spawn(watch_over(spec.clone(), running, state.clone(), stop.subscribe()));
             processes.push(Process { spec, state, task });
         }
         Ok(Self { processes, stop })
@@ -101,13 +101,19 @@ impl Supervisor {
     }
 }
 
-fn spawn(spec: &ProcessSpec) -> anyhow::Result<Child> {
+/// A child and the pipe whose end it takes as the order to stop. Held apart: `Child::wait` closes what it finds.
+struct Running {
+    child: Child,
+    lifeline: Option<ChildStdin>,
+}
+
+fn spawn(spec: &ProcessSpec) -> anyhow::Result<Running> {
     let log = std::fs::OpenOptions::new()
         .create(true)
         .append(true)
         .open(&spec.log)
         .with_context(|| format!("log file {}", spec.log.display()))?;
-    Command::new(&spec.program)
+    let mut child = Command::new(&spec.program)
         .args(&spec.arguments)
         // Kept open and never written: its end tells the child that the supervisor is gone.
         .stdin(Stdio::piped())
@@ -117,19 +123,21 @@ fn spawn(spec: &ProcessSpec) -> anyhow::Result<Child> {
         .process_group(0)
         .kill_on_drop(true)
         .spawn()
-        .with_context(|| format!("starting {} ({})", spec.id, spec.program.display()))
+        .with_context(|| format!("starting {} ({})", spec.id, spec.program.display()))?;
+    let lifeline = child.stdin.take();
+    Ok(Running { child, lifeline })
 }
 
-async fn watch_over(spec: ProcessSpec, mut child: Child, state: Arc<State>, mut stop: watch::Receiver<bool>) {
+async fn watch_over(spec: ProcessSpec, mut running: Running, state: Arc<State>, mut stop: watch::Receiver<bool>) {
     let mut deaths_in_a_row = 0_u32;
     loop {
         let born = Instant::now();
         tokio::select! {
             () = asked(&mut stop) => {
-                end(&spec, child).await;
+                end(&spec, running).await;
                 return;
             }
-            status = child.wait() => {
+            status = running.child.wait() => {
                 state.pid.store(0, Ordering::Relaxed);
                 tracing::warn!(worker = spec.id, ?status, "process ended, starting it again");
             }
@@ -143,8 +151,8 @@ async fn watch_over(spec: ProcessSpec, mut child: Child, state: Arc<State>, mut 
             }
             match spawn(&spec) {
                 Ok(again) => {
-                    child = again;
-                    state.pid.store(child.id().unwrap_or(0), Ordering::Relaxed);
+                    running = again;
+                    state.pid.store(running.child.id().unwrap_or(0), Ordering::Relaxed);
                     state.restarts.fetch_add(1, Ordering::Relaxed);
                     break;
                 }
@@ -170,8 +178,8 @@ fn restart_pause(deaths_in_a_row: u32) -> Duration {
     }
 }
 
-async fn end(spec: &ProcessSpec, mut child: Child) {
-    drop(child.stdin.take());
+async fn end(spec: &ProcessSpec, Running { mut child, lifeline }: Running) {
+    drop(lifeline);
     if tokio::time::timeout(STOP_GRACE, child.wait()).await.is_err() {
         tracing::warn!(worker = spec.id, "did not end in time, killing it");
         let _ = child.kill().await;
