@@ -70,6 +70,29 @@ fn silu_mul() {
 }
 
 #[test]
+fn sums_and_rounding() {
+    let mut rng = StdRng::seed_from_u64(17);
+    for isa in Isa::available() {
+        let cpu = Cpu::with_isa(2, isa);
+        for len in [0, 1, 37, 150_001] {
+            let (a, b) = (floats(&mut rng, len), floats(&mut rng, len));
+            let mut sum = a.clone();
+            cpu.add_in_place(&mut sum, &b);
+            let mut scaled = a.clone();
+            cpu.add_scaled(&mut scaled, 0.3, &b);
+            let mut rounded = a.clone();
+            cpu.round_to_bf16(&mut rounded);
+            for i in 0..len {
+                assert_eq!(sum[i].to_bits(), (a[i] + b[i]).to_bits());
+                let product = 0.3 * b[i];
+                assert_eq!(scaled[i].to_bits(), (a[i] + product).to_bits());
+                assert_eq!(rounded[i].to_bits(), fp8::from_bf16(fp8::to_bf16(a[i])).to_bits(), "{isa:?}");
+            }
+        }
+    }
+}
+
+#[test]
 fn rope() {
     let mut rng = StdRng::seed_from_u64(13);
     let frequencies: Vec<f64> = (0..8).map(|i| 10000f64.powf(-2.0 * f64::from(i) / 16.0)).collect();
@@ -80,6 +103,7 @@ fn rope() {
             RopeRows { per_position: 3, stride: 48, offset: 32 },
             RopeRows { per_position: 1, stride: 16, offset: 0 },
         ] {
+            cpu.rope_interleaved(&mut [], rows, &[], &table);
             let positions = [0, 1, 4095, 163_839];
             let x = floats(&mut rng, positions.len() * rows.per_position * rows.stride);
             let (mut y, mut expected) = (x.clone(), x.clone());

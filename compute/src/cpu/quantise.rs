@@ -63,10 +63,13 @@ impl Operation for QuantiseRow<'_> {
                 while i < len {
                     // Division, not multiplication by the reciprocal: the codes are then those of the scalar rule.
                     let scaled = V::load_partial(x.add(i), len - i).div(V::splat(scale));
-                    let mut lanes = [0u8; LANES_MAX];
-                    scaled.store_e4m3(lanes.as_mut_ptr());
-                    let count = V::LANES.min(len - i);
-                    std::ptr::copy_nonoverlapping(lanes.as_ptr(), codes.add(i), count);
+                    if len - i >= V::LANES {
+                        scaled.store_e4m3(codes.add(i));
+                    } else {
+                        let mut lanes = [0u8; LANES_MAX];
+                        scaled.store_e4m3(lanes.as_mut_ptr());
+                        std::ptr::copy_nonoverlapping(lanes.as_ptr(), codes.add(i), len - i);
+                    }
                     i += V::LANES;
                 }
             }

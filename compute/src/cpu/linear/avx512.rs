@@ -16,6 +16,7 @@ mod decode;
 
 use std::arch::x86_64::*;
 use std::ops::Range;
+use std::sync::atomic::{Ordering, compiler_fence};
 
 use self::decode::{Arithmetic, Bf16FromBf16, Bf16FromFp8, Decode, F32FromBf16, F32FromF32, F32FromFp8};
 use super::super::scratch;
@@ -303,6 +304,8 @@ impl<'a, D: Decode> Operands<'a, D> {
         let mut at = 0;
         while at < valid {
             let column = start + at;
+            // Keeps the compiler from loading the whole block's inputs first, for which the registers do not suffice.
+            compiler_fence(Ordering::SeqCst);
             // SAFETY: no more than `valid - at` inputs from there are touched, and the panel holds whole pairs.
             unsafe {
                 let mut x = [[_mm512_setzero_si512(); 2]; M];
