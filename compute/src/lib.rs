@@ -6,7 +6,7 @@
 //! * **Row invariance.** The bits of a result for one row depend on that row's inputs alone: the sequence of float
 //!   operations behind an output element is fixed by the reduction length, never by how many rows share the call,
 //!   where in a tile the element falls, or how many threads there are.
-//! * **One truth.** [`reference`] says in plain scalar code what each operator means; every instruction set is held
+//! * **One truth.** [`mod@reference`] says in plain scalar code what each operator means; every instruction set is held
 //!   to it by tests within a stated tolerance. Two instruction sets may differ in bits, therefore the execution
 //!   fingerprint names the one in use.
 #![allow(unsafe_code)] // SIMD intrinsics and the thread pool's erased closure; each block argues its safety.
