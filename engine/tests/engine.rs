@@ -5,10 +5,10 @@ mod support;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use compute::Cpu;
+use compute::{Activations, Cpu};
 use engine::{
-    Engine, EngineError, EngineOptions, ExpertBank, ExpertBatch, Experts, ExpertsError, InvalidBatch,
-    LocalExperts, LogitsWanted, MtpInput, SequenceInput, StepError,
+    Engine, EngineError, EngineOptions, ExpertBank, ExpertBatch, ExpertJob, ExpertScratch, Experts,
+    ExpertsError, InvalidBatch, LocalExperts, LogitsWanted, MtpInput, SequenceInput, StepError,
 };
 use model::{BlockId, Checkpoint, ExpertId, KvFormat, Numerics, TokenId};
 use support::{Bench, Golden, Setup, assert_same_bits, fixture};
@@ -105,6 +105,37 @@ fn a_bank_holds_what_it_was_told_to() {
     assert!(refused(0, 0), "a dense layer");
     assert!(refused(config.layers_with_mtp(), 0), "a layer that does not exist");
     assert!(refused(moe, config.n_routed_experts as u16), "an expert that does not exist");
+}
+
+/// What an expert hands back has passed through the wire's type, wherever the expert is.
+#[test]
+fn experts_round_their_results_to_the_wire() {
+    let cpu = Cpu::new(1);
+    for (name, numerics, bf16) in [
+        ("v3_fp8_mtp", Numerics::Fp8, true),
+        ("v3_bf16", Numerics::Fp8, true),
+        ("v3_fp8_mtp", Numerics::Reference, false),
+    ] {
+        let checkpoint = checkpoint(name);
+        let layer = checkpoint.config().num_hidden_layers - 1;
+        let held = [(layer, vec![ExpertId(2)])];
+        let bank = ExpertBank::load(&checkpoint, &held, numerics, &mut |_, _| {}).expect("the expert loads");
+        let width = bank.hidden_size();
+        let x: Vec<f32> = (0..3 * width).map(|i| (i as f32 * 0.37).sin()).collect();
+        let mut activations = Activations::new();
+        activations.prepare(&cpu, &x, 3, width, bank.activation_format());
+        let forward = |rows: &[u32]| {
+            let mut out = vec![0.0; rows.len() * width];
+            let job = ExpertJob { layer, expert: ExpertId(2), activations: &activations, rows };
+            bank.forward(&cpu, &mut ExpertScratch::default(), job, &mut out).expect("the expert is held");
+            out
+        };
+        let all = forward(&[0, 1, 2]);
+        assert_eq!(all.iter().all(|value| value.to_bits() & 0xFFFF == 0), bf16, "{name} {numerics}");
+        let some = forward(&[2, 0]);
+        assert_same_bits("row 2 of others", &some[..width], &all[2 * width..]);
+        assert_same_bits("row 0 of others", &some[width..], &all[..width]);
+    }
 }
 
 #[test]
