@@ -160,10 +160,18 @@ impl Admission {
         let vocab_size = self.model.config.vocab_size;
         let allowed = || format!("token ids are below {vocab_size}");
         if let Some((token, _)) = sampling.logit_bias.iter().find(|(token, _)| token.index() >= vocab_size) {
-            return Err(RequestError::out_of_range("logit_bias", token, allowed()));
+            return Err(RequestError::out_of_range(
+                "logit_bias",
+                format_args!("for token {token}"),
+                allowed(),
+            ));
         }
         if let Some(token) = stopping.stop_token_ids.iter().find(|&&token| token as usize >= vocab_size) {
-            return Err(RequestError::out_of_range("stop_token_ids", token, allowed()));
+            return Err(RequestError::out_of_range(
+                "stop_token_ids",
+                format_args!("naming token {token}"),
+                allowed(),
+            ));
         }
         Ok(())
     }
@@ -262,7 +270,11 @@ fn tokenise(model: &ServedModel, prompt: Prompt) -> Result<(Vec<TokenId>, Reason
             let vocab_size = model.config.vocab_size;
             if let Some(token) = tokens.iter().find(|token| token.index() >= vocab_size) {
                 let allowed = format!("token ids are below {vocab_size}");
-                return Err(RequestError::out_of_range("prompt", token, allowed));
+                return Err(RequestError::out_of_range(
+                    "prompt",
+                    format_args!("naming token {token}"),
+                    allowed,
+                ));
             }
             not_empty("prompt", tokens).map(|tokens| (tokens, Reasoning::Plain))
         }

@@ -89,6 +89,9 @@ pub enum RequestError {
     /// The conversation cannot be rendered by the model's template.
     #[error("the chat template refuses these messages: {0}")]
     Template(#[source] Arc<model::ModelError>),
+    /// The prompt cannot be made tokens of.
+    #[error("the prompt cannot be tokenised: {0}")]
+    Tokenizer(#[source] Arc<model::ModelError>),
     /// No or a wrong API key.
     #[error("a valid API key is required: `Authorization: Bearer …`")]
     Unauthorized,
@@ -182,9 +185,12 @@ pub enum FieldProblem {
     /// It has a meaning that this server cannot give it.
     #[error("is not supported: {0}")]
     Unsupported(&'static str),
-    /// A check of the model or of the wire's domain types refused it.
-    #[error("cannot be used: {0}")]
-    Refused(String),
+    /// The checks that every process makes refused it.
+    #[error(transparent)]
+    Checked(#[from] proto::field::Problem),
+    /// The sequence that it asks for fits nowhere.
+    #[error("asks for too much: {0}")]
+    Unplaceable(#[source] PlacementError),
 }
 
 impl RequestError {
@@ -231,6 +237,6 @@ impl RequestError {
 
 impl From<FieldError> for RequestError {
     fn from(error: FieldError) -> Self {
-        Self::Field { field: error.field, problem: FieldProblem::Refused(error.problem.to_string()) }
+        Self::Field { field: error.field, problem: error.problem.into() }
     }
 }

@@ -35,8 +35,10 @@ const HEALTH_INTERVAL: Duration = Duration::from_millis(250);
 const SERVICE: &str = <InferenceServer<InferenceService> as tonic::server::NamedService>::NAME;
 
 /// Everything on the public gRPC port.
-pub(crate) fn router(service: Arc<Service>) -> Result<tonic::transport::server::Router, StartError> {
+pub(crate) async fn router(service: Arc<Service>) -> Result<tonic::transport::server::Router, StartError> {
     let (reporter, health) = tonic_health::server::health_reporter();
+    // Known before the port answers: a watcher that comes first must not hear of an unknown service.
+    set_health(&reporter, ServingStatus::NotServing).await;
     tokio::spawn(report_health(Arc::downgrade(&service), reporter));
     let reflection = || {
         tonic_reflection::server::Builder::configure()
@@ -89,9 +91,14 @@ async fn report_health(service: std::sync::Weak<Service>, reporter: HealthReport
             true => ServingStatus::Serving,
             false => ServingStatus::NotServing,
         };
-        reporter.set_service_status("", status).await;
-        reporter.set_service_status(SERVICE, status).await;
+        set_health(&reporter, status).await;
     }
+}
+
+/// Of the server as a whole and of its one service.
+async fn set_health(reporter: &HealthReporter, status: ServingStatus) {
+    reporter.set_service_status("", status).await;
+    reporter.set_service_status(SERVICE, status).await;
 }
 
 struct InferenceService {

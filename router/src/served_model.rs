@@ -62,12 +62,12 @@ impl ServedModel {
 
     /// Plain text to tokens, with begin-of-sequence where the tokenizer's configuration says so.
     pub(crate) fn encode_prompt(&self, text: &str) -> Result<Vec<TokenId>, RequestError> {
-        self.tokenizer.encode_prompt(text).map_err(|error| refused("prompt", &error))
+        self.tokenizer.encode_prompt(text).map_err(|error| RequestError::Tokenizer(Arc::new(error)))
     }
 
     /// Rendered text to tokens: the template has written the special tokens already.
     pub(crate) fn encode(&self, text: &str) -> Result<Vec<TokenId>, RequestError> {
-        self.tokenizer.encode(text).map_err(|error| refused("messages", &error))
+        self.tokenizer.encode(text).map_err(|error| RequestError::Tokenizer(Arc::new(error)))
     }
 
     /// A fresh detokeniser for one choice.
@@ -81,8 +81,4 @@ impl ServedModel {
         let eos = eos.filter(|_| !stopping.ignore_eos);
         eos.chain(&stopping.stop_token_ids).copied().collect()
     }
-}
-
-fn refused(field: &'static str, error: &impl std::error::Error) -> RequestError {
-    RequestError::field(field, FieldProblem::Refused(error.to_string()))
 }

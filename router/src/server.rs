@@ -61,7 +61,7 @@ pub async fn start(config: Config, node: Node) -> Result<Handle, StartError> {
         .tls_config(node.identity.server_tls())
         .map_err(StartError::Identity)?
         .add_service(RegistryServer::new(RegistryService(registry)));
-    let grpc_router = grpc::router(Arc::clone(&service))?;
+    let grpc_router = grpc::router(Arc::clone(&service)).await?;
     let registry = tokio::spawn(async move {
         let connections = TcpListenerStream::new(control);
         let served = registry_server.serve_with_incoming_shutdown(connections, stopped(registry_stop)).await;

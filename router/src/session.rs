@@ -10,6 +10,7 @@ mod attempt;
 mod event;
 mod merge;
 mod output;
+mod streams;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -228,7 +229,7 @@ impl Choice<'_> {
                     waited.map_err(|_elapsed| overloaded())?;
                 }
                 Err(error @ PlacementError::TooLong { .. }) => {
-                    return Err(RequestError::field("max_tokens", FieldProblem::Refused(error.to_string())));
+                    return Err(RequestError::field("max_tokens", FieldProblem::Unplaceable(error)));
                 }
                 Err(error) => return Err(RequestError::NoWorker(error)),
             }

@@ -4,6 +4,7 @@ use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use proto::control::Consequence;
+use proto::field::Problem;
 use serde::Serialize;
 
 use crate::error::{FieldProblem, RequestError};
@@ -76,6 +77,7 @@ fn kind(error: &RequestError) -> (StatusCode, &'static str, Option<&'static str>
             (StatusCode::BAD_REQUEST, INVALID, Some("context_length_exceeded"))
         }
         RequestError::Template(_) => (StatusCode::BAD_REQUEST, INVALID, Some("invalid_messages")),
+        RequestError::Tokenizer(_) => (StatusCode::BAD_REQUEST, INVALID, Some("invalid_prompt")),
         RequestError::Unauthorized => {
             (StatusCode::UNAUTHORIZED, "authentication_error", Some("invalid_api_key"))
         }
@@ -112,7 +114,10 @@ fn field_code(problem: &FieldProblem) -> &'static str {
     match problem {
         FieldProblem::Missing => "missing_required_parameter",
         FieldProblem::Type { .. } => "invalid_type",
-        FieldProblem::OutOfRange { .. } | FieldProblem::Refused(_) => "invalid_value",
+        FieldProblem::Checked(Problem::Missing) => "missing_required_parameter",
+        FieldProblem::OutOfRange { .. } | FieldProblem::Checked(_) | FieldProblem::Unplaceable(_) => {
+            "invalid_value"
+        }
         FieldProblem::Unknown => "unknown_parameter",
         FieldProblem::Unsupported(_) => "unsupported_parameter",
     }

@@ -98,21 +98,8 @@ pub enum PlacementError {
     #[error("no decode worker is live")]
     NoDecode,
     /// Both tiers are there, but no two workers of them agree on what they compute.
-    #[error(
-        "no prefill and decode worker agree on {field}: {prefill} has {prefill_value}, {decode} has {decode_value}"
-    )]
-    Fingerprints {
-        /// The first field in which an example pair differs.
-        field: String,
-        /// A prefill worker.
-        prefill: WorkerKey,
-        /// Its value.
-        prefill_value: String,
-        /// A decode worker.
-        decode: WorkerKey,
-        /// Its value.
-        decode_value: String,
-    },
+    #[error(transparent)]
+    Fingerprints(#[from] Box<Disagreement>),
     /// A pair exists, but its decode worker has no room now. Waiting helps.
     #[error("no decode worker has {blocks} KV blocks free")]
     NoRoom {
@@ -125,6 +112,24 @@ pub enum PlacementError {
         /// Tokens of prompt and completion.
         lifetime_tokens: u64,
     },
+}
+
+/// Two workers that would be a pair if they computed the same.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "no prefill and decode worker agree on {field}: {prefill} has {prefill_value}, {decode} has {decode_value}"
+)]
+pub struct Disagreement {
+    /// The first field in which they differ.
+    pub field: String,
+    /// A prefill worker.
+    pub prefill: WorkerKey,
+    /// Its value.
+    pub prefill_value: String,
+    /// A decode worker.
+    pub decode: WorkerKey,
+    /// Its value.
+    pub decode_value: String,
 }
 
 /// Chooses the pair for one sequence.
@@ -156,7 +161,7 @@ pub(crate) fn place(workers: &[WorkerLoad], need: &Need<'_>) -> Result<Pair, Pla
     // Nothing fits now: say whether waiting helps.
     let mut complete = groups.values().filter(|group| group.prefills > 0 && group.decodes > 0).peekable();
     if complete.peek().is_none() {
-        return Err(disagreement(some_prefill, some_decode));
+        return Err(Box::new(disagreement(some_prefill, some_decode)).into());
     }
     match complete.filter(|group| group.prefill.is_some()).filter_map(|group| group.blocks_fitting).min() {
         Some(blocks) => Err(PlacementError::NoRoom { blocks }),
@@ -222,7 +227,7 @@ fn decode_order(worker: &WorkerLoad) -> (u64, std::cmp::Reverse<u64>, &WorkerKey
     (worker.sequences, std::cmp::Reverse(worker.kv_blocks_free), &worker.key)
 }
 
-fn disagreement(prefill: &WorkerLoad, decode: &WorkerLoad) -> PlacementError {
+fn disagreement(prefill: &WorkerLoad, decode: &WorkerLoad) -> Disagreement {
     let differing = match (&prefill.fingerprint, &decode.fingerprint) {
         (Some(ours), Some(theirs)) => ours.mismatch(theirs),
         _ => None,
@@ -233,7 +238,7 @@ fn disagreement(prefill: &WorkerLoad, decode: &WorkerLoad) -> PlacementError {
         }
         None => ("fingerprint".to_owned(), "none".to_owned(), "none".to_owned()),
     };
-    PlacementError::Fingerprints {
+    Disagreement {
         field,
         prefill: prefill.key.clone(),
         prefill_value,

@@ -1,8 +1,7 @@
 //! One try of one choice on one pair of workers.
 //!
-//! decode reserves and answers with a ticket, prefill gets prompt and ticket, and [`Merge`] makes one
-//! sequence of tokens of what both send. Once decode has the hand-off and the first token is out, prefill
-//! may fail without harm.
+//! decode reserves and answers with a ticket, prefill gets prompt and ticket, and what both send goes to
+//! the client as one sequence of tokens.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,6 +17,7 @@ use tracing::{Instrument, info_span};
 use super::merge::Merge;
 use super::micros;
 use super::output::{ChoiceOutput, Flow};
+use super::streams::Streams;
 use crate::admission::{Admitted, AdmittedPrompt};
 use crate::error::RequestError;
 use crate::metrics::Metrics;
@@ -52,15 +52,15 @@ pub(super) struct Failure {
 }
 
 impl Failure {
-    fn at(worker: &Worker, error: RequestError) -> Self {
+    pub fn at(worker: &Worker, error: RequestError) -> Self {
         Self { error, tier: worker.tier, worker: worker.key.clone() }
     }
 
-    fn protocol(worker: &Worker, problem: &'static str) -> Self {
+    pub fn protocol(worker: &Worker, problem: &'static str) -> Self {
         Self::at(worker, RequestError::WorkerProtocol { worker: worker.key.clone(), problem })
     }
 
-    fn gone(worker: &Worker) -> Self {
+    pub fn gone(worker: &Worker) -> Self {
         Self::at(worker, RequestError::WorkerGone { worker: worker.key.clone() })
     }
 
@@ -97,73 +97,54 @@ impl Attempt<'_> {
         let reserve = reserving.elapsed();
         self.metrics.hop("reserve", reserve);
         let first_tokens = self.prefill(prefill.worker(), ticket).await?;
-        let report = self.merge(prefill, decode, first_tokens, tokens, output).await?;
-        let timings = v1::Timings { reserve_us: micros(reserve), ..report.timings };
+        let mut streams = Streams {
+            attempt: self,
+            prefill: Arc::clone(prefill.worker()),
+            decode: Arc::clone(decode.worker()),
+            first_tokens: Some(first_tokens),
+            tokens,
+            merge: Merge::new(self.prompt.stopping.max_tokens),
+        };
+        let decode_here = self.pass_on(&mut streams, prefill, output).await?;
+        let mut timings = streams.merge.timings();
+        timings.reserve_us = micros(reserve);
+        timings.ttft_us = micros(output.ttft());
+        if let Some(decode_here) = decode_here {
+            timings.decode_us = micros(decode_here);
+        }
         self.observe(&timings);
-        Ok(ChoiceReport { timings, ..report })
+        let cached_tokens = streams.merge.cached_tokens();
+        Ok(ChoiceReport { completion_tokens: output.tokens(), cached_tokens, timings })
     }
 
-    /// Reads both streams until the sequence has ended.
-    async fn merge(
+    /// Gives tokens to the client until the sequence has ended. When a stop string ended it, decode does not
+    /// know and reports no time: returns ours, from decode's first token on.
+    async fn pass_on(
         &self,
-        prefill: Assignment,
-        decode: Assignment,
-        mut first_tokens: Streaming<v1::PrefillEvent>,
-        mut tokens: Streaming<v1::DecodeEvent>,
+        streams: &mut Streams<'_>,
+        queued: Assignment,
         output: &mut ChoiceOutput<'_>,
-    ) -> Result<ChoiceReport, Failure> {
-        let (prefill_worker, decode) = (Arc::clone(prefill.worker()), decode.worker());
-        let mut queued = Some(prefill);
-        let prefill = &prefill_worker;
-        let mut merge = Merge::new(self.prompt.stopping.max_tokens);
-        let mut prefill_open = true;
+    ) -> Result<Option<Duration>, Failure> {
+        let mut queued = Some(queued);
         let mut first_decoded = None;
         loop {
-            let (worker, ready) = tokio::select! {
-                event = first_tokens.message(), if prefill_open => match event {
-                    Ok(Some(event)) => (prefill, merge.prefill(event)),
-                    Ok(None) if merge.needs_prefill() => {
-                        return Err(Failure::protocol(prefill, "its stream ended before the hand-off"));
-                    }
-                    Err(status) if merge.needs_prefill() => return Err(self.failure(prefill, &status)),
-                    Ok(None) | Err(_) => {
-                        prefill_open = false;
-                        continue;
-                    }
-                },
-                event = tokens.message(), if merge.needs_decode() => match event {
-                    Ok(Some(event)) => (decode, merge.decode(event)),
-                    Ok(None) => return Err(Failure::protocol(decode, "its stream ended before the sequence did")),
-                    Err(status) => return Err(self.failure(decode, &status)),
-                },
-                () = prefill.gone(), if merge.needs_prefill() => return Err(Failure::gone(prefill)),
-                () = decode.gone(), if merge.needs_decode() => return Err(Failure::gone(decode)),
-            };
-            let ready = ready.map_err(|problem| Failure::protocol(worker, problem))?;
+            let (worker, ready) = streams.next().await?;
+            let client = |error| Failure::at(&worker, error);
             if worker.tier == Tier::Decode && !ready.is_empty() {
                 first_decoded.get_or_insert_with(Instant::now);
             }
-            let client = |error| Failure { error, tier: worker.tier, worker: worker.key.clone() };
-            let stopped = !ready.is_empty() && output.push(ready).await.map_err(client)? == Flow::Finished;
+            if !ready.is_empty() && output.push(ready).await.map_err(client)? == Flow::Finished {
+                return Ok(Some(first_decoded.map_or(Duration::ZERO, |first| first.elapsed())));
+            }
             if output.started() {
                 // Prefill's queue is what placement looks at, and the prompt is through it.
                 drop(queued.take());
             }
-            if !stopped {
-                let Some(end) = merge.end() else { continue };
+            if let Some(end) = streams.merge.end() {
                 output.finish(end.reason, end.token).await.map_err(client)?;
+                streams.let_prefill_end().await;
+                return Ok(None);
             }
-            let mut timings = merge.timings();
-            timings.ttft_us = micros(output.ttft());
-            if stopped {
-                // Decode does not know of the end and reports no times.
-                timings.decode_us = first_decoded.map_or(0, |first| micros(first.elapsed()));
-            }
-            return Ok(ChoiceReport {
-                completion_tokens: output.tokens(),
-                cached_tokens: merge.cached_tokens(),
-                timings,
-            });
         }
     }
 
@@ -210,7 +191,7 @@ impl Attempt<'_> {
         }
     }
 
-    fn failure(&self, worker: &Worker, status: &Status) -> Failure {
+    pub fn failure(&self, worker: &Worker, status: &Status) -> Failure {
         let error = match status.code() {
             tonic::Code::DeadlineExceeded => RequestError::Deadline {
                 deadline: self.admitted.deadline.saturating_duration_since(self.admitted.context.received),

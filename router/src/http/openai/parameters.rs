@@ -107,10 +107,12 @@ fn sampling(fields: &mut Fields) -> Result<v1::Sampling, RequestError> {
 
 /// vLLM's -1 means what 0 means: keep every token.
 fn top_k(fields: &mut Fields) -> Result<Option<u32>, RequestError> {
-    let expected = "a whole number from 0 (or -1, likewise every token)";
+    let expected = "a whole number from 0, or -1";
     let Some(top_k) = fields.take::<i64>("top_k", expected)? else { return Ok(None) };
     let top_k = if top_k == -1 { 0 } else { top_k };
-    u32::try_from(top_k).map(Some).map_err(|_| RequestError::out_of_range("top_k", top_k, expected))
+    u32::try_from(top_k)
+        .map(Some)
+        .map_err(|_| RequestError::out_of_range("top_k", top_k, format!("must be {expected}")))
 }
 
 /// Any 64-bit integer, signed ones by their bits.
