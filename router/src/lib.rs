@@ -29,7 +29,7 @@ mod worker;
 
 pub use config::{CHOICES_MAX, Config, ConfigError};
 pub use error::{FieldProblem, RequestError, StartError};
-pub use placement::PlacementError;
+pub use placement::{Disagreement, PlacementError};
 pub use served_model::ServedModel;
 pub use server::{Handle, Node, start};
 pub use worker::WorkerKey;

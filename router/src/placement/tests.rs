@@ -76,15 +76,11 @@ fn says_what_is_missing() {
         Err(PlacementError::TooLong { lifetime_tokens: 6401 })
     );
     decode.fingerprint = fingerprint(1);
-    let Err(PlacementError::Fingerprints { field, prefill_value, decode_value, .. }) =
-        place(&[prefill, decode], &NEED)
-    else {
+    let Err(PlacementError::Fingerprints(found)) = place(&[prefill, decode], &NEED) else {
         panic!("two back ends are no pair");
     };
-    assert_eq!(
-        (field.as_str(), prefill_value.as_str(), decode_value.as_str()),
-        ("backend", "cpu/0", "cpu/1")
-    );
+    let found = (found.field.as_str(), found.prefill_value.as_str(), found.decode_value.as_str());
+    assert_eq!(found, ("backend", "cpu/0", "cpu/1"));
 }
 
 fn any_worker(index: usize) -> impl Strategy<Value = WorkerLoad> {
