@@ -67,7 +67,7 @@ pub(crate) struct Loader<'a> {
 }
 
 impl<'a> Loader<'a> {
-    /// A loader for the tensors of `plan`; the scales of FP8 matrices count with their matrix.
+    /// A loader for the tensors of `plan`. Progress counts weights; the scales of FP8 matrices, 0.02 % of them, are left out.
     pub fn new(
         checkpoint: &'a Checkpoint,
         numerics: Numerics,
@@ -90,7 +90,7 @@ impl<'a> Loader<'a> {
         self.numerics
     }
 
-    /// Bytes of weights read so far, as stored.
+    /// Bytes of weights read so far, as stored, without scales.
     pub fn bytes_done(&self) -> u64 {
         self.bytes_done
     }

@@ -1,3 +1,5 @@
+use proptest::prelude::*;
+
 use super::*;
 
 fn params(change: impl FnOnce(&mut SamplingParams)) -> SamplingParams {
@@ -244,5 +246,47 @@ fn odd_logits_give_a_token() {
                 assert!(!sampled.logprob.is_nan(), "{row:?}: {sampled:?}");
             }
         }
+    }
+}
+
+/// vLLM's way, step by step over the whole vocabulary: probabilities sorted ascending, masked by cumulative sums.
+fn survivors_by_definition(limits: &Truncation, logits: &[f32], temperature: f32) -> Vec<u32> {
+    let peak = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut mass: Vec<f64> =
+        logits.iter().map(|&logit| f64::from(weight(logit, peak, temperature))).collect();
+    mass.iter_mut().filter(|mass| **mass < f64::from(limits.min_p)).for_each(|mass| *mass = 0.0);
+    let mut ascending: Vec<usize> = (0..logits.len()).collect();
+    ascending.sort_by(|&a, &b| logits[a].total_cmp(&logits[b]).then(b.cmp(&a)));
+    if limits.top_k > 0 && (limits.top_k as usize) < logits.len() {
+        let threshold = logits[ascending[logits.len() - limits.top_k as usize]];
+        (0..logits.len()).filter(|&token| logits[token] < threshold).for_each(|token| mass[token] = 0.0);
+    }
+    let total: f64 = mass.iter().sum();
+    let mut cumulative = 0.0;
+    for &token in &ascending[..logits.len() - 1] {
+        cumulative += mass[token];
+        if cumulative <= (1.0 - f64::from(limits.top_p)) * total {
+            mass[token] = 0.0;
+        }
+    }
+    (0..logits.len() as u32).filter(|&token| mass[token as usize] > 0.0).collect()
+}
+
+proptest! {
+    #[test]
+    fn truncation_is_what_its_definition_says(
+        logits in prop::collection::vec(-6.0f32..6.0, 1..80),
+        temperature in 0.2f32..2.0,
+        top_k in 0u32..20,
+        top_p in prop_oneof![Just(1.0f32), 0.01f32..1.0],
+        min_p in prop_oneof![Just(0.0f32), 0.0f32..0.5],
+    ) {
+        let limits = Truncation { top_k, top_p, min_p };
+        let peak = logits[argmax(&logits)];
+        let mut kept = Vec::new();
+        limits.apply(&logits, peak, temperature, &mut kept);
+        let mut tokens: Vec<u32> = kept.iter().map(|candidate| candidate.token).collect();
+        tokens.sort_unstable();
+        prop_assert_eq!(tokens, survivors_by_definition(&limits, &logits, temperature));
     }
 }
