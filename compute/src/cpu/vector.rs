@@ -50,6 +50,10 @@ pub(super) trait Vector: Copy {
     /// The sums over the lanes of four vectors, each in the same fixed tree.
     unsafe fn sum4(vectors: [Self; 4]) -> [f32; 4];
 
+    /// Asks for the line at an address, which may be any.
+    #[inline(always)]
+    fn prefetch(_at: *const u8) {}
+
     /// The sum over the lanes, in the tree of [`Self::sum4`].
     #[inline(always)]
     unsafe fn sum(self) -> f32 {

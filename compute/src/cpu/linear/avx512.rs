@@ -20,7 +20,7 @@ use std::sync::atomic::{Ordering, compiler_fence};
 
 use self::decode::{Arithmetic, Bf16FromBf16, Bf16FromFp8, Decode, F32FromBf16, F32FromF32, F32FromFp8};
 use super::super::scratch;
-use super::{Inputs, Output, Product, TASK_OUTPUTS, TASK_ROWS, Weights};
+use super::{Inputs, Output, PREFETCH_BYTES, Product, TASK_OUTPUTS, TASK_ROWS, Weights};
 use crate::fp8::BLOCK;
 
 /// Outputs of a tile.
@@ -29,9 +29,6 @@ const TILE: usize = 4;
 const DIRECT_ROWS: usize = 2;
 /// Rows of a panel's tile.
 const PANEL_ROWS: usize = 3;
-/// How far ahead of its use a weight is asked for, at least: what memory delivers in some 300 ns. Into the level-2 cache;
-/// four short rows at a time are no stream that the hardware recognises, and it triples what a thread reads per second.
-const PREFETCH_BYTES: usize = 8192;
 /// Channels of a panel: 4 rows of bf16 take 8 KiB, a quarter of the level-1 cache.
 const PANEL_K: usize = 1024;
 

@@ -150,6 +150,11 @@ impl Vector for F32x16 {
     }
 
     #[inline(always)]
+    fn prefetch(at: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
+
+    #[inline(always)]
     unsafe fn sum4(vectors: [Self; 4]) -> [f32; 4] {
         unsafe {
             let [a, b, c, d] = vectors;
