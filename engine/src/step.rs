@@ -141,77 +141,53 @@ impl Engine {
         self.limits.step_tokens_max
     }
 
-    /// Runs `batch` through the main model.
+    /// Runs rows of some sequences through the main model.
     ///
     /// # Errors
     /// [`StepError::Invalid`] before anything is computed; [`StepError::Experts`] where the routed experts fail, after
     /// which the rows of this step count as not in the cache. The engine can go on in either case.
     pub fn step(
         &mut self,
-        batch: &[SequenceInput<'_>],
+        inputs: &[SequenceInput<'_>],
         observer: &mut dyn StepObserver,
     ) -> Result<StepOutput<'_>, StepError> {
-        let _span = tracing::debug_span!("step", hop = 7, sequences = batch.len()).entered();
-        self.batch.form(batch.iter().copied(), &self.limits)?;
-        let attention_rows = self.batch.attention_rows(recycle(std::mem::take(&mut self.attention_rows)));
-        let mut step = StepContext {
-            cpu: &self.cpu,
-            kv: &mut self.kv,
-            rope: &self.rope,
-            experts: self.experts.as_mut(),
-            observer,
-            batch: &self.batch,
-            attention_rows: &attention_rows,
-        };
-        let hidden = &mut self.workspace.hidden[..self.batch.rows() * self.config.hidden_size];
-        embed(&self.model.embedding, &self.batch.tokens, hidden);
-        let result = self
-            .model
-            .layers
-            .iter()
-            .try_for_each(|layer| layer.forward(&mut step, &mut self.workspace.layer, hidden));
-        self.attention_rows = recycle(attention_rows);
+        let _span = tracing::debug_span!("step", hop = 7, sequences = inputs.len()).entered();
+        let Self { cpu, kv, rope, experts, batch, attention_rows, model, workspace, config, .. } = self;
+        batch.form(inputs.iter().copied(), &self.limits)?;
+        let views = batch.attention_rows(recycle(std::mem::take(attention_rows)));
+        let experts = experts.as_mut();
+        let mut step = StepContext { cpu, kv, rope, experts, observer, batch, attention_rows: &views };
+        let hidden = &mut workspace.hidden[..batch.rows() * config.hidden_size];
+        embed(&model.embedding, &batch.tokens, hidden);
+        let mut layers = model.layers.iter();
+        let result = layers.try_for_each(|layer| layer.forward(&mut step, &mut workspace.layer, hidden));
+        *attention_rows = recycle(views);
         result?;
-        let DeepSeek { norm, head, .. } = &self.model;
-        Ok(self.workspace.finish(&self.cpu, &self.batch.wanted, norm, head))
+        Ok(workspace.finish(cpu, &batch.wanted, &model.norm, &model.head))
     }
 
-    /// Runs `batch` through the MTP module, which stores its own layer of the cache.
+    /// Runs rows of some sequences through the MTP module, which stores its own layer of the cache.
     ///
     /// # Errors
     /// As [`Self::step`]; [`InvalidBatch::NoMtp`] where the engine was loaded without the module.
     pub fn mtp_step(
         &mut self,
-        batch: &[MtpInput<'_>],
+        inputs: &[MtpInput<'_>],
         observer: &mut dyn StepObserver,
     ) -> Result<StepOutput<'_>, StepError> {
+        let Self { cpu, kv, rope, experts, batch, attention_rows, model, workspace, config, .. } = self;
         let (module, mtp_workspace) = self.mtp.as_mut().ok_or(InvalidBatch::NoMtp)?;
-        self.batch.form(batch.iter().map(|input| input.sequence), &self.limits)?;
-        let hidden_size = self.config.hidden_size;
-        let rows = self.batch.rows();
-        mtp_workspace.gather_hidden(batch, hidden_size)?;
-        let attention_rows = self.batch.attention_rows(recycle(std::mem::take(&mut self.attention_rows)));
-        let mut step = StepContext {
-            cpu: &self.cpu,
-            kv: &mut self.kv,
-            rope: &self.rope,
-            experts: self.experts.as_mut(),
-            observer,
-            batch: &self.batch,
-            attention_rows: &attention_rows,
-        };
-        let hidden = &mut self.workspace.hidden[..rows * hidden_size];
-        let result = module.forward(
-            &mut step,
-            &mut self.workspace.layer,
-            mtp_workspace,
-            &self.model.embedding,
-            hidden,
-        );
-        self.attention_rows = recycle(attention_rows);
+        batch.form(inputs.iter().map(|input| input.sequence), &self.limits)?;
+        mtp_workspace.gather_hidden(inputs, config.hidden_size)?;
+        let views = batch.attention_rows(recycle(std::mem::take(attention_rows)));
+        let experts = experts.as_mut();
+        let mut step = StepContext { cpu, kv, rope, experts, observer, batch, attention_rows: &views };
+        let hidden = &mut workspace.hidden[..batch.rows() * config.hidden_size];
+        let result = module.forward(&mut step, &mut workspace.layer, mtp_workspace, &model.embedding, hidden);
+        *attention_rows = recycle(views);
         result?;
-        let head = module.head.as_ref().unwrap_or(&self.model.head);
-        Ok(self.workspace.finish(&self.cpu, &self.batch.wanted, &module.norm, head))
+        let head = module.head.as_ref().unwrap_or(&model.head);
+        Ok(workspace.finish(cpu, &batch.wanted, &module.norm, head))
     }
 }
 
