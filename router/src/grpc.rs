@@ -8,15 +8,15 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures::{Stream, StreamExt, stream};
+use futures::{Stream, stream};
 use model::{ChatMessage, TokenId};
 use proto::v1;
 use proto::v1::inference_server::{Inference, InferenceServer};
 use proto::v1::{generate_request, tokenize_request};
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
 use tonic::metadata::MetadataMap;
 use tonic::service::interceptor::InterceptedService;
+use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
@@ -72,12 +72,8 @@ pub(crate) async fn serve(
     listener: TcpListener,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
-    let connections = TcpListenerStream::new(listener).map(|connection| {
-        connection.inspect(|stream| {
-            // A token is a small packet. Best effort.
-            let _ = stream.set_nodelay(true);
-        })
-    });
+    // A token is a small packet: waiting to fill a larger one would add to every ITL.
+    let connections = TcpIncoming::from(listener).with_nodelay(Some(true));
     router.serve_with_incoming_shutdown(connections, shutdown).await
 }
 

@@ -8,7 +8,7 @@ use proto::v1::registry_server::RegistryServer;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::server::TcpIncoming;
 use tracing::{error, info, warn};
 
 use crate::config::Config;
@@ -63,7 +63,7 @@ pub async fn start(config: Config, node: Node) -> Result<Handle, StartError> {
         .add_service(RegistryServer::new(RegistryService(registry)));
     let grpc_router = grpc::router(Arc::clone(&service)).await?;
     let registry = tokio::spawn(async move {
-        let connections = TcpListenerStream::new(control);
+        let connections = TcpIncoming::from(control).with_nodelay(Some(true));
         let served = registry_server.serve_with_incoming_shutdown(connections, stopped(registry_stop)).await;
         ended("control", served);
     });
