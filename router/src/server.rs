@@ -12,6 +12,7 @@ use tonic::transport::server::TcpIncoming;
 use tracing::{error, info, warn};
 
 use crate::config::Config;
+use crate::connections::BoundedListener;
 use crate::error::StartError;
 use crate::metrics::Metrics;
 use crate::registry::{Registry, RegistryService};
@@ -51,6 +52,8 @@ pub async fn start(config: Config, node: Node) -> Result<Handle, StartError> {
     let (http_address, grpc_address, control_address) =
         (address("http", &http)?, address("grpc", &grpc)?, address("control", &control)?);
 
+    let http = BoundedListener::new(http, config.connections_max);
+    let grpc = BoundedListener::new(grpc, config.connections_max);
     let metrics = Arc::new(Metrics::new());
     let registry = Arc::new(Registry::new(&config, node.identity.clone(), Arc::clone(&metrics)));
     let service = Arc::new(Service::new(config, node.model, Arc::clone(&registry), metrics));
