@@ -23,7 +23,7 @@ pub struct Config {
     pub control_listen: SocketAddr,
     /// SHA-256 of each accepted API key, 64 hexadecimal digits. Empty: no key is asked for.
     pub api_keys_sha256: Vec<String>,
-    /// Connections to the HTTP door at once; more wait in the kernel's backlog.
+    /// Connections to each public door at once; more wait in the kernel's backlog.
     pub connections_max: usize,
     /// Longest request body, bytes. 16 MiB hold a million-token prompt with room to spare.
     pub body_bytes_max: usize,

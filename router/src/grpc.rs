@@ -13,15 +13,14 @@ use model::{ChatMessage, TokenId};
 use proto::v1;
 use proto::v1::inference_server::{Inference, InferenceServer};
 use proto::v1::{generate_request, tokenize_request};
-use tokio::net::TcpListener;
 use tonic::metadata::MetadataMap;
 use tonic::service::interceptor::InterceptedService;
-use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 use tracing::{Instrument, info_span};
 
+use crate::connections::BoundedListener;
 use crate::error::{FieldProblem, RequestError, StartError};
 use crate::generate::{Chat, Generate, Prompt, REQUEST_ID_MAX, RequestContext};
 use crate::http::{ApiKeys, health};
@@ -69,12 +68,10 @@ pub(crate) async fn router(service: Arc<Service>) -> Result<tonic::transport::se
 /// Serves until `shutdown`, then until the open requests have ended.
 pub(crate) async fn serve(
     router: tonic::transport::server::Router,
-    listener: TcpListener,
+    listener: BoundedListener,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
-    // A token is a small packet: waiting to fill a larger one would add to every ITL.
-    let connections = TcpIncoming::from(listener).with_nodelay(Some(true));
-    router.serve_with_incoming_shutdown(connections, shutdown).await
+    router.serve_with_incoming_shutdown(listener.incoming(), shutdown).await
 }
 
 /// Keeps the standard health service at what `/health` would say, for as long as the router lives.

@@ -11,6 +11,7 @@
 
 mod admission;
 mod config;
+mod connections;
 mod detokenise;
 mod error;
 mod generate;

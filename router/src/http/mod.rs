@@ -5,7 +5,6 @@
 
 mod auth;
 mod body;
-mod connections;
 mod errors;
 mod health;
 mod models;
@@ -20,10 +19,9 @@ use axum::http::{HeaderMap, HeaderValue, header};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use tokio::net::TcpListener;
 
-use self::connections::BoundedListener;
 use self::errors::ApiError;
+use crate::connections::BoundedListener;
 use crate::error::RequestError;
 use crate::generate::RequestContext;
 use crate::service::Service;
@@ -37,10 +35,9 @@ const TRACEPARENT: &str = "traceparent";
 /// Serves until `shutdown`, then until the open requests have ended.
 pub(crate) async fn serve(
     service: Arc<Service>,
-    listener: TcpListener,
+    listener: BoundedListener,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> std::io::Result<()> {
-    let listener = BoundedListener::new(listener, service.config.connections_max);
     axum::serve(listener, routes(service)).with_graceful_shutdown(shutdown).await
 }
 

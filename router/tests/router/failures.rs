@@ -134,7 +134,7 @@ async fn kv_room_is_waited_for() {
 
 #[tokio::test]
 async fn no_worker_is_503_and_says_which() {
-    let mut cluster = Cluster::start(config()).await;
+    let cluster = Cluster::start(config()).await;
     let error = error_of(cluster.post(CHAT, &chat("?")).await, 503).await;
     assert_eq!((&error["code"], &error["type"]), (&json!("no_worker"), &json!("server_error")));
     assert!(error["message"].as_str().expect("message").contains("prefill"), "{error}");
@@ -151,7 +151,6 @@ async fn no_worker_is_503_and_says_which() {
     let error = error_of(cluster.post(CHAT, &chat("?")).await, 503).await;
     let message = error["message"].as_str().expect("message");
     assert!(message.contains("backend") && message.contains("cpu/other"), "{message}");
-    cluster.http = reqwest::Client::new();
 }
 
 #[tokio::test]

@@ -1,4 +1,5 @@
-//! A listener that accepts no more connections than it may: the rest wait in the kernel's bounded backlog.
+//! A listener that accepts no more connections than it may, for both public doors: the rest wait in the
+//! kernel's bounded backlog.
 
 use std::io;
 use std::net::SocketAddr;
@@ -7,12 +8,14 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use axum::serve::Listener;
+use futures::{Stream, stream};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tonic::transport::server::Connected;
 
 /// A TCP listener with places.
-pub(super) struct BoundedListener {
+pub(crate) struct BoundedListener {
     listener: TcpListener,
     places: Arc<Semaphore>,
 }
@@ -20,6 +23,14 @@ pub(super) struct BoundedListener {
 impl BoundedListener {
     pub fn new(listener: TcpListener, connections_max: usize) -> Self {
         Self { listener, places: Arc::new(Semaphore::new(connections_max)) }
+    }
+
+    /// The connections as tonic wants them; ends never, a failed accept is tried again.
+    pub fn incoming(self) -> impl Stream<Item = io::Result<Connection>> {
+        stream::unfold(self, |mut listener| async move {
+            let (connection, _peer) = listener.accept().await;
+            Some((Ok(connection), listener))
+        })
     }
 }
 
@@ -45,9 +56,16 @@ impl Listener for BoundedListener {
 }
 
 /// A connection and its place.
-pub(super) struct Connection {
+pub(crate) struct Connection {
     stream: TcpStream,
     _place: OwnedSemaphorePermit,
+}
+
+/// Who is connected matters to nobody.
+impl Connected for Connection {
+    type ConnectInfo = ();
+
+    fn connect_info(&self) {}
 }
 
 impl AsyncRead for Connection {
