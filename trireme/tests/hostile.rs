@@ -58,7 +58,7 @@ async fn bad_requests_are_told_what_is_wrong() {
         ("too many choices", "/v1/chat/completions", chat(json!({ "n": 1000 })), 400, "n"),
         ("an unknown model", "/v1/chat/completions", chat(json!({ "model": "gpt-4" })), 404, "gpt-4"),
         ("a prompt over the context", "/v1/completions", tokens(&long), 400, "context"),
-        ("more tokens than the context", "/v1/completions", tokens("[5]").replace(":4}", ":99999}"), 400, "max_tokens"),
+        ("more tokens than the context", "/v1/completions", tokens("[5]").replace(":4}", ":99999}"), 400, "99999"),
         ("an id past the vocabulary", "/v1/completions", tokens("[4096]"), 400, "4096"),
         ("a negative id", "/v1/completions", tokens("[-1]"), 400, "prompt"),
         ("ids that are no numbers", "/v1/completions", tokens("[\"a\", 1]"), 400, "prompt"),
@@ -216,7 +216,11 @@ fn a_broken_checkpoint_is_named() {
     };
     check(&edit("\"hidden_size\": 384", "\"hidden_size\": 512"), &["model."]);
     check(&edit("\"hidden_size\": 384", "\"hidden_size\": -4"), &["hidden_size"]);
-    check(&edit("\"deepseek_v3\"", "\"llama\""), &["llama"]);
+    let other = |folder: &std::path::Path| {
+        edit("\"deepseek_v3\"", "\"llama\"")(folder);
+        edit("DeepseekV3ForCausalLM", "LlamaForCausalLM")(folder);
+    };
+    check(&other, &["llama"]);
     check(&|folder| std::fs::remove_file(folder.join("config.json")).expect("removed"), &["config.json"]);
 }
 
