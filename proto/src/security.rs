@@ -17,6 +17,10 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Keep-alive of idle connections; with the answer's time limit a silent peer is found within 1.5 s.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_millis(500);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(1);
+/// Unread bytes of one stream, and of all streams of a connection: a thousand readers that stall cannot keep
+/// the connection's other streams from moving.
+const STREAM_WINDOW_BYTES: u32 = 64 << 10;
+const CONNECTION_WINDOW_BYTES: u32 = 64 << 20;
 
 /// What a process proves itself with and checks others by. PEM text.
 #[derive(Clone)]
@@ -71,6 +75,8 @@ impl Identity {
             .tcp_nodelay(true)
             .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
             .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .tls_config(self.client_tls(SERVER_NAME))
             .map_err(failed)
     }

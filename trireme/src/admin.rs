@@ -25,18 +25,23 @@ impl Admin {
         address: SocketAddr,
         metrics: impl Fn() -> String + Send + Sync + 'static,
     ) -> anyhow::Result<Self> {
-        let listener = tokio::net::TcpListener::bind(address).await.with_context(|| format!("admin: {address}"))?;
+        let listener =
+            tokio::net::TcpListener::bind(address).await.with_context(|| format!("admin: {address}"))?;
         let metrics = Arc::new(metrics);
         let text = move || {
             let metrics = metrics.clone();
             async move {
-                ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], metrics())
+                (
+                    [(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")],
+                    metrics(),
+                )
             }
         };
         let app = Router::new().route("/metrics", get(text)).route("/health", get(|| async { "ok" }));
         let (stop, stopped) = oneshot::channel();
         let task = tokio::spawn(async move {
-            let served = axum::serve(listener, app).with_graceful_shutdown(async move { drop(stopped.await) });
+            let served =
+                axum::serve(listener, app).with_graceful_shutdown(async move { drop(stopped.await) });
             if let Err(error) = served.await {
                 tracing::error!(%error, "the admin door closed");
             }

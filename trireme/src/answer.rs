@@ -70,7 +70,12 @@ pub async fn complete(
     stream(client, "/v1/completions", &body, out).await
 }
 
-async fn stream(client: &Client, path: &str, body: &Value, mut out: impl Write) -> Result<Answer, ClientError> {
+async fn stream(
+    client: &Client,
+    path: &str,
+    body: &Value,
+    mut out: impl Write,
+) -> Result<Answer, ClientError> {
     let mut text = String::new();
     let mut thinking = false;
     let streamed = client

@@ -54,7 +54,8 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         seed: args.seed,
         thinking: args.thinking,
     };
-    let opening: Vec<Value> = args.system.iter().map(|text| json!({ "role": "system", "content": text })).collect();
+    let opening: Vec<Value> =
+        args.system.iter().map(|text| json!({ "role": "system", "content": text })).collect();
     let mut messages = opening.clone();
     println!("{model} at {}. /new starts over, /exit or Ctrl-D ends.", client.base());
     let mut editor = DefaultEditor::new()?;

@@ -7,7 +7,6 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bench::client::Client;
 use fabric::{Fabric, Hub};
-use model::Checkpoint;
 
 use crate::{
     config::{Config, Role, Worker},
@@ -51,7 +50,7 @@ pub async fn start(mut config: Config, options: Options) -> anyhow::Result<Clust
     };
     config.router.expert_workers_min = config.workers_of(Role::Expert).count();
     let mut surroundings = Surroundings {
-        checkpoint: Arc::new(Checkpoint::open(&config.model.path)?),
+        checkpoint: node::open_checkpoint(&config)?,
         config: Arc::new(config),
         identity,
         routers: Vec::new(),
@@ -68,8 +67,11 @@ pub async fn start(mut config: Config, options: Options) -> anyhow::Result<Clust
         let fabric = fabric(&hub, worker, incarnation, &surroundings, options)?;
         parts.push((worker.clone(), fabric, incarnation));
     }
-    surroundings.experts =
-        parts.iter().filter(|(worker, ..)| worker.role == Role::Expert).map(|(_, f, _)| f.address()).collect();
+    surroundings.experts = parts
+        .iter()
+        .filter(|(worker, ..)| worker.role == Role::Expert)
+        .map(|(_, f, _)| f.address())
+        .collect();
     let mut workers = Vec::new();
     for (worker, fabric, incarnation) in parts {
         let handle = node::start_worker(&surroundings, &worker, fabric, incarnation).await?;
@@ -88,7 +90,9 @@ fn fabric(
     options: Options,
 ) -> anyhow::Result<Fabric> {
     match options.carrier {
-        Carrier::InProcess => Ok(Fabric::in_process(hub, worker.id.clone(), incarnation, Default::default())?),
+        Carrier::InProcess => {
+            Ok(Fabric::in_process(hub, worker.id.clone(), incarnation, Default::default())?)
+        }
         Carrier::Quic => node::quic(worker, incarnation, &surroundings.identity),
     }
 }

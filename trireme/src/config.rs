@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use model::{KvFormat, Numerics};
+use model::{KvFormat, ModelConfig, Numerics};
 use serde::{Deserialize, Serialize};
 
 use crate::identity;
@@ -170,8 +170,8 @@ pub enum ConfigError {
 impl Config {
     /// Reads and checks a file.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text =
-            std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
         let config: Self = toml::from_str(&text)
             .map_err(|source| ConfigError::Parse { path: path.to_owned(), source: Box::new(source) })?;
         config.validate()?;
@@ -187,6 +187,14 @@ impl Config {
         self.prefill.validate().map_err(|e| invalid("prefill", e.to_string()))?;
         self.decode.validate().map_err(|e| invalid("decode", e.to_string()))?;
         self.expert.validate().map_err(|e| invalid("expert", e.to_string()))?;
+        // A step that does not fit a worker's dispatch would be refused, every time.
+        range(
+            "expert.dispatch_tokens_max",
+            self.expert.dispatch_tokens_max,
+            self.engine.step_tokens_max,
+            1 << 16,
+        )?;
+        range("decode.batch_max", self.decode.batch_max, 1, self.engine.step_tokens_max)?;
         let mut ids = HashSet::new();
         for (i, worker) in self.workers.iter().enumerate() {
             let field = |name: &str| format!("worker[{i}].{name}");
@@ -204,6 +212,12 @@ impl Config {
             range(&field("threads"), worker.threads, 1, 1024)?;
         }
         Ok(())
+    }
+
+    /// Checks what depends on the model: each token of a step may go to all of its experts on one worker.
+    pub fn validate_for(&self, model: &ModelConfig) -> Result<(), ConfigError> {
+        let vectors = self.engine.step_tokens_max * model.num_experts_per_tok;
+        range("expert.step_vectors_max", self.expert.step_vectors_max, vectors, 1 << 20)
     }
 
     /// The worker of that name.
@@ -227,7 +241,10 @@ fn range(field: &str, value: usize, least: usize, most: usize) -> Result<(), Con
     if (least..=most).contains(&value) {
         return Ok(());
     }
-    Err(ConfigError::Invalid { field: field.to_owned(), reason: format!("{value} is not in {least}..={most}") })
+    Err(ConfigError::Invalid {
+        field: field.to_owned(),
+        reason: format!("{value} is not in {least}..={most}"),
+    })
 }
 
 fn default_numerics() -> Numerics {

@@ -58,7 +58,7 @@ struct Size {
 
 /// Parameters of a checkpoint: scales are none, and an MTP layer's counts.
 pub fn parameters(checkpoint: &Checkpoint) -> u64 {
-    checkpoint.tensors().filter(|tensor| !is_scale(&tensor.name)).map(|tensor| elements(&tensor)).sum()
+    checkpoint.tensors().filter(|tensor| !is_scale(tensor.name)).map(|tensor| elements(&tensor)).sum()
 }
 
 /// Prints what there is to know.
@@ -137,9 +137,10 @@ fn memory(config: &ModelConfig, parts: &BTreeMap<Part, Size>, args: &Args) {
     println!("\n  {:<34} {:>12} {:>12}", "memory by worker", "fp8", "reference");
     let resident: Vec<Size> =
         parts.iter().filter(|(part, _)| **part != Part::Routed).map(|(_, size)| *size).collect();
-    let resident = resident
-        .iter()
-        .fold(Size::default(), |a, b| Size { parameters: a.parameters + b.parameters, stored: a.stored + b.stored });
+    let resident = resident.iter().fold(Size::default(), |a, b| Size {
+        parameters: a.parameters + b.parameters,
+        stored: a.stored + b.stored,
+    });
     let routed = parts.get(&Part::Routed).copied().unwrap_or_default();
     let row = |name: &str, serving: u64, reference: u64| {
         println!("  {name:<34} {:>12} {:>12}", bytes(serving), bytes(reference));
@@ -162,7 +163,11 @@ fn memory(config: &ModelConfig, parts: &BTreeMap<Part, Size>, args: &Args) {
             let block = layout.block_bytes() as u64;
             if of == 0 { block / layout.block_tokens as u64 } else { block * of }
         };
-        row(name, size(KvFormat::default_for(Numerics::Fp8)), size(KvFormat::default_for(Numerics::Reference)));
+        row(
+            name,
+            size(KvFormat::default_for(Numerics::Fp8)),
+            size(KvFormat::default_for(Numerics::Reference)),
+        );
     }
     let block_tokens = layout(KvFormat::Fp8).block_tokens as u64;
     println!(
@@ -177,14 +182,15 @@ fn parts(checkpoint: &Checkpoint) -> BTreeMap<Part, Size> {
     let layers = checkpoint.config().num_hidden_layers;
     let mut parts = BTreeMap::new();
     for tensor in checkpoint.tensors() {
-        add(parts.entry(part(&tensor.name, layers)).or_insert_with(Size::default), &tensor);
+        add(parts.entry(part(tensor.name, layers)).or_insert_with(Size::default), &tensor);
     }
     parts
 }
 
 /// Which part a tensor of the Hugging Face layout belongs to.
 fn part(name: &str, layers: usize) -> Part {
-    let layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+    let layer =
+        name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
     match layer {
         Some(_) if name.contains(".mlp.experts.") => Part::Routed,
         Some(layer) if layer >= layers => Part::Mtp,
@@ -205,7 +211,7 @@ fn add(size: &mut Size, tensor: &TensorInfo<'_>) {
         Dtype::F32 => 4,
     };
     size.stored += elements(tensor) * width;
-    if !is_scale(&tensor.name) {
+    if !is_scale(tensor.name) {
         size.parameters += elements(tensor);
     }
 }
@@ -245,7 +251,7 @@ fn thousands(n: u64) -> String {
     let digits = n.to_string();
     let mut text = String::new();
     for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i) % 3 == 0 {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
             text.push(',');
         }
         text.push(digit);

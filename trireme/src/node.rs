@@ -90,10 +90,11 @@ impl Handle {
 pub async fn run(role: Role, args: RoleArgs) -> anyhow::Result<()> {
     let begin = Instant::now();
     let config = Config::load(&args.config)?;
-    let security = config.security.as_ref().context("configuration: security: needed outside of one process")?;
+    let security =
+        config.security.as_ref().context("configuration: security: needed outside of one process")?;
     let surroundings = Surroundings {
         identity: identity::load(security)?,
-        checkpoint: Arc::new(Checkpoint::open(&config.model.path)?),
+        checkpoint: open_checkpoint(&config)?,
         routers: vec![config.router.control_listen.to_string()],
         experts: config.workers_of(Role::Expert).map(|w| format!("quic://{}", w.fabric)).collect(),
         config: Arc::new(config),
@@ -185,7 +186,8 @@ pub async fn start_worker(
         Role::Prefill => {
             let experts_fabric = fabric.clone();
             let engine =
-                blocking(surroundings, worker, move |s, w| load_engine(s, w, &experts_fabric, incarnation)).await?;
+                blocking(surroundings, worker, move |s, w| load_engine(s, w, &experts_fabric, incarnation))
+                    .await?;
             let mut settings = config.prefill.clone();
             settings.listen = worker.control;
             let fabric_address = fabric.address();
@@ -197,7 +199,8 @@ pub async fn start_worker(
         Role::Decode => {
             let experts_fabric = fabric.clone();
             let engine =
-                blocking(surroundings, worker, move |s, w| load_engine(s, w, &experts_fabric, incarnation)).await?;
+                blocking(surroundings, worker, move |s, w| load_engine(s, w, &experts_fabric, incarnation))
+                    .await?;
             let mut settings = config.decode.clone();
             settings.listen = worker.control;
             let fabric_address = fabric.address();
@@ -212,7 +215,8 @@ pub async fn start_worker(
                     tickets_max: settings.sequences_max,
                 },
             );
-            let node = decode::Node { worker_id, incarnation, identity, routers, fabric_address, receiver, engine };
+            let node =
+                decode::Node { worker_id, incarnation, identity, routers, fabric_address, receiver, engine };
             Handle::Decode(decode::start(settings, node).await?)
         }
         Role::Router => anyhow::bail!("{}: the router is not a worker", worker.id),
@@ -241,6 +245,13 @@ fn placement(surroundings: &Surroundings) -> anyhow::Result<Placement> {
     Ok(Placement::contiguous(layers, model.n_routed_experts, surroundings.experts.len())?)
 }
 
+/// Reads a checkpoint and checks that the configuration suits it.
+pub fn open_checkpoint(config: &Config) -> anyhow::Result<Arc<Checkpoint>> {
+    let checkpoint = Checkpoint::open(&config.model.path)?;
+    config.validate_for(checkpoint.config())?;
+    Ok(Arc::new(checkpoint))
+}
+
 fn engine_options(surroundings: &Surroundings, worker: &Worker) -> EngineOptions {
     let Config { model, engine, .. } = &*surroundings.config;
     EngineOptions {
@@ -263,7 +274,9 @@ fn load_engine(
     let numerics = config.model.numerics;
     let experts: Box<dyn Experts> = if experts.is_empty() {
         let bar = progress::Weights::new(&worker.id, "experts");
-        Box::new(LocalExperts::new(ExpertBank::load_all(checkpoint, numerics, false, &mut |d, t| bar.at(d, t))?))
+        Box::new(LocalExperts::new(ExpertBank::load_all(checkpoint, numerics, false, &mut |d, t| {
+            bar.at(d, t)
+        })?))
     } else {
         let options = RemoteOptions {
             placement: placement(surroundings)?,
@@ -288,7 +301,9 @@ fn load_experts(surroundings: &Surroundings, worker: &Worker) -> anyhow::Result<
         .position(|w| w.id == worker.id)
         .with_context(|| format!("{} is not in the configuration", worker.id))?;
     let bar = progress::Weights::new(&worker.id, "experts");
-    let bank = ExpertBank::load(checkpoint, &placement.share(rank), config.model.numerics, &mut |d, t| bar.at(d, t))?;
+    let bank = ExpertBank::load(checkpoint, &placement.share(rank), config.model.numerics, &mut |d, t| {
+        bar.at(d, t)
+    })?;
     let cpu = Cpu::new(worker.threads);
     let layout = engine_options(surroundings, worker).kv_layout(checkpoint.config())?;
     let fingerprint = engine::execution_fingerprint(checkpoint, &layout, config.model.numerics, &cpu);
@@ -302,9 +317,11 @@ async fn blocking<T: Send + 'static>(
     load: impl FnOnce(&Surroundings, &Worker) -> anyhow::Result<T> + Send + 'static,
 ) -> anyhow::Result<T> {
     let (surroundings, worker) = (surroundings.clone(), worker.clone());
-    tokio::task::spawn_blocking(move || load(&surroundings, &worker).with_context(|| format!("loading {}", worker.id)))
-        .await
-        .context("the loading thread panicked")?
+    tokio::task::spawn_blocking(move || {
+        load(&surroundings, &worker).with_context(|| format!("loading {}", worker.id))
+    })
+    .await
+    .context("the loading thread panicked")?
 }
 
 fn chosen<'a>(config: &'a Config, role: Role, id: Option<&str>) -> anyhow::Result<&'a Worker> {
@@ -314,11 +331,21 @@ fn chosen<'a>(config: &'a Config, role: Role, id: Option<&str>) -> anyhow::Resul
             let all: Vec<_> = config.workers_of(role).collect();
             match all[..] {
                 [only] => only,
-                _ => anyhow::bail!("the configuration has {} {} workers: say which with --id", all.len(), role.name()),
+                _ => anyhow::bail!(
+                    "the configuration has {} {} workers: say which with --id",
+                    all.len(),
+                    role.name()
+                ),
             }
         }
     };
-    anyhow::ensure!(worker.role == role, "{} is a {} worker, not {}", worker.id, worker.role.name(), role.name());
+    anyhow::ensure!(
+        worker.role == role,
+        "{} is a {} worker, not {}",
+        worker.id,
+        worker.role.name(),
+        role.name()
+    );
     Ok(worker)
 }
 

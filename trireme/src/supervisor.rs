@@ -128,7 +128,12 @@ fn spawn(spec: &ProcessSpec) -> anyhow::Result<Running> {
     Ok(Running { child, lifeline })
 }
 
-async fn watch_over(spec: ProcessSpec, mut running: Running, state: Arc<State>, mut stop: watch::Receiver<bool>) {
+async fn watch_over(
+    spec: ProcessSpec,
+    mut running: Running,
+    state: Arc<State>,
+    mut stop: watch::Receiver<bool>,
+) {
     let mut deaths_in_a_row = 0_u32;
     loop {
         let born = Instant::now();

@@ -10,14 +10,14 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use bench::client::Client;
-use model::{Checkpoint, KvFormat, ModelConfig, Numerics};
+use model::{KvFormat, ModelConfig, Numerics};
 use serde_json::json;
 
 use crate::{
     answer,
     cluster::{self, Cluster},
     config::{Config, ModelSection, Role, Worker},
-    identity, ready,
+    identity, node, ready,
     supervisor::{ProcessSpec, Supervisor},
 };
 
@@ -176,14 +176,16 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let state = StateDirectory::create()?;
     config.security = Some(identity::store(&identity::generate()?, &state.path)?);
     let file = state.path.join("cluster.toml");
-    std::fs::write(&file, toml::to_string(&config)?).with_context(|| format!("writing {}", file.display()))?;
+    std::fs::write(&file, toml::to_string(&config)?)
+        .with_context(|| format!("writing {}", file.display()))?;
     // Checked here, so that a wrong checkpoint is one message and not one of each process.
     let view = View::of_config(&config)?;
     drop(ports);
     let supervisor = Supervisor::start(processes(&config, &state.path, &file)?)?;
     let outcome = async {
         ready(&view, &supervisor).await?;
-        greet(&args, &View { supervisor: Some(&supervisor), state: Some(&state.path), ..view }, begin).await?;
+        greet(&args, &View { supervisor: Some(&supervisor), state: Some(&state.path), ..view }, begin)
+            .await?;
         wait_for_stop().await
     }
     .await;
@@ -202,7 +204,12 @@ fn processes(config: &Config, state: &Path, file: &Path) -> anyhow::Result<Vec<P
             arguments.extend(["--id".to_owned(), id.to_owned()]);
         }
         arguments.push("--supervised".to_owned());
-        ProcessSpec { id: id.to_owned(), program: program.clone(), arguments, log: state.join(format!("{id}.log")) }
+        ProcessSpec {
+            id: id.to_owned(),
+            program: program.clone(),
+            arguments,
+            log: state.join(format!("{id}.log")),
+        }
     };
     let mut specs = vec![spec("router", Role::Router)];
     specs.extend(config.workers.iter().map(|worker| spec(&worker.id, worker.role)));
@@ -212,14 +219,16 @@ fn processes(config: &Config, state: &Path, file: &Path) -> anyhow::Result<Vec<P
 /// Waits until the router says that every tier is there.
 async fn ready(view: &View<'_>, supervisor: &Supervisor) -> anyhow::Result<()> {
     let client = Client::new(&view.url(), None, Duration::from_secs(5))?;
-    ready::wait(&client, READY_TIMEOUT, || match supervisor.processes().iter().find(|p| p.restarts() >= START_DEATHS_MAX) {
-        Some(dying) => {
-            let log = std::fs::read_to_string(&dying.spec.log).unwrap_or_default();
-            let lines: Vec<_> = log.lines().collect();
-            let end = lines[lines.len().saturating_sub(12)..].join("\n");
-            bail!("{} keeps dying; the end of {}:\n{end}", dying.spec.id, dying.spec.log.display())
+    ready::wait(&client, READY_TIMEOUT, || {
+        match supervisor.processes().iter().find(|p| p.restarts() >= START_DEATHS_MAX) {
+            Some(dying) => {
+                let log = std::fs::read_to_string(&dying.spec.log).unwrap_or_default();
+                let lines: Vec<_> = log.lines().collect();
+                let end = lines[lines.len().saturating_sub(12)..].join("\n");
+                bail!("{} keeps dying; the end of {}:\n{end}", dying.spec.id, dying.spec.log.display())
+            }
+            None => Ok(()),
         }
-        None => Ok(()),
     })
     .await
 }
@@ -237,7 +246,7 @@ struct View<'a> {
 
 impl<'a> View<'a> {
     fn of_config(config: &'a Config) -> anyhow::Result<Self> {
-        let checkpoint = Checkpoint::open(&config.model.path)?;
+        let checkpoint = node::open_checkpoint(config)?;
         Ok(Self {
             config,
             model: checkpoint.config().clone(),
@@ -303,7 +312,9 @@ async fn greet(args: &Args, view: &View<'_>, begin: Instant) -> anyhow::Result<(
 fn duty(view: &View<'_>, worker: &Worker) -> String {
     let experts = view.config.workers_of(Role::Expert).count();
     match worker.role {
-        Role::Expert => format!("1/{experts} of the {} routed experts of every layer", view.model.n_routed_experts),
+        Role::Expert => {
+            format!("1/{experts} of the {} routed experts of every layer", view.model.n_routed_experts)
+        }
         Role::Prefill => "prompts to KV blocks, pushed to decode".to_owned(),
         Role::Decode => format!("{} KV blocks of 64 tokens", view.config.engine.kv_blocks_max),
         Role::Router => String::new(),
@@ -340,7 +351,8 @@ fn millions(parameters: u64) -> String {
 
 /// How the user started this program, for the commands that the screen suggests.
 fn program() -> String {
-    let built_by_cargo = std::env::current_exe().is_ok_and(|p| p.components().any(|c| c.as_os_str() == "target"));
+    let built_by_cargo =
+        std::env::current_exe().is_ok_and(|p| p.components().any(|c| c.as_os_str() == "target"));
     if built_by_cargo { "cargo run --release --".to_owned() } else { "trireme".to_owned() }
 }
 
@@ -396,9 +408,13 @@ impl StateDirectory {
         let path = std::env::temp_dir().join(format!("trireme-{}", std::process::id()));
         // A stale folder of a process that had our number: not ours to read, so never reused.
         if path.exists() {
-            std::fs::remove_dir_all(&path).with_context(|| format!("removing the stale {}", path.display()))?;
+            std::fs::remove_dir_all(&path)
+                .with_context(|| format!("removing the stale {}", path.display()))?;
         }
-        std::fs::DirBuilder::new().mode(0o700).create(&path).with_context(|| format!("creating {}", path.display()))?;
+        std::fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&path)
+            .with_context(|| format!("creating {}", path.display()))?;
         Ok(Self { path, keep: std::cell::Cell::new(false) })
     }
 

@@ -53,7 +53,11 @@ fn crates_import_only_what_the_table_allows() {
         allowed.insert(name, row[2].clone());
     }
     let members = workspace_members();
-    assert_eq!(allowed.keys().cloned().collect::<BTreeSet<_>>(), members, "the table lists every crate, once");
+    assert_eq!(
+        allowed.keys().cloned().collect::<BTreeSet<_>>(),
+        members,
+        "the table lists every crate, once"
+    );
     for (member, cell) in &allowed {
         let may: BTreeSet<String> = match cell.as_str() {
             "all" => members.clone(),
@@ -72,7 +76,8 @@ fn every_hop_has_its_file_and_opens_its_span() {
     for row in rows {
         let hop = &row[0];
         let spans = quoted(&row[1]).iter().any(|file| {
-            let text = fs::read_to_string(root().join(file)).unwrap_or_else(|e| panic!("hop {hop}, {file}: {e}"));
+            let text =
+                fs::read_to_string(root().join(file)).unwrap_or_else(|e| panic!("hop {hop}, {file}: {e}"));
             text.contains(&format!("hop = {hop}"))
         });
         assert!(spans, "no file of hop {hop} opens a span with `hop = {hop}`");
@@ -85,7 +90,8 @@ fn unsafe_stays_where_it_is_argued() {
     for file in sources() {
         let relative = file.strip_prefix(root()).expect("inside").display().to_string();
         let text = fs::read_to_string(&file).expect("source");
-        let code = text.lines().map(|line| line.split("//").next().unwrap_or("")).collect::<Vec<_>>().join("\n");
+        let code =
+            text.lines().map(|line| line.split("//").next().unwrap_or("")).collect::<Vec<_>>().join("\n");
         let uses = ["unsafe {", "unsafe fn", "unsafe impl"].iter().any(|form| code.contains(form));
         if uses && !relative.ends_with("architecture.rs") {
             assert!(may.iter().any(|prefix| relative.starts_with(prefix)), "{relative} has unsafe code");

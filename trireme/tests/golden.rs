@@ -27,7 +27,8 @@ async fn fixtures_hold_through_the_cluster() {
     for name in FIXTURES {
         let bytes = std::fs::read(fixture(name).join("golden.safetensors")).expect("golden");
         let golden = SafeTensors::deserialize(&bytes).expect("safetensors");
-        let cluster = in_process(&fixture(name), "--numerics reference --kv-blocks-max 256", Carrier::Quic).await;
+        let cluster =
+            in_process(&fixture(name), "--numerics reference --kv-blocks-max 256", Carrier::Quic).await;
         let client = grpc(cluster.grpc_address()).await;
         for k in 0..5 {
             let tensor = |what: &str| golden.tensor(&format!("p{k}.{what}")).expect(what);
@@ -65,7 +66,8 @@ async fn long_prompts_hold_through_the_cluster() {
     for name in ["v3_bf16", "v3_fp8_aligned", "v2_lite"] {
         let bytes = std::fs::read(fixture(name).join("golden_long.safetensors")).expect("golden");
         let golden = SafeTensors::deserialize(&bytes).expect("safetensors");
-        let cluster = in_process(&fixture(name), "--numerics reference --kv-blocks-max 256", Carrier::InProcess).await;
+        let cluster =
+            in_process(&fixture(name), "--numerics reference --kv-blocks-max 256", Carrier::InProcess).await;
         let expected = i32s(&golden.tensor("long.greedy_ids").expect("greedy"));
         let request = Ask {
             prompt: i32s(&golden.tensor("long.input_ids").expect("ids")),

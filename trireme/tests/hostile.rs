@@ -28,7 +28,8 @@ async fn still_serves(url: &str) {
 
 /// The status and the error object of a body that must be refused.
 async fn refused(url: &str, path: &str, body: impl Into<reqwest::Body>) -> (u16, Value) {
-    let request = reqwest::Client::new().post(format!("{url}{path}")).header("content-type", "application/json");
+    let request =
+        reqwest::Client::new().post(format!("{url}{path}")).header("content-type", "application/json");
     let response = request.body(body).send().await.expect("an answer");
     let status = response.status().as_u16();
     let body: Value = response.json().await.expect("OpenAI's error object");
@@ -58,7 +59,13 @@ async fn bad_requests_are_told_what_is_wrong() {
         ("too many choices", "/v1/chat/completions", chat(json!({ "n": 1000 })), 400, "n"),
         ("an unknown model", "/v1/chat/completions", chat(json!({ "model": "gpt-4" })), 404, "gpt-4"),
         ("a prompt over the context", "/v1/completions", tokens(&long), 400, "context"),
-        ("more tokens than the context", "/v1/completions", tokens("[5]").replace(":4}", ":99999}"), 400, "99999"),
+        (
+            "more tokens than the context",
+            "/v1/completions",
+            tokens("[5]").replace(":4}", ":99999}"),
+            400,
+            "99999",
+        ),
         ("an id past the vocabulary", "/v1/completions", tokens("[4096]"), 400, "4096"),
         ("a negative id", "/v1/completions", tokens("[-1]"), 400, "prompt"),
         ("ids that are no numbers", "/v1/completions", tokens("[\"a\", 1]"), 400, "prompt"),
@@ -175,7 +182,13 @@ fn trireme(arguments: &[&str]) -> (bool, String) {
 }
 
 fn copy_of_demo(target: &std::path::Path) {
-    for file in ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
+    for file in [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ] {
         std::fs::copy(demo().join(file), target.join(file)).expect("copied");
     }
 }
@@ -199,7 +212,8 @@ fn a_broken_checkpoint_is_named() {
     };
     let truncate = |length: u64| {
         move |folder: &std::path::Path| {
-            let file = std::fs::File::options().write(true).open(folder.join("model.safetensors")).expect("opens");
+            let file =
+                std::fs::File::options().write(true).open(folder.join("model.safetensors")).expect("opens");
             file.set_len(length).expect("cut");
         }
     };

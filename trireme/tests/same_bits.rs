@@ -9,10 +9,10 @@ use engine::{Engine, EngineOptions, ExpertBank, LocalExperts, LogitsWanted, Sequ
 use futures::future::join_all;
 use model::{BlockId, Checkpoint, Numerics, SamplingParams, TokenId, Tokenizer};
 use proto::v1::{GeneratedToken, Sampling};
-use support::{Ask, Up, ask, bits, demo, grpc, in_process};
+use support::{Ask, TokenBits, Up, ask, bits, demo, grpc, in_process};
 use trireme::cluster::Carrier;
 
-type Bits = Vec<(u32, Option<u32>, Vec<(u32, u32)>)>;
+type Bits = Vec<TokenBits>;
 
 /// Sixteen requests that differ in everything: length (one token to many chunks), sampling, penalties, seeds.
 fn mixed() -> Vec<Ask> {
@@ -58,8 +58,8 @@ fn alone(requests: &[Ask], numerics: Numerics) -> Vec<Bits> {
         step_tokens_max: 2048,
         mtp: false,
     };
-    let mut engine =
-        Engine::load(&checkpoint, &options, Box::new(LocalExperts::new(bank)), &mut |_, _| {}).expect("engine");
+    let mut engine = Engine::load(&checkpoint, &options, Box::new(LocalExperts::new(bank)), &mut |_, _| {})
+        .expect("engine");
     let blocks: Vec<_> = (0..64).map(BlockId).collect();
     requests.iter().map(|request| answer(&mut engine, &blocks, request)).collect()
 }
@@ -82,7 +82,8 @@ fn answer(engine: &mut Engine, blocks: &[BlockId], request: &Ask) -> Bits {
     let mut sampler = SequenceSampler::new(&params, 0, &prompt);
     let (mut next, mut position, mut out) = (prompt, 0, Vec::new());
     for _ in 0..request.max_tokens {
-        let input = SequenceInput { tokens: &next, position, block_table: blocks, logits: LogitsWanted::Last };
+        let input =
+            SequenceInput { tokens: &next, position, block_table: blocks, logits: LogitsWanted::Last };
         let mut logits = engine.step(&[input], &mut ()).expect("a step").logits.to_vec();
         position += next.len();
         let sampled = sampler.sample(&mut logits, position, &[]);
@@ -144,7 +145,9 @@ async fn reference_numerics_agree_as_well() {
 async fn processes_agree_with_one_engine() {
     let requests = mixed();
     let expected = alone(&requests, Numerics::Fp8);
-    let up = tokio::task::spawn_blocking(|| Up::start("--quiet --prefill 2 --decode 2 --expert 3")).await.expect("up");
+    let up = tokio::task::spawn_blocking(|| Up::start("--quiet --prefill 2 --decode 2 --expert 3"))
+        .await
+        .expect("up");
     let address = up.grpc.trim_start_matches("http://").parse().expect("an address");
     let seen = together(address, &requests).await;
     assert_eq!(up.stop(), Some(0));

@@ -57,7 +57,12 @@ async fn blocks_in_use(up: &Up) -> Vec<(String, u64)> {
         if id.starts_with("expert") {
             continue;
         }
-        let text = reqwest::get(format!("http://{admin}/metrics")).await.expect("metrics").text().await.expect("text");
+        let text = reqwest::get(format!("http://{admin}/metrics"))
+            .await
+            .expect("metrics")
+            .text()
+            .await
+            .expect("text");
         let gauge = |name: &str| -> u64 {
             let line = text.lines().find(|line| line.split(' ').next().is_some_and(|n| n.ends_with(name)));
             let line = line.unwrap_or_else(|| panic!("{id} reports {name}: {text}"));

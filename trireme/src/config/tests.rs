@@ -31,6 +31,8 @@ fn what_is_wrong_is_named() {
     check(&format!("{MODEL}kv_format = 'int8'\n"), Err("kv_format"));
     check(&format!("{MODEL}[engine]\nkv_blocks_max = 0\n"), Err("engine.kv_blocks_max"));
     check(&format!("{MODEL}[engine]\nblocks = 1\n"), Err("blocks"));
+    check(&format!("{MODEL}[engine]\nstep_tokens_max = 4096\n"), Err("expert.dispatch_tokens_max"));
+    check(&format!("{MODEL}[engine]\nstep_tokens_max = 8\n"), Err("decode.batch_max"));
     check(&with_worker("threads = 0\n"), Err("worker[0].threads"));
     check(&with_worker("threads = -1\n"), Err("threads"));
     check(&with_worker("admin = 'here'\n"), Err("admin"));

@@ -72,7 +72,10 @@ pub async fn grpc(address: std::net::SocketAddr) -> InferenceClient<Channel> {
     InferenceClient::connect(format!("http://{address}")).await.expect("the gRPC door")
 }
 
-pub async fn ask(mut client: InferenceClient<Channel>, ask: &Ask) -> Result<Vec<GeneratedToken>, tonic::Status> {
+pub async fn ask(
+    mut client: InferenceClient<Channel>,
+    ask: &Ask,
+) -> Result<Vec<GeneratedToken>, tonic::Status> {
     let request = GenerateRequest {
         prompt: Some(Prompt::TokenIds(TokenIds { ids: ask.prompt.clone() })),
         sampling: Some(ask.sampling.clone()),
@@ -94,8 +97,11 @@ pub async fn ask(mut client: InferenceClient<Channel>, ask: &Ask) -> Result<Vec<
     tokio::time::timeout(PATIENCE, run).await.expect("an answer in time")
 }
 
+/// A token's id, the bits of its log-probability, and those of the alternatives.
+pub type TokenBits = (u32, Option<u32>, Vec<(u32, u32)>);
+
 /// Token ids and the bits of every log-probability: what "the same answer" means.
-pub fn bits(tokens: &[GeneratedToken]) -> Vec<(u32, Option<u32>, Vec<(u32, u32)>)> {
+pub fn bits(tokens: &[GeneratedToken]) -> Vec<TokenBits> {
     tokens
         .iter()
         .map(|t| {
@@ -140,7 +146,10 @@ impl Up {
         // What it says later must not fill the pipe.
         std::thread::spawn(move || lines.for_each(drop));
         let find = |mark: &str| {
-            let line = screen.iter().find(|l| l.contains(mark)).unwrap_or_else(|| panic!("no {mark:?}: {screen:#?}"));
+            let line = screen
+                .iter()
+                .find(|l| l.contains(mark))
+                .unwrap_or_else(|| panic!("no {mark:?}: {screen:#?}"));
             let (_, rest) = line.split_once(mark).expect("found");
             rest.trim_start().split([',', ' ']).next().expect("a word").to_owned()
         };
