@@ -16,7 +16,7 @@ type Bits = Vec<TokenBits>;
 
 /// Sixteen requests that differ in everything: length (one token to many chunks), sampling, penalties, seeds.
 fn mixed() -> Vec<Ask> {
-    let tokenizer = Tokenizer::open(&demo()).expect("tokenizer");
+    let tokenizer = Tokenizer::open(demo()).expect("tokenizer");
     let story = "Once upon a time, there was a little fox who lived in a deep green forest. One day he found an old \
                  map under a bush, and he ran to his friend the bear cub to show it to him. ";
     (0..16_u32)
@@ -48,7 +48,7 @@ fn mixed() -> Vec<Ask> {
 
 /// One engine, one sequence at a time, the prompt in one chunk: the plainest way to the answer.
 fn alone(requests: &[Ask], numerics: Numerics) -> Vec<Bits> {
-    let checkpoint = Checkpoint::open(&demo()).expect("checkpoint");
+    let checkpoint = Checkpoint::open(demo()).expect("checkpoint");
     let bank = ExpertBank::load_all(&checkpoint, numerics, false, &mut |_, _| {}).expect("experts");
     let options = EngineOptions {
         numerics,
