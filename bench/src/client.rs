@@ -196,11 +196,13 @@ impl Streamed {
         self.usage.as_ref()?["completion_tokens"].as_u64()
     }
 
-    /// Tokens per second after the first, as a reader feels it.
+    /// Tokens of the answer per second of the request, waiting for the first one included.
+    ///
+    /// A rate "after the first" would flatter: on a busy client tokens arrive in bundles, and the time between the
+    /// first bundle and the last says little.
     pub fn tokens_per_s(&self) -> Option<f64> {
-        let after_first = self.completion_tokens()?.checked_sub(1)?;
-        let seconds = self.total.checked_sub(self.ttft?)?.as_secs_f64();
-        (after_first > 0 && seconds > 0.0).then(|| after_first as f64 / seconds)
+        let seconds = self.total.as_secs_f64();
+        (seconds > 0.0).then_some(self.completion_tokens()? as f64 / seconds)
     }
 }
 
