@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
-use crate::{chat, generate, inspect, up};
+use crate::{chat, generate, inspect, synth, up};
 
 /// Serves DeepSeek-V3-architecture models from a cluster of prefill, decode and expert workers.
 #[derive(Debug, Parser)]
@@ -34,6 +34,8 @@ pub enum Command {
     Generate(generate::Args),
     /// Say what is in a checkpoint and what memory it needs where.
     Inspect(inspect::Args),
+    /// Write a checkpoint of random weights in any dimensions.
+    Synth(synth::Args),
     /// Measure.
     #[command(subcommand)]
     Bench(bench::BenchCommand),

@@ -16,5 +16,6 @@ pub mod node;
 pub mod progress;
 pub mod ready;
 pub mod supervisor;
+pub mod synth;
 pub mod tracing_setup;
 pub mod up;

@@ -7,7 +7,7 @@ use trireme::{
     chat,
     cli::{Cli, Command},
     config::Role,
-    generate, inspect, node, up,
+    generate, inspect, node, synth, up,
 };
 
 fn main() -> ExitCode {
@@ -33,6 +33,7 @@ fn main() -> ExitCode {
             Command::Chat(args) => chat::run(args).await,
             Command::Generate(args) => generate::run(args).await,
             Command::Inspect(args) => inspect::run(args),
+            Command::Synth(args) => synth::run(args),
             Command::Bench(command) => bench::run(command).await,
         }
     });
