@@ -51,6 +51,47 @@ impl Cpu {
         });
         (2 * threads * 64 * CHAIN * CHAINS * lanes[0]) as f64 / seconds
     }
+
+    /// Operations per second (a multiply-add is two) of all threads together in bf16 products summed in f32, which FP8
+    /// products are made of as well; where the instruction set has none, they are f32's.
+    pub fn peak_bf16(&self) -> f64 {
+        #[cfg(target_arch = "x86_64")]
+        if self.isa == super::Isa::Avx512 {
+            let tasks = self.pool.threads() * 64;
+            // SAFETY: this instruction set includes AVX512-BF16, and the machine has it.
+            let count = unsafe { dot_products() };
+            let seconds = best_of(|_| {
+                self.pool.run(tasks, &|_| {
+                    // SAFETY: as above.
+                    black_box(unsafe { dot_products() });
+                });
+            });
+            return (2 * tasks * count) as f64 / seconds;
+        }
+        self.peak_f32()
+    }
+}
+
+/// As [`MultiplyAdd`] with pairs of bf16: the multiply-adds that were done.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn dot_products() -> usize {
+    use std::arch::x86_64::{
+        __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_reduce_add_ps, _mm512_set1_epi16, _mm512_set1_ps,
+    };
+    let half: __m512i = _mm512_set1_epi16(black_box(0x3F00));
+    // SAFETY: both are 512 bits of plain data.
+    let x: __m512bh = unsafe { std::mem::transmute::<__m512i, __m512bh>(half) };
+    let mut sums = [_mm512_set1_ps(1.0); CHAINS];
+    for _ in 0..CHAIN {
+        for sum in &mut sums {
+            *sum = _mm512_dpbf16_ps(*sum, x, x);
+        }
+    }
+    for sum in sums {
+        black_box(_mm512_reduce_add_ps(sum));
+    }
+    32 * CHAIN * CHAINS
 }
 
 /// Seconds of the fastest round.
