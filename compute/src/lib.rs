@@ -9,11 +9,12 @@
 //! * **One truth.** [`mod@reference`] says in plain scalar code what each operator means; every instruction set is held
 //!   to it by tests within a stated tolerance. Two instruction sets may differ in bits, therefore the execution
 //!   fingerprint names the one in use.
-#![allow(unsafe_code)] // SIMD intrinsics and the thread pool's erased closure; each block argues its safety.
+#![allow(unsafe_code)] // SIMD intrinsics, the thread pool's erased closure, the CUDA driver; each block argues its safety.
 
 mod activations;
 mod aligned;
 pub mod cpu;
+pub mod cuda;
 pub mod fp8;
 mod kv;
 mod matrix;

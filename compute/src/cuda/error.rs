@@ -1,0 +1,113 @@
+//! What can go wrong between here and the device.
+
+use cudarc::driver::DriverError;
+use cudarc::driver::sys::CUresult;
+
+/// Why a device cannot be used, or no longer.
+#[derive(Debug, thiserror::Error)]
+pub enum CudaError {
+    /// No driver library on this machine, or it refuses to start.
+    #[error("no CUDA driver: {detail}")]
+    NoDriver {
+        /// What was tried.
+        detail: String,
+    },
+    /// A driver older than the functions this build calls.
+    #[error("the CUDA driver speaks version {}.{}, this build needs {}.{}", found / 1000, found % 1000 / 10, needed / 1000, needed % 1000 / 10)]
+    DriverVersion {
+        /// As the driver states it: 1000 · major + 10 · minor.
+        found: u32,
+        /// The least that will do, likewise.
+        needed: u32,
+    },
+    /// Fewer devices than the ordinal asks for.
+    #[error("no CUDA device {ordinal}: the machine shows {count}")]
+    NoDevice {
+        /// Asked for.
+        ordinal: usize,
+        /// Devices there are.
+        count: usize,
+    },
+    /// A device without instructions the kernels are made of (E4M3 conversion).
+    #[error(
+        "device {ordinal} ({name}) has compute capability {}.{}, the kernels need 8.9",
+        capability.0,
+        capability.1
+    )]
+    Architecture {
+        /// Which device.
+        ordinal: usize,
+        /// Its name.
+        name: String,
+        /// Major and minor.
+        capability: (u32, u32),
+    },
+    /// Device memory is used up.
+    #[error("out of device memory: {requested} bytes asked for, {free} of {total} free")]
+    OutOfMemory {
+        /// Bytes asked for.
+        requested: usize,
+        /// Bytes free when it failed.
+        free: usize,
+        /// Bytes of the device.
+        total: usize,
+    },
+    /// Kernels must be compiled and the compiler's library is not there.
+    #[error("kernel {kernel} is in no folder of built kernels, and there is no NVRTC library to compile it")]
+    NoNvrtc {
+        /// Which kernel file.
+        kernel: &'static str,
+    },
+    /// NVRTC refuses a kernel.
+    #[error("NVRTC cannot compile {kernel} for {architecture} ({error}):\n{log}")]
+    Nvrtc {
+        /// Which kernel file.
+        kernel: &'static str,
+        /// Target.
+        architecture: String,
+        /// NVRTC's code.
+        error: String,
+        /// NVRTC's own words.
+        log: String,
+    },
+    /// A kernel could not be launched, or faulted; after a fault every later call fails, and the worker must end.
+    #[error("kernel {kernel} failed")]
+    Kernel {
+        /// Entry point.
+        kernel: &'static str,
+        /// The driver's reason.
+        #[source]
+        source: DriverError,
+    },
+    /// Any other call of the driver; also where an earlier kernel's fault shows.
+    #[error("the CUDA driver failed to {action}")]
+    Driver {
+        /// What was being done.
+        action: &'static str,
+        /// The driver's reason.
+        #[source]
+        source: DriverError,
+    },
+}
+
+impl CudaError {
+    /// Whether nothing is wrong with the machine but the lack of CUDA: no driver or no device.
+    pub fn is_absence(&self) -> bool {
+        matches!(self, Self::NoDriver { .. } | Self::NoDevice { .. })
+    }
+}
+
+/// Names what was being done when a driver call failed.
+pub(super) trait Doing<T> {
+    fn doing(self, action: &'static str) -> Result<T, CudaError>;
+}
+
+impl<T> Doing<T> for Result<T, DriverError> {
+    fn doing(self, action: &'static str) -> Result<T, CudaError> {
+        self.map_err(|source| CudaError::Driver { action, source })
+    }
+}
+
+pub(super) fn is_out_of_memory(error: &DriverError) -> bool {
+    error.0 == CUresult::CUDA_ERROR_OUT_OF_MEMORY
+}

@@ -1,0 +1,85 @@
+//! Every kernel file and its entry points.
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaContext, CudaFunction};
+use cudarc::nvrtc::Ptx;
+
+use super::CudaError;
+use super::error::Doing;
+use super::store::{KernelStore, Origin};
+
+/// One kernel file: what is compiled at a time.
+#[derive(Clone, Copy, Debug)]
+pub struct Source {
+    /// The file's name without ending.
+    pub name: &'static str,
+    /// Its text, number formats and reductions before it.
+    pub text: &'static str,
+}
+
+macro_rules! kernels {
+    ($($file:ident: $($function:ident),+;)+) => {
+        /// All kernel files of `compute/kernels`.
+        pub const SOURCES: &[Source] = &[$(Source {
+            name: stringify!($file),
+            text: concat!(
+                include_str!("../../kernels/numbers.cu"),
+                "\n#line 1 \"", stringify!($file), ".cu\"\n",
+                include_str!(concat!("../../kernels/", stringify!($file), ".cu")),
+            ),
+        }),+];
+
+        /// Entry points, loaded.
+        pub(super) struct Functions {
+            $($(pub(super) $function: CudaFunction,)+)+
+        }
+
+        impl Functions {
+            fn load_with(mut module: impl FnMut(&'static str) -> Result<Module, CudaError>) -> Result<Self, CudaError> {
+                $(
+                    let loaded = module(stringify!($file))?;
+                    $(let $function = loaded.load_function(stringify!($function)).doing("find a kernel")?;)+
+                )+
+                Ok(Self { $($($function,)+)+ })
+            }
+        }
+    };
+}
+
+type Module = Arc<cudarc::driver::CudaModule>;
+
+kernels! {
+    quantise: quantise_e4m3, round_bf16, round_bf16_in_place;
+    linear: linear_f32, linear_bf16_f32, linear_fp8_f32, linear_bf16, linear_fp8;
+    rms_norm: rms_norm;
+    elementwise: silu_mul, add_in_place, add_scaled, weighted_sum;
+    rope: rope_interleaved;
+    kv_write: kv_write;
+    mla_attention: mla_attention_f32, mla_attention_bf16, mla_attention_fp8;
+    route: route;
+    embed: embed_f32, embed_bf16, embed_fp8;
+    logprob: logprob;
+}
+
+impl Functions {
+    /// Finds or compiles every kernel and loads it; also how many came from where (prebuilt, cache, compiler).
+    pub(super) fn load(
+        context: &Arc<CudaContext>,
+        store: &KernelStore,
+        architecture: &str,
+    ) -> Result<(Self, [usize; 3]), CudaError> {
+        let mut origins = [0; 3];
+        let functions = Self::load_with(|name| {
+            let source = SOURCES.iter().find(|source| source.name == name).expect("listed above");
+            let (cubin, origin) = store.find(source, architecture)?;
+            origins[match origin {
+                Origin::Prebuilt => 0,
+                Origin::Cache => 1,
+                Origin::Compiler => 2,
+            }] += 1;
+            context.load_module(Ptx::from_binary(cubin)).doing("load a kernel")
+        })?;
+        Ok((functions, origins))
+    }
+}

@@ -1,0 +1,106 @@
+//! Starting kernels.
+
+use std::ffi::c_void;
+
+use cudarc::driver::{CudaFunction, result};
+
+use super::{CudaError, Device};
+
+/// Dynamic shared memory a kernel may have without asking for more: 48 KiB less what the kernels declare themselves.
+pub(super) const SHARED_MAX: usize = 46 * 1024;
+
+/// What a kernel's parameter may be: the same bytes on both sides.
+///
+/// # Safety
+/// The type's layout is that of the kernel's parameter.
+pub(super) unsafe trait Argument {
+    fn pointer(&mut self) -> *mut c_void {
+        std::ptr::from_mut(self).cast()
+    }
+}
+
+// SAFETY: plain numbers and addresses.
+unsafe impl Argument for u32 {}
+// SAFETY: as above.
+unsafe impl Argument for u64 {}
+// SAFETY: as above.
+unsafe impl Argument for f32 {}
+
+/// Threads of a launch.
+pub(super) struct Grid {
+    pub(super) blocks: (u32, u32, u32),
+    pub(super) threads: u32,
+    /// Bytes of dynamic shared memory.
+    pub(super) shared: usize,
+}
+
+impl Grid {
+    /// `blocks` blocks of `threads` threads in a row.
+    pub(super) fn line(blocks: usize, threads: u32) -> Self {
+        Self { blocks: (size(blocks), 1, 1), threads, shared: 0 }
+    }
+
+    /// A thread of 256 a value.
+    pub(super) fn values(len: usize) -> Self {
+        Self::line(len.div_ceil(256), 256)
+    }
+
+    /// With `bytes` of dynamic shared memory.
+    ///
+    /// # Panics
+    /// If that is more than a kernel gets: a width far beyond any model's.
+    pub(super) fn with_shared(self, bytes: usize) -> Self {
+        assert!(bytes <= SHARED_MAX, "{bytes} bytes of shared memory");
+        Self { shared: bytes, ..self }
+    }
+}
+
+/// A length as kernels take it.
+///
+/// # Panics
+/// If it does not fit a signed 32-bit number.
+pub(super) fn size(len: usize) -> u32 {
+    assert!(i32::try_from(len).is_ok(), "a kernel's size of {len}");
+    len as u32
+}
+
+impl Device {
+    /// # Safety
+    /// The arguments are the kernel's parameters in order and type; every address in them is valid for what the kernel
+    /// does there until the stream has passed it.
+    pub(super) unsafe fn launch(
+        &self,
+        kernel: &'static str,
+        function: &CudaFunction,
+        grid: Grid,
+        arguments: &mut [*mut c_void],
+    ) -> Result<(), CudaError> {
+        self.bind()?;
+        // SAFETY: the caller's promise.
+        unsafe {
+            result::launch_kernel(
+                function.cu_function(),
+                grid.blocks,
+                (grid.threads, 1, 1),
+                grid.shared as u32,
+                self.stream.cu_stream(),
+                arguments,
+            )
+        }
+        .map_err(|source| CudaError::Kernel { kernel, source })
+    }
+}
+
+/// `launch!(device, entry, grid; arguments…)`, to be used inside `unsafe`.
+macro_rules! launch {
+    ($device:expr, $function:ident, $grid:expr; $($argument:expr),+ $(,)?) => {
+        $device.launch(
+            stringify!($function),
+            &$device.functions.$function,
+            $grid,
+            &mut [$($crate::cuda::launch::Argument::pointer(&mut { $argument })),+],
+        )
+    };
+}
+
+pub(super) use launch;

@@ -1,0 +1,55 @@
+//! The router's choice.
+
+use super::launch::{Grid, launch, size};
+use super::{CudaError, Device, View, ViewMut};
+use crate::{RoutingRule, Scoring, Selection};
+
+impl Device {
+    /// Chooses `rule.top_k` of `experts` for each row of `logits` `[m, experts]`: `ids` and `weights` `[m, top_k]`, in
+    /// descending order of the score they were selected by (bias included), ties by the lower id. `bias` `[experts]`
+    /// counts for the selection of [`Selection::NoauxTc`] only.
+    ///
+    /// # Panics
+    /// If a length does not fit, `top_k` exceeds the experts of the groups kept, or groups do not divide the experts.
+    #[allow(clippy::too_many_arguments)] // As on the CPU.
+    pub fn route(
+        &self,
+        logits: View<'_, f32>,
+        experts: usize,
+        bias: Option<View<'_, f32>>,
+        rule: &RoutingRule,
+        ids: &mut ViewMut<'_, u16>,
+        weights: &mut ViewMut<'_, f32>,
+    ) -> Result<(), CudaError> {
+        if logits.is_empty() {
+            return Ok(());
+        }
+        let (groups, kept) = match rule.selection {
+            Selection::Greedy => (1, 1),
+            _ => (rule.groups, rule.groups_kept),
+        };
+        assert!(experts > 0 && logits.len().is_multiple_of(experts), "{} logits of {experts}", logits.len());
+        assert!(groups > 0 && experts.is_multiple_of(groups) && kept <= groups, "groups of experts");
+        assert!(rule.top_k > 0 && rule.top_k <= kept * (experts / groups), "more chosen than eligible");
+        let rows = logits.len() / experts;
+        assert!(ids.len() == rows * rule.top_k && weights.len() == ids.len(), "room for the choices");
+        assert!(bias.is_none_or(|bias| bias.len() == experts), "a bias per expert");
+        let bias = bias.filter(|_| rule.selection == Selection::NoauxTc).map_or(0, |bias| bias.address());
+        let scoring = match rule.scoring {
+            Scoring::Sigmoid => 0u32,
+            Scoring::Softmax => 1,
+        };
+        let selection = match rule.selection {
+            Selection::Greedy => 0u32,
+            Selection::GroupLimitedGreedy => 1,
+            Selection::NoauxTc => 2,
+        };
+        let grid = Grid::line(rows, 32).with_shared((2 * experts + groups) * size_of::<f32>());
+        // SAFETY: a warp a row; lengths checked above; a null bias is none.
+        unsafe {
+            launch!(self, route, grid;
+                logits.address(), size(experts), bias, scoring, selection, size(rule.top_k), size(groups),
+                size(kept), u32::from(rule.normalise), rule.scale, ids.address(), weights.address())
+        }
+    }
+}

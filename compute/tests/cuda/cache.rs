@@ -1,0 +1,184 @@
+//! The paged cache: writing rows, attending over them.
+
+use compute::cuda::MlaRows;
+use compute::{Cpu, KvFormat, KvGeometry, KvSlot, KvView, KvViewMut, MlaRow, MlaShape, reference};
+use rand::RngExt;
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+
+use super::support::{assert_close, bits, device, floats, fresh, output, read};
+
+const LAYERS: usize = 2;
+const FORMATS: [KvFormat; 3] = [KvFormat::F32, KvFormat::Bf16, KvFormat::Fp8];
+
+fn geometry(format: KvFormat, latent: usize, rope: usize, block_tokens: usize) -> KvGeometry {
+    let mut geometry =
+        KvGeometry { format, latent, rope, row_bytes: 0, layer_stride: 0, block_stride: 0, block_tokens };
+    geometry.row_bytes = geometry.payload_bytes().next_multiple_of(16);
+    geometry.layer_stride = block_tokens * geometry.row_bytes;
+    geometry.block_stride = LAYERS * geometry.layer_stride;
+    geometry
+}
+
+#[test]
+fn kv_write_has_the_bytes_of_the_cpu() {
+    let Some(device) = device() else { return };
+    let mut rng = fresh();
+    let cpu = Cpu::new(1);
+    let blocks = 5u32;
+    for format in FORMATS {
+        for (latent, rope, block_tokens) in
+            [(1, 2, 3), (5, 2, 64), (130, 6, 16), (160, 32, 64), (512, 64, 64)]
+        {
+            let geometry = geometry(format, latent, rope, block_tokens);
+            let mut slots: Vec<KvSlot> = (0..blocks)
+                .flat_map(|block| (0..block_tokens as u32).map(move |row| KvSlot { block, row }))
+                .collect();
+            slots.shuffle(&mut rng);
+            for m in [0, 1, slots.len() / 2] {
+                // Latents of every size: their scales are clamped far below those of activations.
+                let latents: Vec<f32> = floats(&mut rng, m * latent)
+                    .iter()
+                    .map(|x| x * 10f32.powi(rng.random_range(-30..3)))
+                    .collect();
+                let ropes = floats(&mut rng, m * rope);
+                let mut expected = vec![0xFF; blocks as usize * geometry.block_stride];
+                let mut there = device.upload(&expected).expect("pool");
+                let mut view = KvViewMut { bytes: &mut expected, geometry };
+                for (i, &slot) in slots[..m].iter().enumerate() {
+                    cpu.kv_write(
+                        &mut view,
+                        1,
+                        slot,
+                        &latents[i * latent..][..latent],
+                        &ropes[i * rope..][..rope],
+                    );
+                }
+                // One row of padding, whose values must go nowhere.
+                let mut flat: Vec<u32> = slots[..m].iter().flat_map(|slot| [slot.block, slot.row]).collect();
+                flat.extend([u32::MAX, 0]);
+                let pad = |x: &[f32], width| [x, &vec![7.0; width]].concat();
+                let slots = device.upload(&flat).expect("slots");
+                let latents = device.upload(&pad(&latents, latent)).expect("latents");
+                let ropes = device.upload(&pad(&ropes, rope)).expect("ropes");
+                device
+                    .kv_write(&mut there.view_mut(), &geometry, 1, slots.view(), latents.view(), ropes.view())
+                    .expect("written");
+                assert!(read(device, there.view()) == expected, "{format:?} [{m}, {latent} + {rope}]");
+            }
+        }
+    }
+}
+
+/// Sequences with random blocks of a pool in which everything but their rows is NaN.
+struct Cache {
+    geometry: KvGeometry,
+    bytes: Vec<u8>,
+    tables: Vec<Vec<u32>>,
+}
+
+impl Cache {
+    fn new(rng: &mut StdRng, geometry: KvGeometry, lengths: &[usize]) -> Self {
+        let needed: usize = lengths.iter().map(|len| len.div_ceil(geometry.block_tokens)).sum();
+        let mut free: Vec<u32> = (0..needed as u32 + 2).collect();
+        free.shuffle(rng);
+        let mut bytes = vec![0xFF; free.len() * geometry.block_stride];
+        let mut view = KvViewMut { bytes: &mut bytes, geometry };
+        let cpu = Cpu::new(1);
+        let tables = lengths.iter().map(|&len| {
+            let table: Vec<u32> = free.split_off(free.len() - len.div_ceil(geometry.block_tokens));
+            for token in 0..len {
+                let slot = KvSlot {
+                    block: table[token / geometry.block_tokens],
+                    row: (token % geometry.block_tokens) as u32,
+                };
+                let row = floats(rng, geometry.latent + geometry.rope);
+                cpu.kv_write(&mut view, 1, slot, &row[..geometry.latent], &row[geometry.latent..]);
+            }
+            table
+        });
+        let tables = tables.collect();
+        Self { geometry, bytes, tables }
+    }
+}
+
+#[test]
+fn mla_attention() {
+    let Some(device) = device() else { return };
+    let mut rng = fresh();
+    let shapes = [
+        (1, 1, 2, 3),
+        (3, 5, 2, 7),
+        (2, 160, 32, 64),
+        (4, 64, 16, 64),
+        (16, 512, 64, 64),
+        (128, 512, 64, 64),
+    ];
+    for format in FORMATS {
+        for (heads, latent, rope, block_tokens) in shapes {
+            let lengths = if heads == 128 { [700, 64, 1, 0] } else { [200, 64, 1, 0] };
+            let cache = Cache::new(&mut rng, geometry(format, latent, rope, block_tokens), &lengths);
+            // (sequence, context): decode rows, a chunk of a prompt, an empty context.
+            let rows = [
+                (0, 200),
+                (1, 64),
+                (2, 1),
+                (3, 0),
+                (0, 60),
+                (0, 63),
+                (0, 64),
+                (0, 65),
+                (0, lengths[0] as u32),
+            ];
+            let scale = 1.0 / (4.0 * ((latent + rope) as f32).sqrt());
+            let shape = MlaShape { heads, latent, rope, scale };
+            // No outliers against outliers of the cache: a score's own rounding would decide the softmax.
+            let mut queries = |width| -> Vec<f32> {
+                floats(&mut rng, rows.len() * heads * width).iter().map(|q| q.clamp(-4.0, 4.0)).collect()
+            };
+            let (q_latent, q_rope) = (queries(latent), queries(rope));
+            let width = heads * latent;
+            let mut expected = vec![f32::NAN; rows.len() * width];
+            let view = KvView { bytes: &cache.bytes, geometry: cache.geometry };
+            let host_rows: Vec<MlaRow<'_>> = rows
+                .iter()
+                .map(|&(sequence, context)| MlaRow { block_table: &cache.tables[sequence as usize], context })
+                .collect();
+            reference::mla_attention(&view, 1, shape, &host_rows, &q_latent, &q_rope, &mut expected);
+
+            let stride = cache.tables.iter().map(Vec::len).max().unwrap_or(0);
+            let mut tables = vec![u32::MAX; cache.tables.len() * stride];
+            for (i, table) in cache.tables.iter().enumerate() {
+                tables[i * stride..][..table.len()].copy_from_slice(table);
+            }
+            let pool = device.upload(&cache.bytes).expect("pool");
+            let tables = device.upload(&tables).expect("tables");
+            let sequences = device.upload(&rows.map(|row| row.0)).expect("sequences");
+            let contexts = device.upload(&rows.map(|row| row.1)).expect("contexts");
+            let (q_latent, q_rope) =
+                (device.upload(&q_latent).expect("q"), device.upload(&q_rope).expect("q"));
+            let attend = |first: usize, end: usize| {
+                let rows = MlaRows {
+                    tables: tables.view(),
+                    table_stride: stride,
+                    sequences: sequences.slice(first..end),
+                    contexts: contexts.slice(first..end),
+                };
+                let q_latent = q_latent.slice(first * width..end * width);
+                let q_rope = q_rope.slice(first * heads * rope..end * heads * rope);
+                output(device, (end - first) * width, |out| {
+                    let out = &mut out.view_mut();
+                    device.mla_attention(pool.view(), &cache.geometry, 1, shape, rows, q_latent, q_rope, out)
+                })
+            };
+            let out = attend(0, rows.len());
+            let what = format!("{format:?} {heads} x ({latent} + {rope})");
+            assert_close(&what, &out, &expected, 5e-5);
+            for row in 0..rows.len() {
+                let alone = attend(row, row + 1);
+                assert_eq!(bits(&alone), bits(&out[row * width..][..width]), "{what}: row {row}");
+            }
+            assert!(attend(0, 0).is_empty());
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! Opening, compiling, the kernel cache, memory.
+
+use std::fs;
+
+use compute::cuda::{CudaError, Device, KernelStore, SOURCES, nvrtc};
+
+use super::support::{device, read};
+
+#[test]
+fn a_machine_without_the_device_gets_an_error() {
+    let Err(error) = Device::open(9999) else { panic!("a machine with ten thousand GPUs") };
+    assert!(error.is_absence(), "{error}");
+    assert!(matches!(error, CudaError::NoDriver { .. } | CudaError::NoDevice { ordinal: 9999, .. }));
+    println!("{error}");
+}
+
+#[test]
+fn every_kernel_compiles() {
+    if nvrtc::version().is_none() {
+        println!("skipped: no NVRTC library");
+        return;
+    }
+    for source in SOURCES {
+        for architecture in ["sm_89", "sm_90a"] {
+            let compiled = nvrtc::compile(source, architecture, false).unwrap_or_else(|e| panic!("{e}"));
+            assert!(compiled.cubin.starts_with(b"\x7FELF"), "{}", source.name);
+        }
+    }
+    let [first, ..] = SOURCES else { panic!("no kernels") };
+    let broken = compute::cuda::Source { text: "this is no kernel", ..*first };
+    let Err(CudaError::Nvrtc { log, .. }) = nvrtc::compile(&broken, "sm_90a", false) else {
+        panic!("nonsense compiled")
+    };
+    assert!(log.contains("error"), "{log}");
+}
+
+#[test]
+fn kernels_are_kept_and_a_damaged_one_is_replaced() {
+    if device().is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let store = KernelStore { prebuilt: None, cache: Some(folder.path().to_owned()) };
+    let contents = || {
+        let mut files: Vec<_> = fs::read_dir(folder.path())
+            .expect("folder")
+            .map(|entry| entry.expect("entry").path())
+            .map(|path| (fs::read(&path).expect("file"), path))
+            .collect();
+        files.sort_by(|a, b| a.1.cmp(&b.1));
+        files
+    };
+    drop(Device::open_with(0, &store).expect("compiled"));
+    let kept = contents();
+    assert_eq!(kept.len(), SOURCES.len());
+    fs::write(&kept[0].1, &kept[0].0[..100]).expect("damaged");
+    drop(Device::open_with(0, &store).expect("one compiled, the others kept"));
+    assert!(contents()[0].0.len() > 100, "the damaged one was written anew");
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let architecture = device().expect("as above").architecture();
+    KernelStore::build(folder.path(), architecture, |_, _| {}).expect("built");
+    let store = KernelStore { prebuilt: Some(folder.path().to_owned()), cache: None };
+    Device::open_with(0, &store).expect("taken from the folder");
+}
+
+#[test]
+fn memory_is_copied_and_runs_out() {
+    let Some(device) = device() else { return };
+    let values: Vec<u32> = (0..1000).collect();
+    let mut buffer = device.upload(&values).expect("upload");
+    device.copy_in(&[7; 10], &mut buffer.slice_mut(5..15)).expect("copy");
+    let back = read(device, buffer.slice(3..17));
+    assert_eq!(back, [3, 4, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 15, 16]);
+    assert!(read(device, device.upload::<u8>(&[]).expect("nothing").view()).is_empty());
+    let (_, total) = device.memory().expect("asked");
+    let Err(CudaError::OutOfMemory { requested, total: stated, .. }) = device.alloc::<u8>(2 * total) else {
+        panic!("twice the memory there is")
+    };
+    assert_eq!((requested, stated), (2 * total, total));
+    device.upload(&values).expect("still usable");
+}

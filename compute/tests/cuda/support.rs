@@ -1,0 +1,77 @@
+//! The device, random data, and comparison.
+
+use std::sync::OnceLock;
+
+use compute::cuda::{Buffer, CudaError, Device, Element, View};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+/// The machine's first GPU, or nothing (and a line that says so). A GPU that is there and cannot be used fails the test.
+pub fn device() -> Option<&'static Device> {
+    static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
+    let device = DEVICE.get_or_init(|| match Device::open(0) {
+        Ok(device) => Some(device),
+        Err(error) if error.is_absence() => None,
+        Err(error) => panic!("{error}"),
+    });
+    if device.is_none() {
+        println!("skipped: no CUDA device");
+    }
+    device.as_ref()
+}
+
+/// A generator whose seed is new in every run, and printed.
+pub fn fresh() -> StdRng {
+    let seed = rand::rng().random();
+    println!("seed {seed}");
+    StdRng::seed_from_u64(seed)
+}
+
+/// Uniform in -1..1, now and then a hundred times as large, as activations are.
+pub fn floats(rng: &mut StdRng, len: usize) -> Vec<f32> {
+    (0..len)
+        .map(|_| {
+            let x = rng.random_range(-1.0f32..1.0);
+            if rng.random_range(0..50) == 0 { x * 100.0 } else { x }
+        })
+        .collect()
+}
+
+/// Memory of all ones: NaN as floats, and no code, id or token that a test could expect.
+pub fn poisoned<T: Element>(device: &Device, len: usize) -> Buffer<T> {
+    let mut buffer = device.alloc(len).expect("memory");
+    device.fill(&mut buffer.view_mut(), 0xFF).expect("fill");
+    buffer
+}
+
+/// Runs `operator` on a poisoned output of `len` values and gives what it wrote.
+pub fn output<T: Element + Default>(
+    device: &Device,
+    len: usize,
+    operator: impl FnOnce(&mut Buffer<T>) -> Result<(), CudaError>,
+) -> Vec<T> {
+    let mut buffer = poisoned(device, len);
+    operator(&mut buffer).unwrap_or_else(|error| panic!("{error:?}"));
+    read(device, buffer.view())
+}
+
+pub fn read<T: Element + Default>(device: &Device, view: View<'_, T>) -> Vec<T> {
+    let mut values = vec![T::default(); view.len()];
+    device.copy_out(view, &mut values).unwrap_or_else(|error| panic!("{error:?}"));
+    values
+}
+
+/// ‖got − expected‖ / ‖expected‖ at most `tolerance`; one unwritten (NaN) or wrong value is enough to exceed it.
+#[track_caller]
+pub fn assert_close(what: &str, got: &[f32], expected: &[f32], tolerance: f64) {
+    assert_eq!(got.len(), expected.len(), "{what}");
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
+    let distance = norm(&mut got.iter().zip(expected).map(|(&a, &b)| f64::from(a) - f64::from(b)));
+    let size = norm(&mut expected.iter().map(|&x| f64::from(x)));
+    assert!(distance <= tolerance * size, "{what}: distance {distance:e} of {size:e}");
+}
+
+/// Bits of floats, for exact comparison.
+pub fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
