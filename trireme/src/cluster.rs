@@ -42,13 +42,12 @@ pub struct Cluster {
 }
 
 /// Starts every role of `config` and returns when the router knows all of them.
-pub async fn start(mut config: Config, options: Options) -> anyhow::Result<Cluster> {
+pub async fn start(config: Config, options: Options) -> anyhow::Result<Cluster> {
     config.validate()?;
     let identity = match &config.security {
         Some(files) => identity::load(files)?,
         None => identity::generate()?,
     };
-    config.router.expert_workers_min = config.workers_of(Role::Expert).count();
     let mut surroundings = Surroundings {
         checkpoint: node::open_checkpoint(&config)?,
         config: Arc::new(config),

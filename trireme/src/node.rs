@@ -151,7 +151,10 @@ pub async fn start_router(surroundings: &Surroundings) -> anyhow::Result<router:
         template: ChatTemplate::open(directory)?,
         defaults: GenerationDefaults::open(directory, checkpoint.config())?,
     };
-    Ok(router::start(config.router.clone(), router::Node { identity: identity.clone(), model }).await?)
+    let mut settings = config.router.clone();
+    // No expert has a second holder yet: with one expert worker missing no request can be answered.
+    settings.expert_workers_min = settings.expert_workers_min.max(config.workers_of(Role::Expert).count());
+    Ok(router::start(settings, router::Node { identity: identity.clone(), model }).await?)
 }
 
 /// Loads what the worker needs and starts it on `fabric`.

@@ -126,7 +126,6 @@ impl Shape {
         config.router.http_listen = http;
         config.router.grpc_listen = grpc;
         config.router.control_listen = control;
-        config.router.expert_workers_min = usize::from(self.expert);
         let workers = usize::from(self.prefill + self.decode + self.expert);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = self.threads.map_or_else(|| (cores / workers).max(1), usize::from);

@@ -53,3 +53,11 @@ fn a_written_configuration_reads_back_the_same() {
     assert_eq!(config.workers, again.workers);
     assert_eq!(config.model, again.model);
 }
+
+#[test]
+fn the_documented_cluster_is_a_valid_one() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/cluster.toml");
+    let config = Config::load(&path).expect("docs/cluster.toml");
+    assert_eq!(config.workers_of(Role::Expert).count(), 2);
+    assert!(config.security.is_some());
+}
