@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
-use crate::{chat, generate, inspect, synth, up};
+use crate::{certificates, chat, generate, inspect, synth, up};
 
 /// Serves DeepSeek-V3-architecture models from a cluster of prefill, decode and expert workers.
 #[derive(Debug, Parser)]
@@ -36,6 +36,8 @@ pub enum Command {
     Inspect(inspect::Args),
     /// Write a checkpoint of random weights in any dimensions.
     Synth(synth::Args),
+    /// Make the certificates that the processes of a cluster over several machines trust each other by.
+    Certificates(certificates::Args),
     /// Measure.
     #[command(subcommand)]
     Bench(bench::BenchCommand),

@@ -5,6 +5,7 @@
 
 pub mod admin;
 pub mod answer;
+pub mod certificates;
 pub mod chat;
 pub mod cli;
 pub mod cluster;

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 use trireme::{
-    chat,
+    certificates, chat,
     cli::{Cli, Command},
     config::Role,
     generate, inspect, node, synth, up,
@@ -34,6 +34,7 @@ fn main() -> ExitCode {
             Command::Generate(args) => generate::run(args).await,
             Command::Inspect(args) => inspect::run(args),
             Command::Synth(args) => synth::run(args),
+            Command::Certificates(args) => certificates::run(args),
             Command::Bench(command) => bench::run(command).await,
         }
     });
