@@ -79,13 +79,13 @@ impl Bench<'_> {
     }
 
     fn linears(&mut self) -> Result<(), CudaError> {
-        // N, K, and the best of DeepGEMM and cuBLASLt (block scaled) at M = 1, 16, 64.
+        // N, K, and the best of DeepGEMM and cuBLASLt (block scaled) at M = 1, 16, 64, 128, 4096.
         let shapes = [
-            (2112, 7168, [13.0, 11.3, 10.0]),
-            (24576, 1536, [15.3, 15.2, 14.3]),
-            (7168, 16384, [40.0, 38.6, 37.4]),
-            (4096, 7168, [14.3, 12.3, 11.6]),
-            (7168, 2048, [7.8, 7.7, 7.2]),
+            (2112, 7168, [13.0, 11.3, 10.0, 10.8, 93.5]),
+            (24576, 1536, [15.3, 15.2, 14.3, 15.0, 235.0]),
+            (7168, 16384, [40.0, 38.6, 37.4, 40.8, 668.0]),
+            (4096, 7168, [14.3, 12.3, 11.6, 12.6, 169.0]),
+            (7168, 2048, [7.8, 7.7, 7.2, 8.7, 91.6]),
         ];
         for (n, k, peers) in shapes {
             let mut matrices = Vec::new();
@@ -95,7 +95,7 @@ impl Bench<'_> {
                 let matrix = compute::Matrix::fp8(n, k, codes.into(), scales).expect("lengths fit");
                 matrices.push(Matrix::new(self.device, &matrix)?);
             }
-            for (m, peer) in [1, 16, 64].into_iter().zip(peers) {
+            for (m, peer) in [1, 16, 64, 128, 4096].into_iter().zip(peers) {
                 let x = self.floats(m * k)?;
                 let (mut codes, mut scales) =
                     (self.device.alloc(m * k)?, self.device.alloc(m * k.div_ceil(128))?);

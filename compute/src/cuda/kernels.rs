@@ -52,6 +52,7 @@ type Module = Arc<cudarc::driver::CudaModule>;
 kernels! {
     quantise: quantise_e4m3, round_bf16, round_bf16_in_place;
     linear: linear_f32, linear_bf16_f32, linear_fp8_f32, linear_bf16, linear_fp8;
+    linear_wgmma: linear_fp8_wgmma_16, linear_fp8_wgmma_64, linear_fp8_wgmma_128;
     rms_norm: rms_norm;
     elementwise: silu_mul, add_in_place, add_scaled, weighted_sum;
     rope: rope_interleaved;

@@ -1,5 +1,9 @@
 //! Weights on the device, and matrix products.
 
+use cudarc::driver::sys::CUfunction_attribute;
+
+use super::error::Doing;
+use super::kernels::Functions;
 use super::launch::{Argument, Grid, launch, size};
 use super::{Buffer, CudaError, Device, View, ViewMut};
 use crate::WeightFormat;
@@ -158,12 +162,79 @@ impl Product {
     }
 }
 
+/// Which kernel multiplies by a matrix. It follows from the matrix and the inputs' format, never from the number of
+/// rows: their bits differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinearKernel {
+    /// Any shape and format, f32 sums.
+    Plain,
+    /// Hopper's matrix unit: FP8 by FP8, `rows` in 64s, `cols` in 128s; sums of a 128-block have some 14 bits.
+    Wgmma,
+}
+
+/// Tiles of the wgmma kernels: rows, and stages of their pipelines; the kernels' own numbers.
+const WGMMA_TILES: [(usize, usize); 3] = [(16, 8), (64, 6), (128, 4)];
+const WGMMA_CHANNELS: usize = 64;
+
+/// Shared memory of a wgmma kernel: per stage 128 bytes a channel and row and a scale a row, and what aligning takes.
+fn wgmma_shared((tile, stages): (usize, usize)) -> usize {
+    1024 + stages * (128 * (WGMMA_CHANNELS + tile) + 4 * (tile + 4))
+}
+
+/// Lets the wgmma kernels have the shared memory they need.
+pub(super) fn prepare(functions: &Functions) -> Result<(), CudaError> {
+    let kernels =
+        [&functions.linear_fp8_wgmma_16, &functions.linear_fp8_wgmma_64, &functions.linear_fp8_wgmma_128];
+    for (kernel, tile) in kernels.into_iter().zip(WGMMA_TILES) {
+        let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let bytes = size(wgmma_shared(tile)) as i32;
+        kernel.set_attribute(attribute, bytes).doing("give a kernel shared memory")?;
+    }
+    Ok(())
+}
+
 impl Device {
+    /// The kernel that multiplies inputs of the matrix's own format by `w`.
+    pub fn linear_kernel(&self, w: &Matrix) -> LinearKernel {
+        let tiles = w.rows.is_multiple_of(WGMMA_CHANNELS) && w.cols.is_multiple_of(BLOCK);
+        if self.has_wgmma && w.format == WeightFormat::Fp8 && tiles {
+            LinearKernel::Wgmma
+        } else {
+            LinearKernel::Plain
+        }
+    }
+
+    /// # Safety
+    /// The product is one of FP8 by FP8 whose lengths were checked, and `linear_kernel` says wgmma.
+    unsafe fn wgmma_product(&self, product: Product) -> Result<(), CudaError> {
+        // 16 bytes are copied at a time. Weights start an allocation; inputs may be any part of one.
+        assert!(product.x.is_multiple_of(16), "FP8 inputs start at a multiple of 16 bytes");
+        let m = product.m as usize;
+        let tile = WGMMA_TILES.into_iter().position(|(rows, _)| m <= rows).unwrap_or(WGMMA_TILES.len() - 1);
+        let row_tiles = m.div_ceil(WGMMA_TILES[tile].0);
+        assert!(row_tiles <= 65_535, "{row_tiles} row tiles in one launch");
+        let grid = Grid {
+            blocks: (product.n / WGMMA_CHANNELS as u32, size(row_tiles), 1),
+            threads: 128,
+            shared: wgmma_shared(WGMMA_TILES[tile]),
+        };
+        // SAFETY: the caller's promise; rows of the inputs are multiples of 128 bytes, hence aligned as the first.
+        unsafe {
+            match tile {
+                0 => launch!(self, linear_fp8_wgmma_16, grid; product),
+                1 => launch!(self, linear_fp8_wgmma_64, grid; product),
+                _ => launch!(self, linear_fp8_wgmma_128, grid; product),
+            }
+        }
+    }
+
     /// `y[m, n] = Σ_k x[m, k] · w[n, k]`: any weights with f32 inputs, else weights and inputs of the same format. K is
-    /// summed in 128-blocks in order; an FP8 block's sum is scaled by `s_x · s_w` before it is added.
+    /// summed in 128-blocks in order; an FP8 block's sum is scaled by `s_x · s_w` before it is added. Which kernel runs
+    /// says [`Self::linear_kernel`].
     ///
     /// # Panics
-    /// If the formats do not go together or a length does not fit.
+    /// If the formats do not go together, a length does not fit, or FP8 inputs for [`LinearKernel::Wgmma`] do not start
+    /// at a multiple of 16 bytes.
     pub fn linear(&self, w: &Matrix, x: Inputs<'_>, y: &mut ViewMut<'_, f32>) -> Result<(), CudaError> {
         self.matrix_product(w, x, None, y)
     }
@@ -220,6 +291,9 @@ impl Device {
                 (Inputs::F32(_), WeightFormat::Bf16) => launch!(self, linear_bf16_f32, grid; product),
                 (Inputs::F32(_), WeightFormat::Fp8) => launch!(self, linear_fp8_f32, grid; product),
                 (Inputs::Bf16(_), WeightFormat::Bf16) => launch!(self, linear_bf16, grid; product),
+                (Inputs::Fp8 { .. }, WeightFormat::Fp8) if self.linear_kernel(w) == LinearKernel::Wgmma => {
+                    self.wgmma_product(product)
+                }
                 (Inputs::Fp8 { .. }, WeightFormat::Fp8) => launch!(self, linear_fp8, grid; product),
                 (_, format) => panic!("inputs of another format than {format:?} weights"),
             }

@@ -32,7 +32,7 @@ use cudarc::driver::{CudaContext, CudaStream, result, sys};
 
 pub use error::CudaError;
 pub use kernels::{SOURCES, Source};
-pub use linear::{HeadMatrices, Inputs, Matrix};
+pub use linear::{HeadMatrices, Inputs, LinearKernel, Matrix};
 pub use memory::{Buffer, Element, View, ViewMut};
 pub use mla_attention::MlaRows;
 pub use rope::RopeTable;
@@ -50,6 +50,7 @@ pub struct Device {
     functions: Functions,
     name: String,
     architecture: String,
+    has_wgmma: bool,
 }
 
 impl Device {
@@ -78,9 +79,14 @@ impl Device {
         }
         let architecture = architecture(capability);
         let (functions, [prebuilt, cached, compiled]) = Functions::load(&context, store, &architecture)?;
+        let has_wgmma = capability == (9, 0);
+        if has_wgmma {
+            linear::prepare(&functions)?;
+        }
         let stream = context.new_stream().doing("create a stream")?;
-        tracing::info!(device = name, architecture, prebuilt, cached, compiled, "kernels loaded");
-        Ok(Self { stream, functions, name, architecture })
+        let fp8_linear = if has_wgmma { "wgmma where the shape allows" } else { "plain" };
+        tracing::info!(device = name, architecture, prebuilt, cached, compiled, fp8_linear, "kernels loaded");
+        Ok(Self { stream, functions, name, architecture, has_wgmma })
     }
 
     /// The device's name, such as `NVIDIA H200`.

@@ -1,6 +1,6 @@
 //! Matrix products and lookups.
 
-use compute::cuda::{Buffer, CudaError, Device, HeadMatrices, Inputs, Matrix};
+use compute::cuda::{Buffer, CudaError, Device, HeadMatrices, Inputs, LinearKernel, Matrix};
 use compute::{ActivationFormat, Activations, Cpu, ScaleFormat, WeightFormat, fp8, reference};
 use rand::RngExt;
 use rand::rngs::StdRng;
@@ -86,6 +86,9 @@ fn linear() {
         (17, 64, 160),
         (8, 256, 1024),
         (33, 129, 384),
+        (17, 64, 128),
+        (65, 192, 256),
+        (150, 128, 640),
     ];
     for (weights, format) in PAIRS {
         for (m, n, k) in shapes {
@@ -98,7 +101,10 @@ fn linear() {
             let there = Matrix::new(device, &w).expect("weights");
             let x = Prepared::new(device, &x, k, format).expect("inputs");
             let y = output(device, m * n, |y| device.linear(&there, x.rows(0, m), &mut y.view_mut()));
-            assert_close(&what, &y, &expected, 2e-6);
+            let own_format = matches!(format, ActivationFormat::Fp8(_));
+            let kernel = if own_format { device.linear_kernel(&there) } else { LinearKernel::Plain };
+            let tolerance = if kernel == LinearKernel::Wgmma { WGMMA_TOLERANCE } else { 2e-6 };
+            assert_close(&what, &y, &expected, tolerance);
             for row in 0..m {
                 let alone =
                     output(device, n, |y| device.linear(&there, x.rows(row, row + 1), &mut y.view_mut()));
@@ -113,6 +119,36 @@ fn linear() {
                 let (got, whole) = (&gathered[i * n..][..n], &y[row as usize * n..][..n]);
                 assert_eq!(bits(got), bits(whole), "{what}: gathered {i}");
             }
+        }
+    }
+}
+
+/// What the matrix unit's adder loses within a 128-block.
+const WGMMA_TOLERANCE: f64 = 2e-3;
+
+/// The two kernels' outputs, checked apart: right within the tolerance, and every output of every tile the same bits.
+#[test]
+fn tiles_of_the_matrix_unit_agree_in_every_bit() {
+    let Some(device) = device() else { return };
+    let mut rng = fresh();
+    let (n, k, most) = (320, 1536, 512);
+    let w = matrix(&mut rng, WeightFormat::Fp8, n, k);
+    let there = Matrix::new(device, &w).expect("weights");
+    println!("kernel {:?}", device.linear_kernel(&there));
+    let format = ActivationFormat::Fp8(ScaleFormat::F32);
+    let values = floats(&mut rng, most * k);
+    let x = Prepared::new(device, &values, k, format).expect("inputs");
+    let whole = output(device, most * n, |y| device.linear(&there, x.rows(0, most), &mut y.view_mut()));
+    let mut activations = Activations::new();
+    activations.prepare(&Cpu::new(1), &values[..4 * k], 4, k, format);
+    let mut expected = vec![f32::NAN; 4 * n];
+    reference::linear(&w, &activations, &mut expected);
+    assert_close("first rows", &whole[..4 * n], &expected, WGMMA_TOLERANCE);
+    for m in [1, 2, 7, 8, 15, 16, 17, 63, 64, 65, 100, 127, 128, 129, 300, 511] {
+        for first in [0, 1, most - m] {
+            let part =
+                output(device, m * n, |y| device.linear(&there, x.rows(first, first + m), &mut y.view_mut()));
+            assert!(bits(&part) == bits(&whole[first * n..(first + m) * n]), "rows {first} and {m} more");
         }
     }
 }
