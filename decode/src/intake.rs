@@ -2,7 +2,7 @@
 //!
 //! Two halves. [`Intake::check`] runs on the service's threads and decides everything that does not depend on the
 //! worker's state: fields, fingerprint, ends. [`reserve`] runs on the device thread: blocks for the sequence's whole
-//! life, and a ticket that lets prefill push into those of the prompt.
+//! life, and a ticket that lets prefill push into those of the prompt whose KV is not here already.
 //!
 //! Invariant: a request that is refused here holds nothing.
 
@@ -14,14 +14,14 @@ use kvtransfer::{Receiver, Reservation};
 use model::{ExecutionFingerprint, ModelConfig, TokenId};
 use proto::field::{FieldError, Problem};
 use proto::fingerprint;
-use proto::sequence::{Sequence, SequenceLimits};
+use proto::sequence::{self, SequenceLimits};
 use proto::ticket::KvTicket;
 use proto::v1;
 
 use crate::error::{Failure, Refusal};
 use crate::finish::FinishRule;
 use crate::outbox::Outbox;
-use crate::scheduler::{Admission, Event, NotAdmitted, Scheduler, SequenceId};
+use crate::scheduler::{Admission, Event, NotAdmitted, Scheduler, Sequence, SequenceId};
 
 /// What every request is held against.
 #[derive(Debug)]
@@ -76,19 +76,21 @@ impl Intake {
         let missing = || FieldError { field: "sequence".into(), problem: Problem::Missing };
         let wire = wire.ok_or_else(missing)?;
         fingerprint::require_equal(&self.fingerprint, wire.fingerprint.as_ref())?;
-        let sequence = Sequence::from_wire(wire, self.limits)?;
+        let sequence = sequence::Sequence::from_wire(wire, self.limits)?;
+        let sampler = SequenceSampler::new(&sequence.sampling, sequence.choice, &sequence.prompt);
         let admission = Admission {
-            prompt_tokens: sequence.prompt.len(),
+            cache_salt: sequence.cache_salt,
             rule: FinishRule::new(&sequence.stopping, &self.end_of_sequence),
             deadline: sequence.deadline.map(|left| now + left),
+            // The prompt's share of the penalties was counted here, off the device thread.
+            prompt: sequence.prompt,
         };
         Ok(Checked {
             request_id: Arc::from(sequence.request_id),
             trace_id: sequence.trace.trace_id(),
             logprobs: sequence.sampling.logprobs.is_some(),
             admission,
-            // The prompt's share of the penalties is counted here, off the device thread.
-            sampler: SequenceSampler::new(&sequence.sampling, sequence.choice, &sequence.prompt),
+            sampler,
         })
     }
 
@@ -119,12 +121,13 @@ pub(crate) fn reserve(
     if admission.deadline.is_some_and(|deadline| deadline <= now) {
         return Err(Refusal::DeadlineExceeded);
     }
-    let prompt_tokens = admission.prompt_tokens;
+    let prompt_tokens = admission.prompt.len();
     let id = scheduler.admit(admission).map_err(|not| refusal(scheduler, not, step_time))?;
-    match receiver.issue(Reservation { first_block: 0, prompt_tokens }, now) {
+    let first_block = scheduler.sequence(id).map_or(0, Sequence::shared_blocks);
+    match receiver.issue(Reservation { first_block, prompt_tokens }, now) {
         Ok(ticket) => {
             scheduler.apply(id, Event::Armed(ticket.ticket_id), now);
-            tracing::debug!(ticket = %ticket.ticket_id, blocks = ticket.blocks, "ticket issued");
+            tracing::debug!(ticket = %ticket.ticket_id, blocks = ticket.blocks, first_block, "ticket issued");
             Ok((id, ticket))
         }
         Err(error) => {

@@ -17,6 +17,8 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::scheduler::PrefixStats;
+
 /// Upper bounds in microseconds: a step of the demo model takes about 1 ms, of V3 on a GPU 20 to 50 ms.
 const STEP_BOUNDS_US: &[u64] =
     &[250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000];
@@ -37,8 +39,12 @@ pub struct Metrics {
     pub(crate) runnable: Gauge,
     /// Sequences whose KV is on the way.
     pub(crate) waiting: Gauge,
-    /// Blocks that no sequence holds.
+    /// Blocks that no sequence holds, cached ones included.
     pub(crate) blocks_free: Gauge,
+    /// Blocks that no sequence holds and whose KV can still be found.
+    pub(crate) blocks_cached: Gauge,
+    /// What the prefix cache has counted.
+    pub(crate) prefix: PrefixCounters,
     /// Steps that gave tokens.
     pub(crate) steps: Counter,
     /// Tokens sampled here; first tokens are prefill's.
@@ -76,7 +82,9 @@ impl Metrics {
         let running = gauge("running", "Sequences that take part in steps");
         let runnable = gauge("runnable", "Running sequences whose reader keeps up");
         let waiting = gauge("waiting", "Sequences whose KV is on the way");
-        let blocks_free = gauge("kv_blocks_free", "KV blocks that no sequence holds");
+        let blocks_free = gauge("kv_blocks_free", "KV blocks that no sequence holds, cached ones included");
+        let blocks_cached =
+            gauge("kv_blocks_cached", "KV blocks that no sequence holds and that can be found");
         let blocks = gauge("kv_blocks", "KV blocks in the pool");
         blocks.set(as_gauge(kv_blocks));
         blocks_free.set(as_gauge(kv_blocks));
@@ -90,6 +98,14 @@ impl Metrics {
         let rounds = counter("rounds", "Rounds of the device thread's loop");
         let admitted = counter("admitted", "Sequences admitted");
         let finished = counter("finished", "Sequences that ended by their own rule");
+        let prefix = PrefixCounters {
+            tokens: counter("prefix_tokens", "Prompt tokens looked up in the prefix cache"),
+            hit_tokens: counter(
+                "prefix_hit_tokens",
+                "Prompt tokens whose KV was here and was not handed over",
+            ),
+            evictions: counter("kv_evictions", "Cached KV blocks that gave way to new ones"),
+        };
         let handoffs = HandoffCounters {
             bytes: counter("handoff_bytes", "KV bytes written into the pool"),
             duplicates: counter("handoff_duplicates", "KV pieces that had landed before"),
@@ -121,6 +137,8 @@ impl Metrics {
             runnable,
             waiting,
             blocks_free,
+            blocks_cached,
+            prefix,
             steps,
             tokens,
             rounds,
@@ -171,6 +189,23 @@ impl HandoffCounters {
         store(&self.stale, stats.stale);
         store(&self.violations, stats.violations);
         store(&self.malformed, stats.malformed);
+    }
+}
+
+/// [`PrefixStats`] where a scrape can see them.
+#[derive(Clone, Debug)]
+pub(crate) struct PrefixCounters {
+    tokens: Counter,
+    hit_tokens: Counter,
+    evictions: Counter,
+}
+
+impl PrefixCounters {
+    pub(crate) fn store(&self, stats: &PrefixStats) {
+        let store = |counter: &Counter, total| counter.inner().store(total, Ordering::Relaxed);
+        store(&self.tokens, stats.tokens);
+        store(&self.hit_tokens, stats.hit_tokens);
+        store(&self.evictions, stats.evictions);
     }
 }
 

@@ -13,13 +13,18 @@
 //! out of memory half-way, or wait for another one's end. It holds them until [`Scheduler::release`], which comes after
 //! its ticket is revoked; so a finished sequence's memory still has an owner while a push to it may be in the air.
 //!
-//! Invariant: every block is free or belongs to exactly one sequence; [`Scheduler::check_invariants`] says it all.
+//! Blocks are findable once every row in them is there: those of a prompt from its hand-off on, those of a completion as
+//! they fill. What is found of a prompt at admission is shared, and only the rest is handed over; so the next turn of
+//! a chat brings what the last one did not leave here.
+//!
+//! Invariant: a block that more than one sequence holds is full, findable, and written by none of them;
+//! [`Scheduler::check_invariants`] says it all.
 //! Deliberately absent: clocks, threads, the engine, and what happens to a sampled token besides ending its sequence.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use engine::BlockAllocator;
+use engine::{BlockPool, BlockTable, Reservation};
 use model::{BlockId, TokenId};
 use proto::ticket::TicketId;
 
@@ -48,8 +53,10 @@ pub struct Limits {
 /// A request that wants to become a sequence.
 #[derive(Debug, Clone)]
 pub struct Admission {
-    /// Tokens whose KV is handed over, at least one.
-    pub prompt_tokens: usize,
+    /// Tokens whose KV is found here or handed over, at least one.
+    pub prompt: Vec<TokenId>,
+    /// Whose cached prefixes it may share.
+    pub cache_salt: u64,
     /// When it ends.
     pub rule: FinishRule,
     /// When nobody wants the answer any more.
@@ -99,12 +106,25 @@ pub enum End {
     Failed(Failure),
 }
 
+/// What the prefix cache has done since the start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PrefixStats {
+    /// Tokens of the prompts that were looked up.
+    pub tokens: u64,
+    /// Those of them whose KV was here.
+    pub hit_tokens: u64,
+    /// Cached blocks that had to go.
+    pub evictions: u64,
+}
+
 /// One sequence that holds blocks.
 #[derive(Debug)]
 pub struct Sequence {
     state: State,
-    /// In order of position; covers prompt and completion.
-    block_table: Vec<BlockId>,
+    /// Covers prompt and completion.
+    table: BlockTable,
+    /// Prompt and completion so far; made for the whole life.
+    tokens: Vec<TokenId>,
     prompt_tokens: usize,
     /// Tokens of the completion, the first one included.
     generated: u32,
@@ -128,7 +148,12 @@ enum State {
 impl Sequence {
     /// The blocks in order of position.
     pub fn block_table(&self) -> &[BlockId] {
-        &self.block_table
+        self.table.blocks()
+    }
+
+    /// Blocks at the prompt's start that were here at admission: the first that a hand-off may write to is behind them.
+    pub fn shared_blocks(&self) -> usize {
+        self.table.shared()
     }
 
     /// What the next step computes: the last token and its position. `None` unless running.
@@ -141,7 +166,7 @@ impl Sequence {
 
     /// Tokens of prompt and completion so far: the position of the token that is sampled next.
     pub fn length(&self) -> usize {
-        self.prompt_tokens + self.generated as usize
+        self.tokens.len()
     }
 
     /// Tokens that must not be sampled next.
@@ -159,7 +184,7 @@ impl Sequence {
 #[derive(Debug)]
 pub struct Scheduler {
     limits: Limits,
-    blocks: BlockAllocator,
+    blocks: BlockPool,
     /// Ordered, so that a run is a function of its events alone.
     sequences: BTreeMap<SequenceId, Sequence>,
     tickets: HashMap<TicketId, SequenceId>,
@@ -169,6 +194,7 @@ pub struct Scheduler {
     finished: VecDeque<SequenceId>,
     paused: usize,
     next_id: u64,
+    prefix: PrefixStats,
 }
 
 impl Scheduler {
@@ -176,13 +202,14 @@ impl Scheduler {
     pub fn new(limits: Limits) -> Self {
         Self {
             limits,
-            blocks: BlockAllocator::new(limits.kv_blocks),
+            blocks: BlockPool::new(limits.kv_blocks, limits.block_tokens),
             sequences: BTreeMap::new(),
             tickets: HashMap::with_capacity(limits.sequences_max),
             turns: VecDeque::with_capacity(limits.sequences_max),
             finished: VecDeque::with_capacity(limits.sequences_max),
             paused: 0,
             next_id: 0,
+            prefix: PrefixStats::default(),
         }
     }
 
@@ -191,26 +218,41 @@ impl Scheduler {
         &self.limits
     }
 
-    /// Takes a request in with blocks for its whole life; it waits for its KV from here on.
+    /// Takes a request in with blocks for its whole life, those that hold its prompt's KV already first; it waits for the
+    /// rest of its KV from here on.
     pub fn admit(&mut self, admission: Admission) -> Result<SequenceId, NotAdmitted> {
-        let tokens = admission.prompt_tokens + admission.rule.tokens_max() as usize;
-        let blocks = tokens.div_ceil(self.limits.block_tokens);
+        let Admission { prompt, cache_salt, rule, deadline } = admission;
+        let prompt_tokens = prompt.len();
+        let life_tokens = prompt_tokens + rule.tokens_max() as usize;
+        let blocks = life_tokens.div_ceil(self.limits.block_tokens);
         if blocks > self.limits.kv_blocks {
             return Err(NotAdmitted::NeverFits { blocks, blocks_max: self.limits.kv_blocks });
         }
         if self.sequences.len() >= self.limits.sequences_max {
             return Err(NotAdmitted::NoRoom { blocks });
         }
-        let block_table = self.blocks.allocate(blocks).ok_or(NotAdmitted::NoRoom { blocks })?;
+        let reservation = Reservation {
+            salt: cache_salt,
+            prompt: &prompt,
+            // Also the last block, when it is full: the first row that is computed here lies behind the prompt.
+            shared_max: prompt_tokens / self.limits.block_tokens,
+            blocks,
+        };
+        let table = self.blocks.reserve(reservation).ok_or(NotAdmitted::NoRoom { blocks })?;
+        self.prefix.tokens += prompt_tokens as u64;
+        self.prefix.hit_tokens += (table.shared() * self.limits.block_tokens) as u64;
+        let mut tokens = prompt;
+        tokens.reserve_exact(life_tokens - prompt_tokens);
         let id = SequenceId(self.next_id);
         self.next_id += 1;
         let sequence = Sequence {
             state: State::Waiting,
-            block_table,
-            prompt_tokens: admission.prompt_tokens,
+            table,
+            tokens,
+            prompt_tokens,
             generated: 0,
-            rule: admission.rule,
-            deadline: admission.deadline,
+            rule,
+            deadline,
             ticket: None,
         };
         self.sequences.insert(id, sequence);
@@ -229,10 +271,15 @@ impl Scheduler {
             }
             (State::Waiting, Event::HandedOff(first)) => {
                 sequence.state = State::Running { last: first, paused: None };
+                self.blocks.commit(&mut sequence.table, &sequence.tokens);
                 self.turns.push_back(id);
                 self.accept(id, first);
             }
-            (State::Running { .. }, Event::Sampled(token)) => self.accept(id, token),
+            (State::Running { .. }, Event::Sampled(token)) => {
+                // The step that sampled it computed the row of the token before it.
+                self.blocks.commit(&mut sequence.table, &sequence.tokens);
+                self.accept(id, token);
+            }
             (State::Running { paused: paused @ None, .. }, Event::ReaderFull) => {
                 *paused = Some(now);
                 self.paused += 1;
@@ -288,7 +335,7 @@ impl Scheduler {
         self.finished.front().copied()
     }
 
-    /// Forgets a finished sequence and frees its blocks. Its ticket must be dead by now. `None` when `id` has not
+    /// Forgets a finished sequence and frees its blocks; the findable ones stay cached until they are needed. Its ticket must be dead by now. `None` when `id` has not
     /// finished.
     pub fn release(&mut self, id: SequenceId) -> Option<End> {
         if !matches!(self.sequences.get(&id)?.state, State::Finished(_)) {
@@ -299,7 +346,7 @@ impl Scheduler {
         if let Some(ticket) = sequence.ticket {
             self.tickets.remove(&ticket);
         }
-        self.blocks.free(&sequence.block_table);
+        self.blocks.release(sequence.table);
         match sequence.state {
             State::Finished(end) => Some(end),
             State::Waiting | State::Running { .. } => None,
@@ -341,9 +388,19 @@ impl Scheduler {
         self.sequences.is_empty()
     }
 
-    /// Blocks that no sequence holds.
+    /// Blocks that no sequence holds, cached ones included.
     pub fn free_blocks(&self) -> usize {
         self.blocks.free_blocks()
+    }
+
+    /// Blocks that no sequence holds and whose KV can still be found.
+    pub fn cached_blocks(&self) -> usize {
+        self.blocks.cached_blocks()
+    }
+
+    /// What the prefix cache has done since the start.
+    pub fn prefix_stats(&self) -> PrefixStats {
+        PrefixStats { evictions: self.blocks.evictions(), ..self.prefix }
     }
 
     /// Sequences that could still be held.
@@ -361,6 +418,7 @@ impl Scheduler {
     fn accept(&mut self, id: SequenceId, token: TokenId) {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         sequence.generated += 1;
+        sequence.tokens.push(token);
         if let State::Running { last, .. } = &mut sequence.state {
             *last = token;
         }
@@ -405,9 +463,8 @@ impl Scheduler {
 
     /// Panics when the books do not balance. For tests and simulation; costs a walk over everything.
     pub fn check_invariants(&self) {
-        self.blocks.check_invariants();
+        self.blocks.check_invariants(self.sequences.values().map(|sequence| &sequence.table));
         assert!(self.sequences.len() <= self.limits.sequences_max);
-        let mut held: Vec<BlockId> = Vec::new();
         let mut paused = 0;
         for (id, sequence) in &self.sequences {
             let running = matches!(sequence.state, State::Running { .. });
@@ -419,21 +476,18 @@ impl Scheduler {
             paused += usize::from(matches!(sequence.state, State::Running { paused: Some(_), .. }));
             let tokens = sequence.prompt_tokens + sequence.rule.tokens_max() as usize;
             let blocks = tokens.div_ceil(self.limits.block_tokens);
-            assert_eq!(sequence.block_table.len(), blocks, "{id:?} holds blocks for its whole life");
+            assert_eq!(sequence.block_table().len(), blocks, "{id:?} holds blocks for its whole life");
+            let length = sequence.prompt_tokens + sequence.generated as usize;
+            assert_eq!(sequence.tokens.len(), length, "{id:?} knows its tokens");
+            assert!(sequence.shared_blocks() * self.limits.block_tokens <= sequence.prompt_tokens);
             if let Some(ticket) = sequence.ticket {
                 assert_eq!(self.tickets.get(&ticket), Some(id), "{ticket} leads to {id:?}");
             }
-            held.extend(&sequence.block_table);
         }
         let armed = self.sequences.values().filter(|sequence| sequence.ticket.is_some()).count();
         assert_eq!(self.tickets.len(), armed, "a ticket leads nowhere");
         assert_eq!(self.paused, paused);
         assert_eq!(self.turns.len() + self.finished.len() + self.waiting(), self.sequences.len());
-        let count = held.len();
-        held.sort_unstable();
-        held.dedup();
-        assert_eq!(held.len(), count, "a block has two owners");
-        assert_eq!(count + self.free_blocks(), self.limits.kv_blocks, "blocks leaked");
     }
 }
 

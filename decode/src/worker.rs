@@ -359,6 +359,8 @@ impl Worker {
         self.metrics.runnable.set(as_gauge(self.scheduler.runnable()));
         self.metrics.waiting.set(as_gauge(self.scheduler.waiting()));
         self.metrics.blocks_free.set(as_gauge(self.scheduler.free_blocks()));
+        self.metrics.blocks_cached.set(as_gauge(self.scheduler.cached_blocks()));
+        self.metrics.prefix.store(&self.scheduler.prefix_stats());
         self.metrics.handoffs.store(&self.receiver.stats());
     }
 }

@@ -1,10 +1,10 @@
-//! The paged KV cache: memory for latents and rotated keys, and who may use which block.
+//! The paged KV cache: memory for latents and rotated keys.
 //!
 //! The pool is `[block][layer][token]`: a block's layers lie together and one layer of a block is one contiguous piece,
 //! which is what a hand-off moves. The format of a row is [`model::KvLayout`]'s business.
 //!
-//! Invariant: the pool knows nothing of sequences. Which sequence owns a block is decided by the one thread that owns
-//! engine and [`BlockAllocator`]; nobody else ever writes here.
+//! Invariant: the pool knows nothing of sequences. Which sequence holds a block is decided by the one thread that owns
+//! engine and [`crate::BlockPool`]; nobody else ever writes here.
 
 use compute::{KvFormat as StoredFormat, KvGeometry, KvView, KvViewMut};
 use model::{BlockId, KvFormat, KvLayout};
@@ -96,69 +96,3 @@ fn geometry(layout: &KvLayout) -> KvGeometry {
         block_tokens: layout.block_tokens,
     }
 }
-
-/// Which blocks of a pool are free. The last freed are the first handed out: their memory is the likeliest in cache.
-#[derive(Debug)]
-pub struct BlockAllocator {
-    free: Vec<BlockId>,
-    in_use: Vec<bool>,
-}
-
-impl BlockAllocator {
-    /// All of `blocks_max` blocks free; at most `u32::MAX`, as [`KvPool::new`] has it.
-    pub fn new(blocks_max: usize) -> Self {
-        let free = (0..blocks_max).rev().map(|block| BlockId(block as u32)).collect();
-        Self { free, in_use: vec![false; blocks_max] }
-    }
-
-    /// `count` blocks, or `None` and no change where fewer are free.
-    pub fn allocate(&mut self, count: usize) -> Option<Vec<BlockId>> {
-        let rest = self.free.len().checked_sub(count)?;
-        let mut blocks = self.free.split_off(rest);
-        blocks.reverse();
-        for block in &blocks {
-            self.in_use[block.0 as usize] = true;
-        }
-        Some(blocks)
-    }
-
-    /// Gives blocks back.
-    ///
-    /// # Panics
-    /// Where a block is not in use: a block with two owners is a broken invariant, and going on would corrupt a cache.
-    pub fn free(&mut self, blocks: &[BlockId]) {
-        for &block in blocks.iter().rev() {
-            let in_use = self.in_use.get_mut(block.0 as usize);
-            assert!(in_use.is_some_and(std::mem::take), "block {block} freed while not in use");
-            self.free.push(block);
-        }
-    }
-
-    /// How many blocks [`Self::allocate`] could hand out now.
-    pub fn free_blocks(&self) -> usize {
-        self.free.len()
-    }
-
-    /// How many blocks there are.
-    pub fn blocks_max(&self) -> usize {
-        self.in_use.len()
-    }
-
-    /// Checks that every block is either free once or in use.
-    ///
-    /// # Panics
-    /// Where it is not.
-    pub fn check_invariants(&self) {
-        let mut free = vec![false; self.in_use.len()];
-        for block in &self.free {
-            let seen = std::mem::replace(&mut free[block.0 as usize], true);
-            assert!(!seen, "block {block} is free twice");
-        }
-        for (block, (&free, &in_use)) in free.iter().zip(&self.in_use).enumerate() {
-            assert!(free != in_use, "block {block}: free {free}, in use {in_use}");
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests;

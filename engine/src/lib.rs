@@ -8,6 +8,7 @@
 //! clocks and tokio. One thread owns an engine.
 
 mod batch;
+mod block_pool;
 mod deepseek;
 mod error;
 mod experts;
@@ -19,10 +20,11 @@ mod sampler;
 mod step;
 
 pub use batch::{LogitsWanted, SequenceInput};
+pub use block_pool::{BlockPool, BlockTable, Reservation};
 pub use error::{EngineError, InvalidBatch, StepError};
 pub use experts::{ExpertBank, ExpertBatch, ExpertJob, ExpertScratch, Experts, ExpertsError, LocalExperts};
 pub use fingerprint::{ARITHMETIC_REVISION, execution_fingerprint};
-pub use kv_cache::{BlockAllocator, KvPool};
+pub use kv_cache::KvPool;
 pub use options::{EngineOptions, ResultFormat, wire_activation_format};
 pub use sampler::{Sampled, SequenceSampler};
 pub use step::{Engine, MtpInput, StepObserver, StepOutput};

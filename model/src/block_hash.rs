@@ -14,6 +14,24 @@ use crate::ids::TokenId;
 #[repr(transparent)]
 pub struct BlockHash(pub u128);
 
+impl BlockHash {
+    /// What the first block's hash builds on. `salt` separates what must not be shared (tenants, fingerprints).
+    pub fn root(salt: u64) -> Self {
+        Self(u128::from(salt))
+    }
+
+    /// The hash of the block behind this one.
+    #[must_use]
+    pub fn extend(self, block: &[TokenId]) -> Self {
+        let mut hash = Xxh3::new();
+        hash.update(&self.0.to_le_bytes());
+        for token in block {
+            hash.update(&token.0.to_le_bytes());
+        }
+        Self(hash.digest128())
+    }
+}
+
 impl fmt::Display for BlockHash {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:032x}", self.0)
@@ -22,22 +40,17 @@ impl fmt::Display for BlockHash {
 
 /// One hash for each whole block of `tokens`; the partial one at the end has none, as it is still growing.
 ///
-/// `salt` separates what must not be shared (tenants, fingerprints). `block_tokens` of 0 gives no blocks.
+/// `salt` is that of [`BlockHash::root`]. `block_tokens` of 0 gives no blocks.
 pub fn block_hashes(salt: u64, tokens: &[TokenId], block_tokens: usize) -> Vec<BlockHash> {
     if block_tokens == 0 {
         return Vec::new();
     }
-    let mut previous = u128::from(salt);
+    let mut hash = BlockHash::root(salt);
     let blocks = tokens.chunks_exact(block_tokens);
     blocks
         .map(|block| {
-            let mut hash = Xxh3::new();
-            hash.update(&previous.to_le_bytes());
-            for token in block {
-                hash.update(&token.0.to_le_bytes());
-            }
-            previous = hash.digest128();
-            BlockHash(previous)
+            hash = hash.extend(block);
+            hash
         })
         .collect()
 }

@@ -2,6 +2,7 @@
 //! numbers.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
@@ -11,6 +12,8 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
+
+use crate::scheduler::PrefixStats;
 
 /// Upper bounds in seconds: from a short prompt on loopback to a long one behind a queue.
 const BOUNDS_S: [f64; 14] =
@@ -36,8 +39,13 @@ pub struct Metrics {
     pub(crate) active: Gauge,
     /// Prompt tokens queued and not yet computed.
     pub(crate) waiting_tokens: Gauge,
-    /// Blocks that no sequence holds.
+    /// Blocks that no sequence holds, cached ones included.
     pub(crate) blocks_free: Gauge,
+    /// Blocks that no sequence holds and whose KV can still be found.
+    pub(crate) blocks_cached: Gauge,
+    prefix_tokens: Counter,
+    prefix_hit_tokens: Counter,
+    evictions: Counter,
     // These take a lock while they are scraped; they are observed once a request, not once a step.
     queue: Histogram,
     compute: Histogram,
@@ -65,6 +73,10 @@ impl Metrics {
         let tokens = counter("tokens", "Prompt tokens computed");
         let finished = counter("finished", "Requests whose blocks are committed on decode");
         let cancelled = counter("cancelled", "Requests whose stream was dropped");
+        let prefix_tokens = counter("prefix_tokens", "Prompt tokens looked up in the prefix cache");
+        let prefix_hit_tokens =
+            counter("prefix_hit_tokens", "Prompt tokens found in the prefix cache and not computed");
+        let evictions = counter("kv_evictions", "Cached KV blocks that gave way to new ones");
         let mut gauge = |name: &str, help: &str| {
             let gauge: Gauge = Gauge::default();
             registry.register(name, help, gauge.clone());
@@ -73,7 +85,9 @@ impl Metrics {
         let waiting = gauge("waiting", "Prompts waiting for their first chunk");
         let active = gauge("active", "Prompts that hold blocks");
         let waiting_tokens = gauge("waiting_tokens", "Prompt tokens queued and not yet computed");
-        let blocks_free = gauge("kv_blocks_free", "KV blocks that no sequence holds");
+        let blocks_free = gauge("kv_blocks_free", "KV blocks that no sequence holds, cached ones included");
+        let blocks_cached =
+            gauge("kv_blocks_cached", "KV blocks that no sequence holds and that can be found");
         let blocks = gauge("kv_blocks", "KV blocks in the pool");
         blocks.set(as_gauge(kv_blocks));
         blocks_free.set(as_gauge(kv_blocks));
@@ -100,6 +114,10 @@ impl Metrics {
             active,
             waiting_tokens,
             blocks_free,
+            blocks_cached,
+            prefix_tokens,
+            prefix_hit_tokens,
+            evictions,
             queue,
             compute,
             handoff,
@@ -112,6 +130,14 @@ impl Metrics {
     pub(crate) fn first_token(&self, queue: Duration, compute: Duration) {
         self.queue.observe(queue.as_secs_f64());
         self.compute.observe(compute.as_secs_f64());
+    }
+
+    /// Notes what the prefix cache has done since the start.
+    pub(crate) fn prefix(&self, stats: &PrefixStats) {
+        let store = |counter: &Counter, total| counter.inner().store(total, Ordering::Relaxed);
+        store(&self.prefix_tokens, stats.tokens);
+        store(&self.prefix_hit_tokens, stats.hit_tokens);
+        store(&self.evictions, stats.evictions);
     }
 
     /// Notes a commit.

@@ -24,8 +24,9 @@ const EVENTS_MAX: usize = 3;
 pub(crate) enum RequestEvent {
     /// It waits for its first chunk.
     Queued,
-    /// The prompt is computed. `queue`: from arrival to the first chunk; `compute`: from there to the token.
-    FirstToken { token: GeneratedToken, queue: Duration, compute: Duration },
+    /// The prompt is computed. `queue`: from arrival to the first chunk; `compute`: from there to the token;
+    /// `cached_tokens`: how many of the prompt's were found instead of computed.
+    FirstToken { token: GeneratedToken, queue: Duration, compute: Duration, cached_tokens: usize },
     /// Every block is committed on decode; nothing follows. `handoff`: since the first token.
     Done { handoff: Duration },
     /// Never queued; nothing follows.

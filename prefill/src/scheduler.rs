@@ -7,14 +7,17 @@
 //! overtakes a head that lacks blocks, because a stream of short prompts would then hold a long one
 //! off for ever. Blocks stay with a sequence until its hand-off has ended.
 //!
-//! Deliberately absent: clocks, threads, tokio, the engine, and what a prompt's tokens are.
+//! What the prefix cache holds of a prompt is looked up when the prompt is admitted, the latest moment at which it
+//! matters; its chunks begin behind that. A prompt's blocks are findable as soon as the step that fills them has ended.
+//!
+//! Deliberately absent: clocks, threads, tokio, and the engine's step.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
-use engine::BlockAllocator;
-use model::BlockId;
+use engine::{BlockPool, BlockTable, Reservation};
+use model::{BlockId, TokenId};
 use tracing::Span;
 
 /// A sequence within this worker; numbers are never used twice.
@@ -45,8 +48,10 @@ pub struct Arrival {
     pub id: SequenceId,
     /// Its name in the cluster, for spans.
     pub request_id: Arc<str>,
+    /// Whose cached prefixes it may share.
+    pub cache_salt: u64,
     /// Tokens to compute, at least one.
-    pub prompt_tokens: usize,
+    pub prompt: Arc<[TokenId]>,
     /// When nobody wants the answer any more.
     pub deadline: Option<Instant>,
 }
@@ -92,11 +97,22 @@ pub struct Chunk {
     pub last: bool,
 }
 
+/// What the prefix cache has done since the start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PrefixStats {
+    /// Tokens of the prompts that were looked up.
+    pub tokens: u64,
+    /// Those of them that were found.
+    pub hit_tokens: u64,
+    /// Cached blocks that had to go.
+    pub evictions: u64,
+}
+
 /// Sequences with what they wait for.
 #[derive(Debug)]
 pub struct Scheduler {
     limits: Limits,
-    blocks: BlockAllocator,
+    blocks: BlockPool,
     sequences: HashMap<SequenceId, Sequence>,
     /// Not started, in order of arrival.
     waiting: VecDeque<SequenceId>,
@@ -106,15 +122,20 @@ pub struct Scheduler {
     queued_tokens: usize,
     /// Prompt tokens of `waiting` and the rest of `running`.
     uncomputed_tokens: usize,
+    prefix: PrefixStats,
 }
 
 #[derive(Debug)]
 struct Sequence {
-    prompt_tokens: usize,
+    prompt: Arc<[TokenId]>,
+    cache_salt: u64,
+    /// Tokens whose KV is there, found ones included.
     computed: usize,
+    /// Tokens whose KV was found.
+    cached: usize,
     deadline: Option<Instant>,
-    /// Empty while waiting.
-    block_table: Vec<BlockId>,
+    /// `None` while waiting.
+    table: Option<BlockTable>,
     /// Part of the step that is running: its blocks are being written.
     in_step: bool,
     /// Removed during the step; goes when the step ends.
@@ -128,18 +149,20 @@ impl Scheduler {
     pub fn new(limits: Limits) -> Self {
         Self {
             limits,
-            blocks: BlockAllocator::new(limits.kv_blocks),
+            blocks: BlockPool::new(limits.kv_blocks, limits.block_tokens),
             sequences: HashMap::new(),
             waiting: VecDeque::new(),
             running: VecDeque::new(),
             queued_tokens: 0,
             uncomputed_tokens: 0,
+            prefix: PrefixStats::default(),
         }
     }
 
     /// Queues a prompt. `arrival.id` must be new.
     pub fn submit(&mut self, arrival: Arrival) -> Result<(), Refusal> {
-        let Arrival { id, prompt_tokens, .. } = arrival;
+        let Arrival { id, request_id, cache_salt, prompt, deadline } = arrival;
+        let prompt_tokens = prompt.len();
         debug_assert!(!self.sequences.contains_key(&id), "sequence ids are unique");
         if prompt_tokens == 0 {
             return Err(Refusal::Empty);
@@ -156,14 +179,16 @@ impl Scheduler {
         if waiting > 0 && waiting + prompt_tokens > self.limits.queue_tokens_max {
             return Err(Refusal::QueueTokens { waiting });
         }
-        let queued = tracing::info_span!("schedule", hop = 6, request_id = %arrival.request_id);
+        let queued = tracing::info_span!("schedule", hop = 6, %request_id);
         self.sequences.insert(
             id,
             Sequence {
-                prompt_tokens,
+                prompt,
+                cache_salt,
                 computed: 0,
-                deadline: arrival.deadline,
-                block_table: Vec::new(),
+                cached: 0,
+                deadline,
+                table: None,
                 in_step: false,
                 leaving: false,
                 queued: Some(queued),
@@ -197,7 +222,7 @@ impl Scheduler {
             let Some(sequence) = self.sequences.get_mut(&id) else {
                 continue;
             };
-            let remaining = sequence.prompt_tokens - sequence.computed;
+            let remaining = sequence.prompt.len() - sequence.computed;
             let tokens = remaining.min(budget);
             budget -= tokens;
             sequence.in_step = true;
@@ -205,7 +230,8 @@ impl Scheduler {
         }
     }
 
-    /// Ends a step whose KV is computed: prompts move on, and those removed meanwhile go.
+    /// Ends a step whose KV is computed: prompts move on, the blocks that it filled can be found, and sequences that were
+    /// removed meanwhile go.
     pub fn complete(&mut self, step: &[Chunk]) {
         for chunk in step {
             let Some(sequence) = self.sequences.get_mut(&chunk.id) else {
@@ -214,7 +240,10 @@ impl Scheduler {
             sequence.in_step = false;
             sequence.computed += chunk.tokens;
             self.uncomputed_tokens -= chunk.tokens;
-            let computed = sequence.computed == sequence.prompt_tokens;
+            if let Some(table) = &mut sequence.table {
+                self.blocks.commit(table, &sequence.prompt[..sequence.computed]);
+            }
+            let computed = sequence.computed == sequence.prompt.len();
             let leaving = sequence.leaving;
             if computed {
                 self.running.retain(|&id| id != chunk.id);
@@ -249,19 +278,25 @@ impl Scheduler {
         let Some(sequence) = self.sequences.remove(&id) else {
             return;
         };
-        self.uncomputed_tokens -= sequence.prompt_tokens - sequence.computed;
-        if sequence.block_table.is_empty() {
-            self.queued_tokens -= sequence.prompt_tokens;
-            self.waiting.retain(|&waiting| waiting != id);
-        } else {
-            self.blocks.free(&sequence.block_table);
+        self.uncomputed_tokens -= sequence.prompt.len() - sequence.computed;
+        if let Some(table) = sequence.table {
+            self.blocks.release(table);
             self.running.retain(|&running| running != id);
+        } else {
+            self.queued_tokens -= sequence.prompt.len();
+            self.waiting.retain(|&waiting| waiting != id);
         }
     }
 
     /// The blocks of an admitted sequence in order; empty while it waits or when it is unknown.
     pub fn block_table(&self, id: SequenceId) -> &[BlockId] {
-        self.sequences.get(&id).map_or(&[], |sequence| sequence.block_table.as_slice())
+        let table = self.sequences.get(&id).and_then(|sequence| sequence.table.as_ref());
+        table.map_or(&[], BlockTable::blocks)
+    }
+
+    /// Tokens at a prompt's start that were found instead of computed.
+    pub fn cached_tokens(&self, id: SequenceId) -> usize {
+        self.sequences.get(&id).map_or(0, |sequence| sequence.cached)
     }
 
     /// Sequences waiting for their first chunk.
@@ -279,9 +314,19 @@ impl Scheduler {
         self.uncomputed_tokens
     }
 
-    /// Blocks that no sequence holds.
+    /// Blocks that no sequence holds, cached ones included.
     pub fn free_blocks(&self) -> usize {
         self.blocks.free_blocks()
+    }
+
+    /// Blocks that no sequence holds and whose KV can still be found.
+    pub fn cached_blocks(&self) -> usize {
+        self.blocks.cached_blocks()
+    }
+
+    /// What the prefix cache has done since the start.
+    pub fn prefix_stats(&self) -> PrefixStats {
+        PrefixStats { evictions: self.blocks.evictions(), ..self.prefix }
     }
 
     fn blocks_for(&self, tokens: usize) -> usize {
@@ -296,14 +341,27 @@ impl Scheduler {
         if self.active() >= self.limits.active_max {
             return false;
         }
-        let prompt_tokens = self.sequences[&id].prompt_tokens;
-        let Some(block_table) = self.blocks.allocate(self.blocks_for(prompt_tokens)) else {
+        let Some(sequence) = self.sequences.get_mut(&id) else {
             return false;
         };
-        if let Some(sequence) = self.sequences.get_mut(&id) {
-            sequence.block_table = block_table;
-            sequence.queued = None;
-        }
+        let prompt_tokens = sequence.prompt.len();
+        let reserved = self.blocks.reserve(Reservation {
+            salt: sequence.cache_salt,
+            prompt: &sequence.prompt,
+            // The last token is computed in any case: the first token comes from its logits.
+            shared_max: (prompt_tokens - 1) / self.limits.block_tokens,
+            blocks: prompt_tokens.div_ceil(self.limits.block_tokens),
+        });
+        let Some(table) = reserved else {
+            return false;
+        };
+        sequence.cached = table.shared() * self.limits.block_tokens;
+        sequence.computed = sequence.cached;
+        sequence.table = Some(table);
+        sequence.queued = None;
+        self.prefix.tokens += prompt_tokens as u64;
+        self.prefix.hit_tokens += sequence.cached as u64;
+        self.uncomputed_tokens -= sequence.cached;
         self.waiting.pop_front();
         self.queued_tokens -= prompt_tokens;
         self.running.push_back(id);
@@ -312,38 +370,32 @@ impl Scheduler {
 
     /// Panics when the books do not balance. For tests and simulation; costs a walk over everything.
     pub fn check_invariants(&self) {
-        self.blocks.check_invariants();
-        let mut held: Vec<BlockId> = Vec::new();
+        self.blocks.check_invariants(self.sequences.values().filter_map(|sequence| sequence.table.as_ref()));
         for (id, sequence) in &self.sequences {
             let waits = self.waiting.contains(id);
             let runs = self.running.contains(id);
             assert!(!(waits && runs), "{id:?} waits and runs");
-            assert_eq!(waits, sequence.block_table.is_empty(), "{id:?} waits without blocks");
+            assert_eq!(waits, sequence.table.is_none(), "{id:?} waits without blocks");
             assert_eq!(
                 waits || runs,
-                sequence.computed < sequence.prompt_tokens,
+                sequence.computed < sequence.prompt.len(),
                 "{id:?} waits or runs until computed"
             );
             assert!(sequence.in_step || !sequence.leaving, "{id:?} leaves only after a step");
-            if !waits {
-                assert_eq!(
-                    sequence.block_table.len(),
-                    self.blocks_for(sequence.prompt_tokens),
-                    "{id:?} holds its whole prompt's blocks"
-                );
+            if let Some(table) = &sequence.table {
+                let blocks = self.blocks_for(sequence.prompt.len());
+                assert_eq!(table.blocks().len(), blocks, "{id:?} holds its whole prompt's blocks");
+                let shared = table.shared() * self.limits.block_tokens;
+                assert_eq!(sequence.cached, shared, "{id:?} skips what it found");
+                assert!(shared <= sequence.computed, "{id:?} starts behind what it found");
+                assert!(shared < sequence.prompt.len(), "{id:?} computes its last token");
             }
-            held.extend(&sequence.block_table);
         }
-        let count = held.len();
-        held.sort();
-        held.dedup();
-        assert_eq!(held.len(), count, "a block has two owners");
-        assert_eq!(count + self.free_blocks(), self.limits.kv_blocks, "blocks leaked");
         assert!(self.waiting.len() <= self.limits.queue_requests_max);
         assert!(self.active() <= self.limits.active_max);
         let tokens = |ids: &VecDeque<SequenceId>| -> usize {
             let sequences = ids.iter().map(|id| &self.sequences[id]);
-            sequences.map(|s| s.prompt_tokens - s.computed).sum()
+            sequences.map(|s| s.prompt.len() - s.computed).sum()
         };
         assert_eq!(self.queued_tokens, tokens(&self.waiting));
         assert_eq!(self.uncomputed_tokens, tokens(&self.waiting) + tokens(&self.running));

@@ -98,12 +98,14 @@ impl Stream for EventStream {
 /// One event as the router reads it.
 fn to_wire(event: RequestEvent) -> Result<v1::PrefillEvent, Status> {
     let event = match event {
-        RequestEvent::FirstToken { token, queue, compute } => Event::FirstToken(v1::FirstToken {
-            token: Some(token),
-            queue_us: micros(queue),
-            compute_us: micros(compute),
-            cached_tokens: 0,
-        }),
+        RequestEvent::FirstToken { token, queue, compute, cached_tokens } => {
+            Event::FirstToken(v1::FirstToken {
+                token: Some(token),
+                queue_us: micros(queue),
+                compute_us: micros(compute),
+                cached_tokens: u32::try_from(cached_tokens).unwrap_or(u32::MAX),
+            })
+        }
         RequestEvent::Done { handoff } => Event::Done(v1::PrefillDone { handoff_us: micros(handoff) }),
         RequestEvent::Refused(refusal) => return Err(refusal.into()),
         RequestEvent::Failed(failure) => return Err(failure.into()),

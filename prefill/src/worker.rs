@@ -171,7 +171,8 @@ impl Worker {
         self.scheduler.submit(Arrival {
             id,
             request_id: Arc::clone(&checked.request_id),
-            prompt_tokens: checked.sequence.prompt.len(),
+            cache_salt: checked.sequence.cache_salt,
+            prompt: Arc::from(checked.sequence.prompt.as_slice()),
             deadline: checked.deadline,
         })?;
         self.handoff.begin(id, &checked.request_id, &checked.ticket, now).map_err(|error| {
@@ -272,7 +273,8 @@ impl Worker {
         self.metrics.first_token(queue, compute);
         self.handoff.finish(id, sampled.token, now);
         let token = to_wire(sampled, request.checked.sequence.sampling.logprobs.is_some());
-        request.outbox.send(RequestEvent::FirstToken { token, queue, compute });
+        let cached_tokens = self.scheduler.cached_tokens(id);
+        request.outbox.send(RequestEvent::FirstToken { token, queue, compute, cached_tokens });
     }
 
     /// The rows of a failed step are unusable, those of its own sequences only: they go, the worker stays.
@@ -313,6 +315,8 @@ impl Worker {
         self.metrics.active.set(as_gauge(self.scheduler.active()));
         self.metrics.waiting_tokens.set(as_gauge(self.scheduler.uncomputed_tokens()));
         self.metrics.blocks_free.set(as_gauge(self.scheduler.free_blocks()));
+        self.metrics.blocks_cached.set(as_gauge(self.scheduler.cached_blocks()));
+        self.metrics.prefix(&self.scheduler.prefix_stats());
     }
 }
 

@@ -56,6 +56,42 @@ async fn decode_gets_the_same_bytes_whatever_the_chunks_and_the_company() {
     }
 }
 
+/// What prefill knows it does not compute; what decode has it does not push; what is missing there is pushed, computed
+/// now or before.
+#[tokio::test]
+async fn a_cached_prefix_is_pushed_where_it_is_missing_and_nowhere_else() {
+    for (prompt_tokens, step_tokens_max) in [(200, 64), (200, 7), (192, 256), (65, 30)] {
+        let mut scene = Scene::new(chunks_of(step_tokens_max)).await;
+        let sequence = sequence(&scene.oracle, 3, prompt_tokens);
+        let (rows, expected) = scene.expected(&sequence);
+        let blocks = prompt_tokens.div_ceil(BLOCK_TOKENS);
+        // Cold; decode without anything, with some of it, and with every full block.
+        let full = prompt_tokens / BLOCK_TOKENS;
+        for (nth, first_block) in [0, 0, 1, full].into_iter().enumerate() {
+            let case =
+                format!("prompt of {prompt_tokens} in chunks of {step_tokens_max}, decode has {first_block}");
+            let first = scene.complete_from(&sequence, first_block).await;
+            let cached = if nth == 0 { 0 } else { (prompt_tokens - 1) / BLOCK_TOKENS * BLOCK_TOKENS };
+            assert_eq!(first.cached_tokens as usize, cached, "{case}");
+            let token = first.token.expect("a token");
+            assert_eq!(token.token_id, expected.token.0, "{case}");
+            assert_eq!(token.logprob.map(f32::to_bits), Some(expected.logprob.to_bits()), "{case}");
+            let wanted = |(&(block, layer), row): (&(u32, u32), &Vec<u8>)| {
+                (block as usize >= first_block).then(|| ((block, layer), row.clone()))
+            };
+            let wanted: support::Rows = rows.iter().filter_map(wanted).collect();
+            assert!(first_block < blocks || wanted.is_empty());
+            assert!(scene.decode.rows(nth) == &wanted, "{case}: other KV");
+        }
+        let mut stranger = sequence.clone();
+        stranger.cache_salt = 1;
+        assert_eq!(scene.complete_from(&stranger, 0).await.cached_tokens, 0, "another tenant's");
+        assert_pool_is_free(&mut scene).await;
+        let text = scene.handle.metrics_text();
+        assert!(text.lines().any(|line| line.starts_with("prefill_kv_evictions_total ")), "{text}");
+    }
+}
+
 #[tokio::test]
 async fn a_dropped_stream_gives_its_blocks_back() {
     let mut scene = Scene::new(chunks_of(16)).await;

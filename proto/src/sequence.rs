@@ -37,6 +37,8 @@ pub struct Sequence {
     pub deadline: Option<Duration>,
     /// What the router expects the worker to be.
     pub fingerprint: ExecutionFingerprint,
+    /// Prefix caches share KV among sequences of one salt only. The router's word: it is derived from who asks.
+    pub cache_salt: u64,
 }
 
 /// What the served model allows.
@@ -78,6 +80,7 @@ impl Sequence {
             choice: wire.choice,
             deadline,
             fingerprint: fingerprint::from_wire(fingerprint).map_err(|error| error.within("fingerprint"))?,
+            cache_salt: wire.cache_salt,
         })
     }
 
@@ -94,6 +97,7 @@ impl Sequence {
                 .deadline
                 .map_or(0, |left| u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1)),
             fingerprint: Some(fingerprint::to_wire(&self.fingerprint)),
+            cache_salt: self.cache_salt,
         }
     }
 }

@@ -61,6 +61,8 @@ pub(crate) struct RequestContext {
     pub trace: TraceContext,
     /// When the request's head was read.
     pub received: Instant,
+    /// Whose cached prefixes it may share; 0 where nobody has to say who they are.
+    pub cache_salt: u64,
 }
 
 /// Longest request id we echo, characters.
@@ -80,6 +82,6 @@ impl RequestContext {
             Some(clients) => clients.child(),
             None => TraceContext::root(),
         };
-        Self { door, request_id, trace, received: Instant::now() }
+        Self { door, request_id, trace, received: Instant::now(), cache_salt: 0 }
     }
 }

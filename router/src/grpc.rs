@@ -51,12 +51,11 @@ pub(crate) async fn router(service: Arc<Service>) -> Result<tonic::transport::se
     let keys = Arc::new(ApiKeys::new(&service.config.api_keys_sha256));
     let bytes_max = service.config.body_bytes_max;
     let inference = InferenceServer::new(InferenceService { service }).max_decoding_message_size(bytes_max);
-    let require_key = move |request: Request<()>| {
+    let require_key = move |mut request: Request<()>| {
         let authorization = request.metadata().get("authorization").map(|value| value.as_encoded_bytes());
-        match keys.accept(authorization) {
-            true => Ok(request),
-            false => Err(errors::status(&RequestError::Unauthorized)),
-        }
+        let salt = keys.accept(authorization).ok_or_else(|| errors::status(&RequestError::Unauthorized))?;
+        request.extensions_mut().insert(CacheSalt(salt));
+        Ok(request)
     };
     Ok(tonic::transport::Server::builder()
         .add_service(InterceptedService::new(inference, require_key))
@@ -94,6 +93,10 @@ async fn set_health(reporter: &HealthReporter, status: ServingStatus) {
     reporter.set_service_status(SERVICE, status).await;
 }
 
+/// What the key's check learns of the tenant, on its way to the call.
+#[derive(Clone, Copy)]
+struct CacheSalt(u64);
+
 struct InferenceService {
     service: Arc<Service>,
 }
@@ -108,8 +111,11 @@ impl Inference for InferenceService {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        let (metadata, _, request) = request.into_parts();
-        let context = context(&metadata, &request.request_id);
+        let (metadata, extensions, request) = request.into_parts();
+        let mut context = context(&metadata, &request.request_id);
+        if let Some(&CacheSalt(salt)) = extensions.get() {
+            context.cache_salt = salt;
+        }
         let request_id = context.request_id.clone();
         let span = info_span!("grpc", hop = 1, %request_id, trace_id = %context.trace.trace_id());
         let session =

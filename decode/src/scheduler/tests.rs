@@ -20,8 +20,10 @@ fn rule(max_tokens: u32) -> FinishRule {
     FinishRule::new(&stopping, &[EOS])
 }
 
+/// Prompts of one tenant begin alike.
 fn admission(prompt_tokens: usize, max_tokens: u32) -> Admission {
-    Admission { prompt_tokens, rule: rule(max_tokens), deadline: None }
+    let prompt = (0..prompt_tokens as u32).map(|token| TokenId(200 + token)).collect();
+    Admission { prompt, cache_salt: 0, rule: rule(max_tokens), deadline: None }
 }
 
 /// A scheduler with `count` running sequences of one block each.
@@ -156,10 +158,57 @@ fn a_finished_sequence_holds_its_blocks_until_its_ticket_can_be_revoked() {
     assert_eq!(scheduler.free_blocks(), LIMITS.kv_blocks);
 }
 
+#[test]
+fn the_next_turn_finds_what_the_last_one_left() {
+    let now = Instant::now();
+    let mut scheduler = Scheduler::new(LIMITS);
+    // Six tokens and six more, of which the last has no row: eleven rows are two blocks and a bit.
+    let first = scheduler.admit(admission(6, 6)).expect("room");
+    scheduler.apply(first, Event::HandedOff(WORD), now);
+    let mut turn = admission(6, 1);
+    turn.prompt.push(WORD);
+    for token in 60..65 {
+        scheduler.apply(first, Event::Sampled(TokenId(token)), now);
+        turn.prompt.push(TokenId(token));
+    }
+    turn.prompt.extend([TokenId(70), TokenId(71)]);
+    end_of(&mut scheduler, first);
+    assert_eq!((scheduler.free_blocks(), scheduler.cached_blocks()), (LIMITS.kv_blocks, 2));
+    let other = Admission { cache_salt: 1, ..turn.clone() };
+    let second = scheduler.admit(turn).expect("room");
+    assert_eq!(scheduler.sequence(second).map(Sequence::shared_blocks), Some(2));
+    let other = scheduler.admit(other).expect("room");
+    assert_eq!(scheduler.sequence(other).map(Sequence::shared_blocks), Some(0), "another tenant");
+    scheduler.check_invariants();
+    let stats = scheduler.prefix_stats();
+    assert_eq!((stats.tokens, stats.hit_tokens), (6 + 14 + 14, 8));
+}
+
+#[test]
+fn a_prompt_of_full_blocks_is_shared_to_its_end_and_not_before_it_is_here() {
+    let now = Instant::now();
+    let mut scheduler = Scheduler::new(LIMITS);
+    let shared = |scheduler: &Scheduler, id| scheduler.sequence(id).map(Sequence::shared_blocks);
+    let one = scheduler.admit(admission(8, 4)).expect("room");
+    let two = scheduler.admit(admission(8, 4)).expect("room");
+    assert_eq!(shared(&scheduler, two), Some(0), "its KV is on the way");
+    scheduler.apply(one, Event::HandedOff(WORD), now);
+    let three = scheduler.admit(admission(8, 4)).expect("room");
+    assert_eq!(shared(&scheduler, three), Some(2));
+    scheduler.apply(two, Event::HandedOff(WORD), now);
+    scheduler.apply(three, Event::HandedOff(WORD), now);
+    scheduler.check_invariants();
+    assert_eq!(
+        scheduler.free_blocks(),
+        LIMITS.kv_blocks - 2 - 3,
+        "one copy of the prompt, three completions"
+    );
+}
+
 /// One step of a random life. `usize` picks among the sequences that exist.
 #[derive(Clone, Debug)]
 enum Op {
-    Admit { prompt_tokens: usize, max_tokens: u32, deadline_ms: Option<u64> },
+    Admit { tenant: u64, prompt_tokens: usize, max_tokens: u32, deadline_ms: Option<u64> },
     HandOff(usize, TokenId),
     Step(TokenId),
     Reader(usize, bool),
@@ -174,8 +223,11 @@ enum Op {
 fn op() -> impl Strategy<Value = Op> {
     let token = prop_oneof![1 => Just(EOS), 9 => (2u32..100).prop_map(TokenId)];
     prop_oneof![
-        6 => (1usize..20, 1u32..12, prop::option::of(1u64..300))
-            .prop_map(|(prompt_tokens, max_tokens, deadline_ms)| Op::Admit { prompt_tokens, max_tokens, deadline_ms }),
+        6 => (0u64..2, 1usize..20, 1u32..12, prop::option::of(1u64..300)).prop_map(
+            |(tenant, prompt_tokens, max_tokens, deadline_ms)| {
+                Op::Admit { tenant, prompt_tokens, max_tokens, deadline_ms }
+            }
+        ),
         6 => (any::<usize>(), token.clone()).prop_map(|(at, token)| Op::HandOff(at, token)),
         8 => token.prop_map(Op::Step),
         3 => (any::<usize>(), any::<bool>()).prop_map(|(at, full)| Op::Reader(at, full)),
@@ -213,9 +265,10 @@ impl World {
 
     fn run(&mut self, op: Op) {
         match op {
-            Op::Admit { prompt_tokens, max_tokens, deadline_ms } => {
+            Op::Admit { tenant, prompt_tokens, max_tokens, deadline_ms } => {
                 let deadline = deadline_ms.map(|ms| self.now + Duration::from_millis(ms));
-                let admission = Admission { deadline, ..admission(prompt_tokens, max_tokens) };
+                let admission =
+                    Admission { cache_salt: tenant, deadline, ..admission(prompt_tokens, max_tokens) };
                 if let Ok(id) = self.scheduler.admit(admission) {
                     self.admitted += 1;
                     self.alive.push(id);

@@ -201,6 +201,42 @@ fn a_handed_off_batch_gives_the_bits_of_single_runs() {
 }
 
 #[test]
+fn the_next_turn_takes_only_what_is_missing_and_gives_the_same_bits() {
+    let mut rig = Rig::new();
+    let mut oracle = engine();
+    // 70 rows and 79 more are two full blocks; the third turn's prompt ends with a block, and all of it is here.
+    let mut sequence = request(&oracle, 21, 70, 80);
+    let mut known = 0;
+    for (turn, extra, expect_first_block) in [(0, 10, 0), (1, 10, 2), (2, 0, 4)] {
+        let expect = single_run(&mut oracle, &sequence);
+        let (mut inbox, ticket) = rig.reserve(&sequence, 128);
+        assert_eq!(
+            (ticket.first_block, known),
+            (expect_first_block, expect_first_block as usize),
+            "turn {turn}"
+        );
+        rig.prefill.push(&sequence, ticket);
+        rig.rounds_until_empty();
+        let (tokens, end) = drain(&mut inbox);
+        assert!(matches!(end, SequenceEvent::Finished { finish: Finish::Length, .. }), "{end:?}");
+        assert_same_bits(&tokens, &expect[1..]);
+        sequence.prompt.extend(expect.iter().map(|sampled| sampled.token));
+        known = (sequence.prompt.len() - 1) / 64;
+        sequence.prompt.extend((0..extra).map(|at| TokenId(3 + at)));
+        if turn == 1 {
+            sequence.prompt.truncate(256);
+        }
+        sequence.stopping.max_tokens = if turn == 0 { 110 } else { 20 };
+    }
+    let committed = rig.prefill.events(3);
+    assert!(committed.iter().all(|event| matches!(event, SenderEvent::Committed { .. })), "{committed:?}");
+    assert_eq!(
+        rig.worker.metrics.text().lines().find(|line| line.starts_with("decode_prefix_hit_tokens_total")),
+        Some("decode_prefix_hit_tokens_total 384")
+    );
+}
+
+#[test]
 fn the_first_token_may_end_the_sequence() {
     let mut rig = Rig::new();
     let sequence = request(&rig.prefill.engine, 1, 10, 1);

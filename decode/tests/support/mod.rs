@@ -59,6 +59,7 @@ pub fn request(engine: &Engine, seed: u64, prompt_tokens: usize, max_tokens: u32
         choice: 0,
         deadline: None,
         fingerprint: engine.fingerprint().clone(),
+        cache_salt: 0,
     }
 }
 
@@ -107,22 +108,25 @@ impl Prefill {
         first
     }
 
-    /// Queues the first `prompt_tokens` rows of the pool for `ticket`, whatever they hold.
+    /// Queues those of the first `prompt_tokens` rows of the pool that `ticket` asks for, whatever they hold.
     pub fn push_blocks(&mut self, prompt_tokens: usize, ticket: KvTicket, first: TokenId) {
         let layout = self.engine.kv_layout().clone();
         let count = layout.blocks_for(prompt_tokens);
         let last_rows = prompt_tokens - (count - 1) * layout.block_tokens;
+        let first_block = ticket.first_block;
         let transfer = self.sender.begin(ticket, Instant::now()).expect("the ticket is live");
         for layer in 0..layout.layers {
-            let pieces: Vec<&[u8]> = (0..count)
+            let pieces: Vec<&[u8]> = (first_block as usize..count)
                 .map(|block| {
                     let rows = if block + 1 == count { last_rows } else { layout.block_tokens };
                     &self.engine.kv().block_layer(BlockId(block as u32), layer)[..rows * layout.row_bytes()]
                 })
                 .collect();
-            offer(&mut self.sender, &mut self.events, |sender| {
-                sender.push_blocks(transfer, layer as u32, 0, &pieces, last_rows as u32)
-            });
+            if !pieces.is_empty() {
+                offer(&mut self.sender, &mut self.events, |sender| {
+                    sender.push_blocks(transfer, layer as u32, first_block, &pieces, last_rows as u32)
+                });
+            }
         }
         offer(&mut self.sender, &mut self.events, |sender| sender.finish(transfer, first));
     }

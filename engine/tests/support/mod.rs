@@ -4,8 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use engine::{
-    BlockAllocator, Engine, EngineOptions, ExpertBank, LocalExperts, LogitsWanted, MtpInput, SequenceInput,
-    StepObserver,
+    BlockPool, BlockTable, Engine, EngineOptions, ExpertBank, LocalExperts, LogitsWanted, MtpInput,
+    Reservation, SequenceInput, StepObserver,
 };
 use model::{BlockId, Checkpoint, KvFormat, Numerics, TokenId};
 use safetensors::SafeTensors;
@@ -82,10 +82,10 @@ impl Setup {
     }
 }
 
-/// An engine with its experts in process and a block allocator.
+/// An engine with its experts in process, and who holds its blocks.
 pub struct Bench {
     pub engine: Engine,
-    pub allocator: BlockAllocator,
+    pub pool: BlockPool,
     pub has_mtp: bool,
 }
 
@@ -93,6 +93,7 @@ pub struct Bench {
 pub struct Sequence {
     pub tokens: Vec<TokenId>,
     pub blocks: Vec<BlockId>,
+    table: BlockTable,
 }
 
 /// What a run gave, for every row.
@@ -118,7 +119,8 @@ impl Bench {
         };
         let experts = Box::new(LocalExperts::new(bank));
         let engine = Engine::load(&checkpoint, &options, experts, &mut |_, _| {}).expect("the engine loads");
-        Self { engine, allocator: BlockAllocator::new(options.kv_blocks_max), has_mtp }
+        let pool = BlockPool::new(options.kv_blocks_max, engine.kv_layout().block_tokens);
+        Self { engine, pool, has_mtp }
     }
 
     pub fn vocab(&self) -> usize {
@@ -128,12 +130,13 @@ impl Bench {
     /// A sequence that has room for `extra` tokens more.
     pub fn sequence(&mut self, tokens: &[TokenId], extra: usize) -> Sequence {
         let blocks = self.engine.kv_layout().blocks_for(tokens.len() + extra);
-        let blocks = self.allocator.allocate(blocks).expect("the test pool is large enough");
-        Sequence { tokens: tokens.to_vec(), blocks }
+        let reservation = Reservation { salt: 0, prompt: &[], shared_max: 0, blocks };
+        let table = self.pool.reserve(reservation).expect("the test pool is large enough");
+        Sequence { tokens: tokens.to_vec(), blocks: table.blocks().to_vec(), table }
     }
 
     pub fn release(&mut self, sequence: Sequence) {
-        self.allocator.free(&sequence.blocks);
+        self.pool.release(sequence.table);
     }
 
     /// Runs all tokens of a sequence in chunks, logits for every row.

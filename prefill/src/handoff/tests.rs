@@ -87,7 +87,13 @@ impl Scene {
         });
         let id = SequenceId(0);
         scheduler
-            .submit(Arrival { id, request_id: "request".into(), prompt_tokens, deadline: None })
+            .submit(Arrival {
+                id,
+                request_id: "request".into(),
+                cache_salt: 0,
+                prompt: (0..prompt_tokens as u32).map(TokenId).collect(),
+                deadline: None,
+            })
             .expect("room");
         let mut handoff = Handoff::new(Sender::new(ours), &layout);
         handoff.begin(id, "request", &ticket, now).expect("begun");

@@ -45,6 +45,7 @@ fn request() -> v1::PrefillRequest {
         choice: 0,
         deadline: Some(Duration::from_secs(3)),
         fingerprint: fingerprint(),
+        cache_salt: 0,
     };
     let ticket = KvTicket {
         worker_id: "decode-0".to_owned(),

@@ -14,14 +14,23 @@ const LIMITS: Limits = Limits {
     kv_blocks: 12,
 };
 
+/// A prompt whose tokens are its own.
 fn arrival(id: u64, prompt_tokens: usize) -> Arrival {
-    Arrival { id: SequenceId(id), request_id: format!("request-{id}").into(), prompt_tokens, deadline: None }
+    prompt(id, (0..prompt_tokens as u32).map(|token| TokenId(1000 * (1 + id as u32) + token)).collect())
+}
+
+fn prompt(id: u64, prompt: Vec<TokenId>) -> Arrival {
+    let request_id = format!("request-{id}").into();
+    Arrival { id: SequenceId(id), request_id, cache_salt: 0, prompt: prompt.into(), deadline: None }
 }
 
 /// What can happen to a scheduler, in any order.
 #[derive(Debug, Clone)]
 enum Event {
     Submit {
+        /// Prompts of one tenant and family begin alike.
+        tenant: u64,
+        family: u32,
         prompt_tokens: usize,
         deadline_ms: Option<u64>,
     },
@@ -37,8 +46,11 @@ enum Event {
 
 fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
-        3 => (0usize..900, prop::option::of(0u64..60))
-            .prop_map(|(prompt_tokens, deadline_ms)| Event::Submit { prompt_tokens, deadline_ms }),
+        3 => (0u64..2, 0u32..3, 0usize..900, prop::option::of(0u64..60)).prop_map(
+            |(tenant, family, prompt_tokens, deadline_ms)| {
+                Event::Submit { tenant, family, prompt_tokens, deadline_ms }
+            }
+        ),
         6 => Just(Event::Step),
         1 => Just(Event::StepFails),
         3 => any::<prop::sample::Index>().prop_map(Event::Remove),
@@ -53,6 +65,9 @@ struct World {
     now: Instant,
     /// Prompt length and tokens computed of each sequence that is still in.
     known: HashMap<SequenceId, (usize, usize)>,
+    /// The longest prompts computed, by tenant and family: nothing beyond can be cached.
+    computed: HashMap<(u64, u32), usize>,
+    families: HashMap<SequenceId, (u64, u32)>,
     submitted: Vec<SequenceId>,
     started: Vec<SequenceId>,
 }
@@ -64,6 +79,8 @@ impl World {
             step: Vec::new(),
             now: Instant::now(),
             known: HashMap::new(),
+            computed: HashMap::new(),
+            families: HashMap::new(),
             submitted: Vec::new(),
             started: Vec::new(),
         }
@@ -71,13 +88,17 @@ impl World {
 
     fn apply(&mut self, event: Event) {
         match event {
-            Event::Submit { prompt_tokens, deadline_ms } => self.submit(prompt_tokens, deadline_ms),
+            Event::Submit { tenant, family, prompt_tokens, deadline_ms } => {
+                self.submit((tenant, family), prompt_tokens, deadline_ms);
+            }
             Event::Step if self.step.is_empty() => self.form_step(),
             Event::Step => {
                 for chunk in self.step.drain(..).collect::<Vec<_>>() {
                     if let Some((_, computed)) = self.known.get_mut(&chunk.id) {
                         *computed += chunk.tokens;
                     }
+                    let longest = self.computed.entry(self.families[&chunk.id]).or_default();
+                    *longest = (*longest).max(chunk.start + chunk.tokens);
                     self.scheduler.complete(&[chunk]);
                 }
             }
@@ -101,9 +122,11 @@ impl World {
         }
     }
 
-    fn submit(&mut self, prompt_tokens: usize, deadline_ms: Option<u64>) {
+    fn submit(&mut self, family: (u64, u32), prompt_tokens: usize, deadline_ms: Option<u64>) {
         let id = SequenceId(self.submitted.len() as u64);
-        let mut arrival = arrival(id.0, prompt_tokens);
+        let tokens = (0..prompt_tokens as u32).map(|token| TokenId(1000 * family.1 + token));
+        let mut arrival = Arrival { cache_salt: family.0, ..prompt(id.0, tokens.collect()) };
+        self.families.insert(id, family);
         arrival.deadline = deadline_ms.map(|ms| self.now + Duration::from_millis(ms));
         let outcome = self.scheduler.submit(arrival);
         self.submitted.push(id);
@@ -122,11 +145,18 @@ impl World {
         let tokens: usize = self.step.iter().map(|chunk| chunk.tokens).sum();
         assert!(tokens <= LIMITS.step_tokens_max);
         for chunk in &self.step {
-            let (prompt_tokens, computed) = self.known[&chunk.id];
+            let cached = self.scheduler.cached_tokens(chunk.id);
+            let longest = self.computed.get(&self.families[&chunk.id]).copied().unwrap_or(0);
+            assert!(cached <= longest, "{cached} tokens found, {longest} computed");
+            let (prompt_tokens, computed) = self.known.get_mut(&chunk.id).expect("known");
+            let first = *computed == 0;
+            if first {
+                *computed = cached;
+            }
             assert!(chunk.tokens > 0);
-            assert_eq!(chunk.start, computed, "each token is computed once, in order");
-            assert_eq!(chunk.last, chunk.start + chunk.tokens == prompt_tokens);
-            if chunk.start == 0 {
+            assert_eq!(chunk.start, *computed, "each token is computed once, in order");
+            assert_eq!(chunk.last, chunk.start + chunk.tokens == *prompt_tokens);
+            if first {
                 let earlier = self.started.last().is_some_and(|&id| id > chunk.id);
                 assert!(!earlier, "first chunks come in order of arrival");
                 self.started.push(chunk.id);
@@ -230,4 +260,33 @@ fn bounds_refuse_with_their_reason() {
     }
     let full = Refusal::QueueRequests { waiting: 6 };
     assert_eq!(scheduler.submit(arrival(9, 1)), Err(full));
+}
+
+#[test]
+fn a_cached_prefix_is_not_computed_again() {
+    let mut scheduler = Scheduler::new(LIMITS);
+    let tokens: Vec<TokenId> = (0..130).map(TokenId).collect();
+    let mut ask = |id, tokens: &[TokenId], salt| {
+        scheduler.submit(Arrival { cache_salt: salt, ..prompt(id, tokens.to_vec()) }).expect("room");
+        let mut chunks = Vec::new();
+        loop {
+            let step = step_of(&mut scheduler);
+            if step.is_empty() {
+                break;
+            }
+            chunks.extend(step.iter().map(|&(_, start, tokens, _)| (start, tokens)));
+        }
+        let cached = scheduler.cached_tokens(SequenceId(id));
+        scheduler.check_invariants();
+        scheduler.remove(SequenceId(id));
+        assert_eq!(scheduler.free_blocks(), LIMITS.kv_blocks, "cached blocks are free");
+        (cached, chunks)
+    };
+    assert_eq!(ask(0, &tokens, 0), (0, vec![(0, 100), (100, 30)]));
+    assert_eq!(ask(1, &tokens, 0), (128, vec![(128, 2)]));
+    assert_eq!(ask(2, &tokens[..128], 0), (64, vec![(64, 64)]), "the last token is always computed");
+    assert_eq!(ask(3, &tokens[..64], 0), (0, vec![(0, 64)]));
+    assert_eq!(ask(4, &tokens, 1), (0, vec![(0, 100), (100, 30)]), "another tenant's");
+    let stats = scheduler.prefix_stats();
+    assert_eq!((stats.tokens, stats.hit_tokens, stats.evictions), (130 * 3 + 128 + 64, 192, 0));
 }

@@ -162,9 +162,24 @@ impl Scene {
         tokens
     }
 
+    /// Runs a request whose blocks before `first_block` decode has already; the first token with what is said of it.
+    pub async fn complete_from(&mut self, sequence: &Sequence, first_block: usize) -> v1::FirstToken {
+        let ticket = self.decode.ticket_from(first_block, sequence.prompt.len());
+        let request =
+            v1::PrefillRequest { sequence: Some(sequence.to_wire()), ticket: Some(ticket.to_wire()) };
+        let mut stream = self.send(request).await.expect("queued");
+        let first = self.first(&mut stream).await;
+        self.done(&mut stream).await;
+        first
+    }
+
     pub async fn first_token(&mut self, stream: &mut Streaming<v1::PrefillEvent>) -> v1::GeneratedToken {
+        self.first(stream).await.token.expect("a token")
+    }
+
+    async fn first(&mut self, stream: &mut Streaming<v1::PrefillEvent>) -> v1::FirstToken {
         match self.next(stream).await.expect("an event").expect("not the end") {
-            Event::FirstToken(first) => first.token.expect("a token"),
+            Event::FirstToken(first) => first,
             other => panic!("{other:?}"),
         }
     }
@@ -250,7 +265,12 @@ impl Decode {
     }
 
     pub fn ticket(&mut self, prompt_tokens: usize) -> KvTicket {
-        let reservation = Reservation { first_block: 0, prompt_tokens };
+        self.ticket_from(0, prompt_tokens)
+    }
+
+    /// A ticket for what is missing behind `first_block` blocks.
+    pub fn ticket_from(&mut self, first_block: usize, prompt_tokens: usize) -> KvTicket {
+        let reservation = Reservation { first_block, prompt_tokens };
         let ticket = self.receiver.issue(reservation, Instant::now()).expect("a ticket");
         self.issued.push(ticket.ticket_id);
         ticket
@@ -258,7 +278,8 @@ impl Decode {
 
     /// What arrived for the `nth` ticket issued.
     pub fn rows(&self, nth: usize) -> &Rows {
-        &self.arrived.0[&self.issued[nth]]
+        static NONE: Rows = Rows::new();
+        self.arrived.0.get(&self.issued[nth]).unwrap_or(&NONE)
     }
 
     pub fn first_token(&self, nth: usize) -> TokenId {
@@ -311,5 +332,6 @@ pub fn sequence(engine: &Engine, seed: u64, prompt_tokens: usize) -> Sequence {
         choice: 0,
         deadline: None,
         fingerprint: engine.fingerprint().clone(),
+        cache_salt: 0,
     }
 }

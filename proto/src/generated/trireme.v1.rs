@@ -862,6 +862,9 @@ pub struct SequenceRequest {
     pub deadline_ms: u64,
     #[prost(message, optional, tag = "8")]
     pub fingerprint: ::core::option::Option<Fingerprint>,
+    /// Prefix caches share KV among requests of one salt only. The router derives it from who asks.
+    #[prost(fixed64, tag = "9")]
+    pub cache_salt: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PrefillRequest {

@@ -34,6 +34,7 @@ fn sequence() -> Sequence {
             backend: "cpu/avx2".to_owned(),
             arithmetic_revision: 1,
         },
+        cache_salt: 1 << 63,
     }
 }
 

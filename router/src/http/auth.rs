@@ -1,4 +1,7 @@
 //! API keys: the configuration holds only their SHA-256, and comparing takes the same time whatever matches.
+//!
+//! A key is a tenant, and tenants share no cached prefix: how fast an answer begins would tell one of them what
+//! another one has asked. The salt that keeps them apart follows from the key here, never from what a request says.
 
 use std::sync::Arc;
 
@@ -11,6 +14,12 @@ use subtle::{Choice, ConstantTimeEq};
 
 use super::errors::ApiError;
 use crate::error::RequestError;
+use crate::generate::RequestContext;
+
+/// Keeps salts apart from everything else that is ever made of a key's hash.
+const SALT_DOMAIN: &[u8] = b"trireme prefix cache salt v1";
+/// Of everybody, where no key is asked for.
+const SHARED_SALT: u64 = 0;
 
 /// The accepted keys, hashed.
 pub(crate) struct ApiKeys {
@@ -23,10 +32,11 @@ impl ApiKeys {
         Self { hashes: hashes_hex.iter().filter_map(|hex| decode_hex(hex)).collect() }
     }
 
-    /// Whether `authorization` (the header's value) holds an accepted key, or none is asked for.
-    pub fn accept(&self, authorization: Option<&[u8]>) -> bool {
+    /// The prefix cache's salt of who sends `authorization` (the header's value). `None` where it holds no accepted key
+    /// and one is asked for.
+    pub fn accept(&self, authorization: Option<&[u8]>) -> Option<u64> {
         if self.hashes.is_empty() {
-            return true;
+            return Some(SHARED_SALT);
         }
         let key = authorization
             .and_then(|value| value.split_at_checked(7))
@@ -34,16 +44,29 @@ impl ApiKeys {
         let hash = Sha256::digest(key.unwrap_or_default());
         // Every hash is compared, so that the time says nothing about which one matched.
         let any = self.hashes.iter().fold(Choice::from(0), |any, known| any | known.ct_eq(hash.as_slice()));
-        key.is_some() && bool::from(any)
+        (key.is_some() && bool::from(any)).then(|| salt(&hash))
     }
 }
 
-pub(super) async fn require_key(State(keys): State<Arc<ApiKeys>>, request: Request, next: Next) -> Response {
+/// A tenant's salt: the same at every router, and nothing to be learnt from it about the key.
+fn salt(key_hash: &[u8]) -> u64 {
+    let digest = Sha256::new().chain_update(SALT_DOMAIN).chain_update(key_hash).finalize();
+    digest.iter().take(8).fold(0, |salt, &byte| salt << 8 | u64::from(byte))
+}
+
+pub(super) async fn require_key(
+    State(keys): State<Arc<ApiKeys>>,
+    mut request: Request,
+    next: Next,
+) -> Response {
     let authorization = request.headers().get(header::AUTHORIZATION).map(|value| value.as_bytes());
-    match keys.accept(authorization) {
-        true => next.run(request).await,
-        false => ApiError(RequestError::Unauthorized).into_response(),
+    let Some(cache_salt) = keys.accept(authorization) else {
+        return ApiError(RequestError::Unauthorized).into_response();
+    };
+    if let Some(context) = request.extensions_mut().get_mut::<RequestContext>() {
+        context.cache_salt = cache_salt;
     }
+    next.run(request).await
 }
 
 fn decode_hex(hex: &str) -> Option<[u8; 32]> {

@@ -219,6 +219,7 @@ impl Attempt<'_> {
             // 0 would mean none.
             deadline_ms: left.max(1),
             fingerprint: worker.fingerprint.as_deref().map(proto::fingerprint::to_wire),
+            cache_salt: self.admitted.context.cache_salt,
         }
     }
 

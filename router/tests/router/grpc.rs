@@ -9,13 +9,13 @@ use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 use crate::support::{Cluster, MODEL, PrefillBehaviour, Script, TINY_EOS, config, tokens};
 
-async fn channel(cluster: &Cluster) -> Channel {
+pub async fn channel(cluster: &Cluster) -> Channel {
     let endpoint =
         Endpoint::from_shared(format!("http://{}", cluster.router.grpc_address())).expect("address");
     endpoint.connect().await.expect("connects")
 }
 
-fn text(prompt: &str) -> v1::GenerateRequest {
+pub fn text(prompt: &str) -> v1::GenerateRequest {
     v1::GenerateRequest {
         prompt: Some(generate_request::Prompt::Text(prompt.to_owned())),
         ..v1::GenerateRequest::default()

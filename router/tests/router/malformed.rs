@@ -1,5 +1,7 @@
 //! What clients get wrong: a clear 4xx that names the field, and the next request is served.
 
+use proto::v1::inference_client::InferenceClient;
+
 use crate::support::{Cluster, MODEL, Script, chat, config};
 use reqwest::header::CONTENT_TYPE;
 use serde_json::{Value, json};
@@ -215,7 +217,7 @@ async fn api_keys_are_asked_for_when_configured() {
     let hash = "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b".to_owned();
     let config = crate::support::config();
     let config = router::Config { api_keys_sha256: vec!["0".repeat(64), hash], ..config };
-    let (cluster, _prefill, _decode) = Cluster::with_pair_and(config, Script::text("fine")).await;
+    let (cluster, prefill, decode) = Cluster::with_pair_and(config, Script::text("fine")).await;
     for key in [None, Some(""), Some("wrong")] {
         let mut request = cluster.http.post(cluster.url(CHAT)).json(&chat("?"));
         if let Some(key) = key {
@@ -235,6 +237,16 @@ async fn api_keys_are_asked_for_when_configured() {
         .await
         .expect("answer");
     assert_eq!(allowed.status(), 200);
+    let salt = decode.requests(1).await[0].cache_salt;
+    assert_ne!(salt, 0, "a key's prefixes are not everybody's");
+    assert_eq!(prefill.requests(1).await[0].cache_salt, salt);
+    // The other door knows the tenant too.
+    let mut request = tonic::Request::new(crate::grpc::text("go"));
+    request.metadata_mut().insert("authorization", "Bearer secret".parse().expect("a value"));
+    let mut client = InferenceClient::new(crate::grpc::channel(&cluster).await);
+    let mut answer = client.generate(request).await.expect("accepted").into_inner();
+    while answer.message().await.expect("streams").is_some() {}
+    assert_eq!(decode.requests(2).await[1].cache_salt, salt);
     assert_eq!(cluster.get("/health").await.0, 200, "probes have no key");
 }
 

@@ -1,0 +1,278 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const BLOCK: usize = 4;
+
+fn tokens(ids: impl IntoIterator<Item = u32>) -> Vec<TokenId> {
+    ids.into_iter().map(TokenId).collect()
+}
+
+/// A reservation that leaves the block of the prompt's last token unshared.
+fn want(prompt: &[TokenId], blocks: usize) -> Reservation<'_> {
+    Reservation { salt: 0, prompt, shared_max: (prompt.len().max(1) - 1) / BLOCK, blocks }
+}
+
+/// Reserves, "computes" and gives back: `prompt`'s full blocks are cached.
+fn cache(pool: &mut BlockPool, prompt: &[TokenId]) -> Vec<BlockId> {
+    let mut table = pool.reserve(want(prompt, prompt.len().div_ceil(BLOCK))).expect("room");
+    pool.commit(&mut table, prompt);
+    let blocks = table.blocks().to_vec();
+    pool.release(table);
+    pool.check_invariants([]);
+    blocks
+}
+
+#[test]
+fn the_longest_cached_prefix_of_full_blocks_is_shared() {
+    let mut pool = BlockPool::new(16, BLOCK);
+    let first = cache(&mut pool, &tokens(0..14));
+    assert_eq!((pool.cached_blocks(), pool.free_blocks()), (3, 16), "the partial block is not kept");
+    let check = |pool: &mut BlockPool, prompt: Vec<TokenId>, shared: usize| {
+        let table = pool.reserve(want(&prompt, 5)).expect("room");
+        assert_eq!(table.shared(), shared, "{prompt:?}");
+        assert_eq!(table.blocks()[..shared], first[..shared]);
+        assert_eq!(pool.free_blocks(), 11);
+        pool.check_invariants([&table]);
+        pool.release(table);
+    };
+    check(&mut pool, tokens(0..20), 3);
+    check(&mut pool, tokens(0..13), 3);
+    check(&mut pool, tokens(0..12), 2);
+    check(&mut pool, tokens((0..9).chain(90..99)), 2);
+    check(&mut pool, tokens([0, 1, 2]), 0);
+    check(&mut pool, tokens(1..14), 0);
+}
+
+#[test]
+fn salts_share_nothing() {
+    let mut pool = BlockPool::new(8, BLOCK);
+    let prompt = tokens(0..9);
+    cache(&mut pool, &prompt);
+    let other = pool.reserve(Reservation { salt: 1, ..want(&prompt, 3) }).expect("room");
+    assert_eq!(other.shared(), 0);
+    pool.release(other);
+}
+
+#[test]
+fn blocks_that_fill_while_a_sequence_runs_are_found_while_it_runs() {
+    let mut pool = BlockPool::new(8, BLOCK);
+    let prompt = tokens(0..6);
+    let mut running = pool.reserve(want(&prompt, 4)).expect("room");
+    for length in 6..=12 {
+        pool.commit(&mut running, &tokens(0..length));
+        let found = pool.reserve(want(&tokens(0..40), 4)).expect("room");
+        assert_eq!(found.shared(), length as usize / BLOCK);
+        pool.check_invariants([&running, &found]);
+        pool.release(found);
+    }
+    pool.release(running);
+}
+
+#[test]
+fn two_that_compute_the_same_end_up_with_one_copy() {
+    let mut pool = BlockPool::new(8, BLOCK);
+    let prompt = tokens(0..10);
+    let mut one = pool.reserve(want(&prompt, 3)).expect("room");
+    let mut two = pool.reserve(want(&prompt, 3)).expect("room");
+    assert_eq!(pool.free_blocks(), 2);
+    pool.commit(&mut two, &prompt);
+    pool.commit(&mut one, &prompt);
+    assert_eq!(one.blocks()[..2], two.blocks()[..2]);
+    assert_ne!(one.blocks()[2], two.blocks()[2], "a partial block is never shared");
+    assert_eq!(pool.free_blocks(), 4);
+    pool.check_invariants([&one, &two]);
+    pool.release(two);
+    pool.check_invariants([&one]);
+    pool.release(one);
+    assert_eq!((pool.free_blocks(), pool.cached_blocks()), (8, 2));
+}
+
+#[test]
+fn a_reservation_that_does_not_fit_changes_nothing() {
+    let mut pool = BlockPool::new(6, BLOCK);
+    let prompt = tokens(0..12);
+    cache(&mut pool, &prompt);
+    let large = pool.reserve(want(&tokens(50..60), 3)).expect("room beside the cache");
+    assert_eq!((pool.cached_blocks(), pool.evictions()), (3, 0));
+    // Two are found, which takes them off what is free: one is left for the five that are missing.
+    assert!(pool.reserve(want(&prompt, 7)).is_none());
+    assert_eq!((pool.cached_blocks(), pool.evictions()), (3, 0));
+    pool.check_invariants([&large]);
+    pool.release(large);
+}
+
+#[test]
+fn memory_is_taken_from_the_cache_leaf_first_and_only_as_needed() {
+    let mut pool = BlockPool::new(6, BLOCK);
+    let old = tokens(0..16);
+    cache(&mut pool, &old);
+    let table = pool.reserve(want(&tokens(100..120), 4)).expect("evicts two");
+    assert_eq!((pool.cached_blocks(), pool.evictions()), (2, 2));
+    pool.release(table);
+    let found = pool.reserve(want(&old, 4)).expect("room");
+    assert_eq!(found.shared(), 2, "the start of the prompt is what is left of it");
+    pool.release(found);
+}
+
+#[test]
+fn the_least_recently_used_goes_first_and_the_deep_outlive_the_shallow() {
+    let mut pool = BlockPool::new(4, BLOCK);
+    let (a, b) = (tokens(0..4), tokens(10..14));
+    for prompt in [&a, &b, &a] {
+        let mut table = pool.reserve(Reservation { shared_max: 1, ..want(prompt, 1) }).expect("room");
+        pool.commit(&mut table, prompt);
+        pool.release(table);
+    }
+    let keep = pool.reserve(want(&[], 3)).expect("one goes");
+    let hit = |pool: &mut BlockPool, prompt: &[TokenId]| {
+        let table = pool.reserve(Reservation { shared_max: 8, ..want(prompt, 0) }).expect("nothing taken");
+        pool.release(table);
+        pool.tree.find(Prefix {
+            parent: None,
+            salt: 0,
+            hash: BlockHash::root(0).extend(&prompt[..BLOCK]),
+            tokens: &prompt[..BLOCK],
+        }) != Found::Nothing
+    };
+    assert!(hit(&mut pool, &a) && !hit(&mut pool, &b), "a was used last");
+    pool.release(keep);
+
+    let mut pool = BlockPool::new(4, BLOCK);
+    let deep = cache(&mut pool, &tokens(0..12));
+    cache(&mut pool, &tokens(20..24));
+    let keep = pool.reserve(want(&[], 1)).expect("one goes");
+    assert!(
+        !deep.contains(&keep.blocks()[0]),
+        "the block at a prompt's start is the cheapest to compute again"
+    );
+    pool.release(keep);
+}
+
+#[test]
+fn what_nobody_asks_for_ages_whatever_it_cost() {
+    let mut pool = BlockPool::new(4, BLOCK);
+    cache(&mut pool, &tokens(0..8));
+    for round in 0..4000 {
+        cache(&mut pool, &tokens(100 + 12 * round..100 + 12 * round + 12));
+    }
+    let table = pool.reserve(want(&tokens(0..12), 3)).expect("room");
+    assert_eq!(table.shared(), 0);
+    pool.release(table);
+}
+
+#[test]
+#[should_panic(expected = "released while nobody holds it")]
+fn a_block_that_nobody_holds_is_a_broken_invariant() {
+    let mut pool = BlockPool::new(2, BLOCK);
+    let table = pool.reserve(want(&[], 1)).expect("room");
+    let again = BlockTable { blocks: table.blocks.clone(), ..pool.reserve(want(&[], 0)).expect("nothing") };
+    pool.release(table);
+    pool.release(again);
+}
+
+/// What sequences do to a pool. An index picks among those that run.
+#[derive(Debug, Clone)]
+enum Op {
+    Start { tenant: u64, prompt: Vec<TokenId>, extra: usize },
+    Advance(prop::sample::Index, Vec<TokenId>),
+    End(prop::sample::Index),
+}
+
+fn few_tokens(length: std::ops::Range<usize>) -> impl Strategy<Value = Vec<TokenId>> {
+    // Two tokens: prefixes meet all the time.
+    prop::collection::vec((0u32..2).prop_map(TokenId), length)
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        4 => (0u64..2, few_tokens(0..24), 0usize..12)
+            .prop_map(|(tenant, prompt, extra)| Op::Start { tenant, prompt, extra }),
+        6 => (any::<prop::sample::Index>(), few_tokens(1..6)).prop_map(|(at, tokens)| Op::Advance(at, tokens)),
+        4 => any::<prop::sample::Index>().prop_map(Op::End),
+    ]
+}
+
+/// A sequence, what it holds, and the tokens whose KV it has "computed".
+struct Running {
+    tenant: u64,
+    table: BlockTable,
+    tokens: Vec<TokenId>,
+    room: usize,
+}
+
+/// Memory whose blocks say what was written to them: tenant and tokens from the sequence's start.
+type Memory = Vec<(u64, Vec<TokenId>)>;
+
+/// Writes `tokens[from..]` where the table says, as a step would.
+fn compute(memory: &mut Memory, running: &Running, from: usize) {
+    for at in from / BLOCK..running.tokens.len().div_ceil(BLOCK) {
+        let end = running.tokens.len().min((at + 1) * BLOCK);
+        memory[running.table.blocks()[at].0 as usize] = (running.tenant, running.tokens[..end].to_vec());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Whatever comes in whatever order: the books balance after every event, and every sequence reads from its blocks what
+    /// it would have written to them itself. A failing stream is printed with its seed.
+    #[test]
+    fn nobody_reads_what_it_would_not_have_written(ops in prop::collection::vec(op(), 1..120)) {
+        let blocks_max = 12;
+        let mut pool = BlockPool::new(blocks_max, BLOCK);
+        let mut memory: Memory = vec![(0, Vec::new()); blocks_max];
+        let mut all: Vec<Running> = Vec::new();
+        for op in ops {
+            match op {
+                Op::Start { tenant, prompt, extra } => {
+                    let room = prompt.len() + extra;
+                    let reservation = Reservation { salt: tenant, ..want(&prompt, room.div_ceil(BLOCK)) };
+                    let free = pool.free_blocks();
+                    match pool.reserve(reservation) {
+                        Some(mut table) => {
+                            prop_assert_eq!(table.blocks().len(), room.div_ceil(BLOCK));
+                            let from = table.shared() * BLOCK;
+                            prop_assert!(prompt.is_empty() || from < prompt.len(), "the last token is computed");
+                            let running = Running { tenant, tokens: prompt, room, table };
+                            compute(&mut memory, &running, from);
+                            let Running { tokens, .. } = &running;
+                            let tokens = tokens.clone();
+                            table = running.table;
+                            pool.commit(&mut table, &tokens);
+                            all.push(Running { tenant, table, tokens, room });
+                        }
+                        None => prop_assert!(room.div_ceil(BLOCK) > free || pool.free_blocks() == free),
+                    }
+                }
+                Op::Advance(at, tokens) if !all.is_empty() => {
+                    let at = at.index(all.len());
+                    let running = &mut all[at];
+                    let from = running.tokens.len();
+                    running.tokens.extend(tokens);
+                    running.tokens.truncate(running.room);
+                    compute(&mut memory, running, from);
+                    pool.commit(&mut running.table, &running.tokens);
+                }
+                Op::End(at) if !all.is_empty() => {
+                    let at = at.index(all.len());
+                    pool.release(all.swap_remove(at).table);
+                }
+                Op::Advance(..) | Op::End(_) => {}
+            }
+            pool.check_invariants(all.iter().map(|running| &running.table));
+            for running in &all {
+                for (at, block) in running.table.blocks().iter().enumerate().take(running.tokens.len().div_ceil(BLOCK)) {
+                    let end = running.tokens.len().min((at + 1) * BLOCK);
+                    let expected = (running.tenant, running.tokens[..end].to_vec());
+                    prop_assert_eq!(&memory[block.0 as usize], &expected);
+                }
+            }
+        }
+        for running in all.drain(..) {
+            pool.release(running.table);
+        }
+        pool.check_invariants([]);
+        prop_assert_eq!(pool.free_blocks(), blocks_max);
+    }
+}
