@@ -1,11 +1,16 @@
 //! Everything that measures or predicts, as `trireme bench …`.
 //!
 //! [`serve`] loads a running server from outside, through its OpenAI endpoint, and so measures other servers alike;
-//! [`ops`] times the operators that a step is made of and holds them against what the machine can do.
+//! [`ops`] times the operators that a step is made of and holds them against what the machine can do. [`perplexity`] and
+//! [`niah`] ask whether what is served is still the model: how well it predicts a text, how far back it remembers.
 //! Deliberately absent: anything that a worker needs to run.
 
 pub mod client;
+mod demo;
+pub mod niah;
 pub mod ops;
+pub mod perplexity;
+mod plot;
 pub mod serve;
 pub mod sse;
 mod table;
@@ -17,6 +22,10 @@ pub enum BenchCommand {
     Serve(serve::Args),
     /// Time every operator at a model's shapes: GB/s, GFLOP/s, and the share of what this machine can do.
     Ops(ops::Args),
+    /// How well a model predicts a text, by teacher forcing through the engine.
+    Perplexity(perplexity::Args),
+    /// Ask a running server for a needle in haystacks of several lengths, at several depths.
+    Niah(niah::Args),
 }
 
 /// Runs a measurement: prints its tables and writes the files that were asked for.
@@ -27,5 +36,7 @@ pub async fn run(command: BenchCommand) -> anyhow::Result<()> {
     match command {
         BenchCommand::Serve(args) => serve::run(args).await,
         BenchCommand::Ops(args) => ops::run(&args),
+        BenchCommand::Perplexity(args) => perplexity::run(&args),
+        BenchCommand::Niah(args) => niah::run(&args).await,
     }
 }

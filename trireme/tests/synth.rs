@@ -8,11 +8,8 @@ use std::{
 };
 
 use clap::Parser as _;
-use engine::{
-    BlockAllocator, Engine, EngineOptions, ExpertBank, LocalExperts, LogitsWanted, SequenceInput,
-    StepObserver,
-};
-use model::{Checkpoint, Dtype, Numerics, TokenId};
+use engine::{Engine, EngineOptions, ExpertBank, LocalExperts, LogitsWanted, SequenceInput, StepObserver};
+use model::{BlockId, Checkpoint, Dtype, Numerics, TokenId};
 use proto::v1::Sampling;
 use support::{Ask, ask, bits, grpc, in_process};
 use trireme::{
@@ -134,7 +131,7 @@ fn watch(dir: &Path) -> Watch {
     };
     let experts = Box::new(LocalExperts::new(bank));
     let mut engine = Engine::load(&checkpoint, &options, experts, &mut |_, _| {}).expect("an engine");
-    let blocks = BlockAllocator::new(16).allocate(16).expect("blocks");
+    let blocks: Vec<BlockId> = (0..16).map(BlockId).collect();
     let tokens: Vec<TokenId> = (0..TOKENS as u32).map(|i| TokenId(i * 2_654_435 % 4200)).collect();
     let input =
         SequenceInput { tokens: &tokens, position: 0, block_table: &blocks, logits: LogitsWanted::None };

@@ -1,0 +1,274 @@
+//! `trireme bench perplexity`: how well a model predicts a text.
+//!
+//! A server tells log-probabilities of the tokens that it generates, not of a prompt's, so the text is teacher-forced
+//! through the engine in this process: the step, the cache and the arithmetic are those that a cluster serves with, and a
+//! position's bits do not depend on who computes it.
+//!
+//! A text longer than the window is walked in windows that overlap: every token is scored once, and all but those of the
+//! first window with `window - stride` tokens before it at least.
+
+mod score;
+mod windows;
+
+use std::fs::File;
+use std::io::{BufWriter, Write as _};
+use std::path::PathBuf;
+
+use anyhow::{Context as _, ensure};
+use engine::{Engine, EngineOptions, ExpertBank, LocalExperts};
+use model::{Checkpoint, KvFormat, KvLayout, Numerics, Tokenizer};
+use serde::Serialize;
+
+pub use score::Scorer;
+pub use windows::{Window, windows};
+
+use crate::table::{aligned, number};
+use crate::{demo, plot};
+
+/// A longer text is refused rather than held in memory.
+const TEXT_BYTES_MAX: u64 = 256 << 20;
+/// Parts of the window that the loss is told by.
+const BUCKETS: usize = 8;
+/// Rows of a step: what a prefill worker runs at a time, and its logits are 130 MB with V3's vocabulary.
+const STEP_TOKENS: usize = 256;
+
+/// Flags of `trireme bench perplexity`.
+///
+/// Runs in this process through the engine, not through a server: servers tell the log-probabilities of generated tokens
+/// only, and a text's perplexity needs those of a prompt.
+#[derive(Debug, Clone, clap::Args)]
+#[command(after_help = "The text is teacher-forced through the engine in this process: servers tell the \
+                        log-probabilities of generated tokens only.")]
+pub struct Args {
+    /// The text.
+    #[arg(long)]
+    pub text: PathBuf,
+    /// A checkpoint folder in the Hugging Face layout. Default: the demo model.
+    #[arg(long)]
+    pub model: Option<PathBuf>,
+    /// Tokens that the model sees at a time. Default: its context, but at most 4,096.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(2..))]
+    pub window: Option<u32>,
+    /// New tokens of each window after the first. Default: half a window.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub stride: Option<u32>,
+    /// Tokens of the text that are read at most.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(2..))]
+    pub tokens_max: Option<u32>,
+    /// `fp8` as in serving, `reference` for the checkpoint's exact values.
+    #[arg(long, default_value = "fp8")]
+    pub numerics: Numerics,
+    /// What KV rows are stored in: fp8, bf16 or f32. Default: f32 in `reference`, fp8 otherwise.
+    #[arg(long)]
+    pub kv_format: Option<KvFormat>,
+    /// Threads. Default: all cores.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Write everything measured here.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+/// What `--json` writes.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Report {
+    /// The checkpoint.
+    pub model: PathBuf,
+    /// The arithmetic.
+    pub numerics: String,
+    /// Tokens that were predicted.
+    pub tokens: usize,
+    /// Bytes of the text that they stand for.
+    pub bytes: usize,
+    /// Tokens seen at a time, and new ones of each window.
+    pub window: usize,
+    /// New tokens of each window after the first.
+    pub stride: usize,
+    /// Mean negative log-likelihood of a token, in nats.
+    pub loss: f64,
+    /// Its exponential.
+    pub perplexity: f64,
+    /// Bits for a byte of text: comparable between tokenizers.
+    pub bits_per_byte: f64,
+    /// The loss by place in the window.
+    pub by_position: Vec<Bucket>,
+}
+
+/// A part of the window.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Bucket {
+    /// First position.
+    pub from: usize,
+    /// First position of the next part.
+    pub to: usize,
+    /// Tokens predicted here.
+    pub tokens: usize,
+    /// Their mean loss in nats.
+    pub loss: f64,
+}
+
+/// Scores the text, prints table and plot and writes the JSON file.
+///
+/// # Errors
+/// A file cannot be read or written, the checkpoint is not sound, or flags do not fit it.
+pub fn run(args: &Args) -> anyhow::Result<()> {
+    let json = match &args.json {
+        Some(path) => {
+            let file = File::create(path).with_context(|| format!("cannot create {}", path.display()))?;
+            Some((path, BufWriter::new(file)))
+        }
+        None => None,
+    };
+    let report = measure(args)?;
+    print!("{}", render(&report));
+    if let Some((path, mut file)) = json {
+        serde_json::to_writer_pretty(&mut file, &report)
+            .map_err(anyhow::Error::from)
+            .and_then(|()| Ok(file.flush()?))
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// Scores the text.
+///
+/// # Errors
+/// As [`run`].
+pub fn measure(args: &Args) -> anyhow::Result<Report> {
+    let text_bytes =
+        std::fs::metadata(&args.text).with_context(|| format!("--text {}", args.text.display()))?.len();
+    ensure!(text_bytes <= TEXT_BYTES_MAX, "--text has {text_bytes} bytes, at most {TEXT_BYTES_MAX} are read");
+    let text =
+        std::fs::read_to_string(&args.text).with_context(|| format!("--text {}", args.text.display()))?;
+    let folder = demo::model_folder(args.model.as_deref())?;
+    let checkpoint = Checkpoint::open(&folder)?;
+    let context = checkpoint.config().max_position_embeddings;
+    let window = args.window.map_or(context.min(4096), |window| window as usize);
+    ensure!(window <= context, "--window is {window}, the model's context is {context}");
+    let stride = args.stride.map_or(window / 2, |stride| stride as usize);
+    ensure!(stride < window, "--stride is {stride}, must be less than --window ({window})");
+
+    let tokenizer = Tokenizer::open(&folder)?;
+    let mut tokens = tokenizer.encode_prompt(&text)?;
+    // What the model wants before every text, it gets before every window.
+    let bos = (tokens.first() != tokenizer.encode(&text)?.first()).then(|| tokens.remove(0));
+    tokens.truncate(args.tokens_max.map_or(usize::MAX, |max| max as usize));
+    ensure!(tokens.len() + usize::from(bos.is_some()) >= 2, "--text has no token to predict");
+    let vocab = checkpoint.config().vocab_size;
+    ensure!(
+        tokens.iter().all(|token| (token.0 as usize) < vocab),
+        "--model: its tokenizer has ids beyond its vocabulary of {vocab}"
+    );
+
+    let mut scorer = Scorer::new(engine(args, &checkpoint, window)?);
+    let plan = windows(tokens.len(), window - usize::from(bos.is_some()), stride);
+    let mut sums = Sums::new(window);
+    let mut sequence = Vec::new();
+    for (number, window) in plan.iter().enumerate() {
+        eprintln!("window {} of {} …", number + 1, plan.len());
+        sequence.clear();
+        sequence.extend(bos);
+        sequence.extend_from_slice(&tokens[window.text.clone()]);
+        // The first token of all has nothing before it unless there is a mark.
+        let first = (window.scored - window.text.start + usize::from(bos.is_some())).max(1);
+        for (offset, loss) in scorer.losses(&sequence, first)?.into_iter().enumerate() {
+            sums.add(first + offset, loss);
+        }
+    }
+    let scored = &tokens[usize::from(bos.is_none())..];
+    let bytes: usize = scored.iter().map(|&token| tokenizer.token_bytes(token).len()).sum();
+    let loss = sums.loss();
+    Ok(Report {
+        model: folder,
+        numerics: args.numerics.to_string(),
+        tokens: sums.tokens(),
+        bytes,
+        window,
+        stride,
+        loss,
+        perplexity: loss.exp(),
+        bits_per_byte: loss * sums.tokens() as f64 / std::f64::consts::LN_2 / bytes.max(1) as f64,
+        by_position: sums.buckets(),
+    })
+}
+
+fn engine(args: &Args, checkpoint: &Checkpoint, window: usize) -> anyhow::Result<Engine> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let layout = KvLayout::for_model(checkpoint.config(), KvFormat::Fp8, 0);
+    let options = EngineOptions {
+        numerics: args.numerics,
+        kv_format: args.kv_format,
+        kv_blocks_max: layout.blocks_for(window),
+        threads: args.threads.map_or(cores, usize::from),
+        step_tokens_max: STEP_TOKENS.min(window),
+        mtp: false,
+    };
+    let bank = ExpertBank::load_all(checkpoint, args.numerics, false, &mut |_, _| {})?;
+    Ok(Engine::load(checkpoint, &options, Box::new(LocalExperts::new(bank)), &mut |_, _| {})?)
+}
+
+/// Losses by place in the window.
+struct Sums {
+    window: usize,
+    buckets: [(usize, f64); BUCKETS],
+}
+
+impl Sums {
+    fn new(window: usize) -> Self {
+        Self { window, buckets: [(0, 0.0); BUCKETS] }
+    }
+
+    fn add(&mut self, position: usize, loss: f64) {
+        let (tokens, sum) = &mut self.buckets[(position * BUCKETS / self.window).min(BUCKETS - 1)];
+        *tokens += 1;
+        *sum += loss;
+    }
+
+    fn tokens(&self) -> usize {
+        self.buckets.iter().map(|(tokens, _)| tokens).sum()
+    }
+
+    fn loss(&self) -> f64 {
+        self.buckets.iter().map(|(_, sum)| sum).sum::<f64>() / self.tokens().max(1) as f64
+    }
+
+    fn buckets(&self) -> Vec<Bucket> {
+        let bound = |bucket: usize| (bucket * self.window).div_ceil(BUCKETS);
+        let filled = self.buckets.iter().enumerate().filter(|(_, (tokens, _))| *tokens > 0);
+        filled
+            .map(|(i, (tokens, sum))| Bucket {
+                from: bound(i),
+                to: bound(i + 1),
+                tokens: *tokens,
+                loss: sum / *tokens as f64,
+            })
+            .collect()
+    }
+}
+
+fn render(report: &Report) -> String {
+    let header = ["numerics", "tokens", "window", "stride", "loss", "perplexity", "bits/byte"];
+    let row = vec![
+        report.numerics.clone(),
+        report.tokens.to_string(),
+        report.window.to_string(),
+        report.stride.to_string(),
+        format!("{:.5}", report.loss),
+        format!("{:.4}", report.perplexity),
+        number(report.bits_per_byte),
+    ];
+    let bars: Vec<(String, f64)> = report
+        .by_position
+        .iter()
+        .map(|bucket| (format!("{}..{}", bucket.from, bucket.to), bucket.loss.exp()))
+        .collect();
+    format!(
+        "{}\n\n{}\nperplexity by position in the window\n\n{}",
+        report.model.display(),
+        aligned(&[header.map(str::to_owned).to_vec(), row]),
+        plot::bars(&bars)
+    )
+}
+
+#[cfg(test)]
+mod tests;
