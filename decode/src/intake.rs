@@ -83,7 +83,7 @@ impl Intake {
             rule: FinishRule::new(&sequence.stopping, &self.end_of_sequence),
             deadline: sequence.deadline.map(|left| now + left),
             // The prompt's share of the penalties was counted here, off the device thread.
-            prompt: sequence.prompt,
+            prompt: Arc::from(sequence.prompt),
         };
         Ok(Checked {
             request_id: Arc::from(sequence.request_id),

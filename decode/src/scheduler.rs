@@ -22,6 +22,7 @@
 //! Deliberately absent: clocks, threads, the engine, and what happens to a sampled token besides ending its sequence.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use engine::{BlockPool, BlockTable, Reservation};
@@ -54,7 +55,7 @@ pub struct Limits {
 #[derive(Debug, Clone)]
 pub struct Admission {
     /// Tokens whose KV is found here or handed over, at least one.
-    pub prompt: Vec<TokenId>,
+    pub prompt: Arc<[TokenId]>,
     /// Whose cached prefixes it may share.
     pub cache_salt: u64,
     /// When it ends.
@@ -241,8 +242,8 @@ impl Scheduler {
         let table = self.blocks.reserve(reservation).ok_or(NotAdmitted::NoRoom { blocks })?;
         self.prefix.tokens += prompt_tokens as u64;
         self.prefix.hit_tokens += (table.shared() * self.limits.block_tokens) as u64;
-        let mut tokens = prompt;
-        tokens.reserve_exact(life_tokens - prompt_tokens);
+        let mut tokens = Vec::with_capacity(life_tokens);
+        tokens.extend_from_slice(&prompt);
         let id = SequenceId(self.next_id);
         self.next_id += 1;
         let sequence = Sequence {

@@ -1,5 +1,3 @@
-use std::sync::Arc;
-
 use model::Stopping;
 use proptest::prelude::*;
 
@@ -165,13 +163,14 @@ fn the_next_turn_finds_what_the_last_one_left() {
     // Six tokens and six more, of which the last has no row: eleven rows are two blocks and a bit.
     let first = scheduler.admit(admission(6, 6)).expect("room");
     scheduler.apply(first, Event::HandedOff(WORD), now);
-    let mut turn = admission(6, 1);
-    turn.prompt.push(WORD);
+    let mut prompt = admission(6, 1).prompt.to_vec();
+    prompt.push(WORD);
     for token in 60..65 {
         scheduler.apply(first, Event::Sampled(TokenId(token)), now);
-        turn.prompt.push(TokenId(token));
+        prompt.push(TokenId(token));
     }
-    turn.prompt.extend([TokenId(70), TokenId(71)]);
+    prompt.extend([TokenId(70), TokenId(71)]);
+    let turn = Admission { prompt: prompt.into(), ..admission(0, 1) };
     end_of(&mut scheduler, first);
     assert_eq!((scheduler.free_blocks(), scheduler.cached_blocks()), (LIMITS.kv_blocks, 2));
     let other = Admission { cache_salt: 1, ..turn.clone() };
