@@ -58,6 +58,7 @@ kernels! {
     rope: rope_interleaved;
     kv_write: kv_write;
     mla_attention: mla_attention_f32, mla_attention_bf16, mla_attention_fp8;
+    mla_attention_mma: mla_attention_mma;
     route: route;
     embed: embed_f32, embed_bf16, embed_fp8;
     logprob: logprob;

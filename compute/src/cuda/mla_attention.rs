@@ -1,5 +1,9 @@
 //! MLA in its absorbed form over the paged cache.
 
+use cudarc::driver::sys::CUfunction_attribute;
+
+use super::error::Doing;
+use super::kernels::Functions;
 use super::kv_write::blocks;
 use super::launch::{Argument, Grid, launch, size};
 use super::{CudaError, Device, View, ViewMut};
@@ -44,11 +48,42 @@ struct Attention {
 // SAFETY: the same fields in the same order, C layout.
 unsafe impl Argument for Attention {}
 
+/// Which kernel attends. It follows from the cache's geometry, never from the batch: their bits differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttentionKernel {
+    /// Any widths and format, f32 throughout.
+    Plain,
+    /// FP8 rows of 512 + 64 channels: bf16 operands on the matrix unit, f32 sums.
+    Mma,
+}
+
+/// Heads of a block of the matrix kernel, and its shared memory: 64 queries and 64 rows of 576 bf16, 64×64 weights (each
+/// row padded by 16 bytes), five floats a head.
+const MMA_HEADS: usize = 64;
+const MMA_SHARED: usize = (64 + 64) * (2 * 576 + 16) + 64 * (2 * 64 + 16) + 5 * 64 * 4;
+
+/// Lets the matrix kernel have the shared memory it needs.
+pub(super) fn prepare(functions: &Functions) -> Result<(), CudaError> {
+    let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    let bytes = MMA_SHARED as i32;
+    functions.mla_attention_mma.set_attribute(attribute, bytes).doing("give a kernel shared memory")
+}
+
 impl Device {
+    /// The kernel that attends over a cache of this geometry.
+    pub fn attention_kernel(&self, geometry: &KvGeometry) -> AttentionKernel {
+        let widths = geometry.format == KvFormat::Fp8 && (geometry.latent, geometry.rope) == (512, 64);
+        // Rows are read 16 bytes at a time.
+        let aligned = [geometry.row_bytes, geometry.layer_stride, geometry.block_stride]
+            .into_iter()
+            .all(|stride| stride.is_multiple_of(16));
+        if self.has_wgmma && widths && aligned { AttentionKernel::Mma } else { AttentionKernel::Plain }
+    }
+
     /// `out[r, h, :] = softmax((q_latent[r, h]·c + q_rope[r, h]·k) · scale) · c` over the cache rows that query row `r`
     /// sees. `q_latent` and `out` are `[rows, heads, latent]`, `q_rope` `[rows, heads, rope]`. A context of zero gives
     /// zeros. A context longer than its table, or a block outside the pool, ends the context of the device; a sequence
-    /// past the tables is the caller's to prevent.
+    /// past the tables is the caller's to prevent. Which kernel runs says [`Self::attention_kernel`].
     ///
     /// # Panics
     /// If the lengths do not go together.
@@ -97,6 +132,14 @@ impl Device {
             rope: size(shape.rope),
             scale: shape.scale,
         };
+        if self.attention_kernel(geometry) == AttentionKernel::Mma {
+            assert!(pool.address().is_multiple_of(16), "the pool starts at a multiple of 16 bytes");
+            let heads = size(shape.heads.div_ceil(MMA_HEADS));
+            let blocks = (size(rows.contexts.len()), heads, 1);
+            let grid = Grid { blocks, threads: 256, shared: MMA_SHARED };
+            // SAFETY: a thread block has a row and 64 heads; the kernel checks contexts and blocks.
+            return unsafe { launch!(self, mla_attention_mma, grid; arguments) };
+        }
         let grid = Grid::line(queries, 128).with_shared((2 * shape.latent + shape.rope) * size_of::<f32>());
         // SAFETY: a thread block a query; the kernel checks contexts and blocks.
         unsafe {

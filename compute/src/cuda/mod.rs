@@ -34,7 +34,7 @@ pub use error::CudaError;
 pub use kernels::{SOURCES, Source};
 pub use linear::{HeadMatrices, Inputs, LinearKernel, Matrix};
 pub use memory::{Buffer, Element, View, ViewMut};
-pub use mla_attention::MlaRows;
+pub use mla_attention::{AttentionKernel, MlaRows};
 pub use rope::RopeTable;
 pub use store::{BuildError, KernelStore};
 
@@ -82,6 +82,7 @@ impl Device {
         let has_wgmma = capability == (9, 0);
         if has_wgmma {
             linear::prepare(&functions)?;
+            mla_attention::prepare(&functions)?;
         }
         let stream = context.new_stream().doing("create a stream")?;
         let fp8_linear = if has_wgmma { "wgmma where the shape allows" } else { "plain" };

@@ -1,6 +1,6 @@
 //! The paged cache: writing rows, attending over them.
 
-use compute::cuda::MlaRows;
+use compute::cuda::{AttentionKernel, MlaRows};
 use compute::{Cpu, KvFormat, KvGeometry, KvSlot, KvView, KvViewMut, MlaRow, MlaShape, reference};
 use rand::RngExt;
 use rand::rngs::StdRng;
@@ -112,6 +112,7 @@ fn mla_attention() {
         (2, 160, 32, 64),
         (4, 64, 16, 64),
         (16, 512, 64, 64),
+        (70, 512, 64, 16),
         (128, 512, 64, 64),
     ];
     for format in FORMATS {
@@ -173,7 +174,12 @@ fn mla_attention() {
             };
             let out = attend(0, rows.len());
             let what = format!("{format:?} {heads} x ({latent} + {rope})");
-            assert_close(&what, &out, &expected, 5e-5);
+            let tolerance = match device.attention_kernel(&cache.geometry) {
+                AttentionKernel::Plain => 5e-5,
+                // Queries, cache rows and weights rounded to bf16 (3.8e-3 seen).
+                AttentionKernel::Mma => 1e-2,
+            };
+            assert_close(&what, &out, &expected, tolerance);
             for row in 0..rows.len() {
                 let alone = attend(row, row + 1);
                 assert_eq!(bits(&alone), bits(&out[row * width..][..width]), "{what}: row {row}");

@@ -123,8 +123,8 @@ fn linear() {
     }
 }
 
-/// What the matrix unit's adder loses within a 128-block.
-const WGMMA_TOLERANCE: f64 = 2e-3;
+/// What the matrix unit's adder may lose within a 128-block (2.5e-4 seen).
+const WGMMA_TOLERANCE: f64 = 1e-3;
 
 /// The two kernels' outputs, checked apart: right within the tolerance, and every output of every tile the same bits.
 #[test]

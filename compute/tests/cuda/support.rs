@@ -68,6 +68,7 @@ pub fn assert_close(what: &str, got: &[f32], expected: &[f32], tolerance: f64) {
     let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
     let distance = norm(&mut got.iter().zip(expected).map(|(&a, &b)| f64::from(a) - f64::from(b)));
     let size = norm(&mut expected.iter().map(|&x| f64::from(x)));
+    println!("{what}: distance {distance:.1e} of {size:.1e}, {tolerance:.0e} allowed");
     assert!(distance <= tolerance * size, "{what}: distance {distance:e} of {size:e}");
 }
 
