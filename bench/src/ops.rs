@@ -1,6 +1,6 @@
 //! `trireme bench ops`: the operators that a step is made of, each at the shapes of a model, beside what the machine gives.
 //!
-//! The ceilings (a stream of reads, chains of multiply-adds) are measured in the same run, so that a share means something
+//! The ceilings (a stream of reads, chains of multiply-adds) are measured in the same run, at its begin and its end, so that a share means something
 //! on a machine whose figures nobody knows. Weights come from memory, not from a cache: the calls of one figure walk over
 //! as many matrices as a model has layers for. The best call counts, since other load can only slow one down; the median
 //! stands in the JSON.
@@ -88,8 +88,10 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 /// There is not the memory.
 pub fn measure(cpu: &Cpu, model: ModelShapes, effort: Effort) -> anyhow::Result<Report> {
     eprintln!("measuring the machine …");
-    let machine = Machine::measure(cpu);
-    let figures = operators::all(cpu, &model.shapes(), effort, &machine)?;
+    let before = Machine::measure(cpu);
+    let mut figures = operators::all(cpu, &model.shapes(), effort)?;
+    let machine = before.better(Machine::measure(cpu));
+    figures.iter_mut().for_each(|figure| figure.judge(&machine));
     Ok(Report { machine, model: model.name(), figures })
 }
 

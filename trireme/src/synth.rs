@@ -68,7 +68,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let shards = shards::divide(&tensors, args.shard_mb << 20);
     let bytes: u64 = tensors.iter().map(plan::Planned::bytes).sum();
     println!(
-        "{}: {} tensors, {:.2} GB in {} files",
+        "{}: {} tensors, {:.2} GB, weights files: {}",
         args.out.display(),
         tensors.len(),
         bytes as f64 / 1e9,

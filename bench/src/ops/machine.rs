@@ -39,6 +39,16 @@ impl Machine {
         }
     }
 
+    /// The better of two measurements: other load only ever lowers a ceiling.
+    pub fn better(self, other: Self) -> Self {
+        Self {
+            read_gb_per_s: self.read_gb_per_s.max(other.read_gb_per_s),
+            f32_gflop_per_s: self.f32_gflop_per_s.max(other.f32_gflop_per_s),
+            bf16_gflop_per_s: self.bf16_gflop_per_s.max(other.bf16_gflop_per_s),
+            ..self
+        }
+    }
+
     /// Operations per second of an arithmetic, in billions.
     pub fn peak(&self, arithmetic: Arithmetic) -> f64 {
         match arithmetic {

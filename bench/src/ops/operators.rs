@@ -11,7 +11,7 @@ use compute::{
 use engine::SequenceSampler;
 use model::{SamplingParams, TokenId};
 
-use super::machine::{Arithmetic, Machine};
+use super::machine::Arithmetic;
 use super::shapes::Shapes;
 use super::timing::{self, Effort, Figure, Work};
 
@@ -28,9 +28,9 @@ const BLOCK_TOKENS: usize = 64;
 const FP8: ActivationFormat = ActivationFormat::Fp8(ScaleFormat::F32);
 
 /// Everything, in the order of a step.
-pub fn all(cpu: &Cpu, shapes: &Shapes, effort: Effort, machine: &Machine) -> anyhow::Result<Vec<Figure>> {
-    let mut bench =
-        Bench { cpu, shapes, effort, machine, weights: weights(effort.weight_bytes), figures: Vec::new() };
+pub fn all(cpu: &Cpu, shapes: &Shapes, effort: Effort) -> anyhow::Result<Vec<Figure>> {
+    let weights = weights(effort.weight_bytes);
+    let mut bench = Bench { cpu, shapes, effort, weights, figures: Vec::new() };
     bench.by_row();
     bench.products()?;
     bench.attention();
@@ -44,7 +44,6 @@ struct Bench<'a> {
     cpu: &'a Cpu,
     shapes: &'a Shapes,
     effort: Effort,
-    machine: &'a Machine,
     /// Bytes that are sound weights in FP8 and in BF16; matrices are cut from them.
     weights: Bytes,
     figures: Vec<Figure>,
@@ -60,7 +59,7 @@ impl Bench<'_> {
         call: impl FnMut(usize),
     ) {
         let times: Vec<Duration> = timing::times(self.effort, call);
-        self.figures.push(timing::figure(operator, shape, rows, work, self.machine, &times));
+        self.figures.push(Figure::new(operator, shape, rows, work, &times));
     }
 
     /// Norm, quantisation, SwiGLU's product, rotation and cache write.
@@ -178,8 +177,8 @@ impl Bench<'_> {
     fn matrices(&self, n: usize, k: usize, format: ActivationFormat) -> anyhow::Result<Vec<Matrix>> {
         let width = match format {
             ActivationFormat::F32 => {
-                let count = (self.weights.len() / (n * k * 4)).clamp(1, 64);
-                return (0..count).map(|_| Ok(Matrix::f32(n, k, values(n * k))?)).collect();
+                let (one, count) = (values(n * k), (self.weights.len() / (n * k * 4)).max(1));
+                return (0..count).map(|_| Ok(Matrix::f32(n, k, one.clone())?)).collect();
             }
             ActivationFormat::Bf16 => 2,
             ActivationFormat::Fp8(_) => 1,

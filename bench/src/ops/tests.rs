@@ -1,5 +1,5 @@
 use super::machine::Arithmetic;
-use super::timing::{Bound, Work, figure};
+use super::timing::{Bound, Work};
 use super::*;
 
 fn machine() -> Machine {
@@ -18,7 +18,8 @@ fn a_share_is_the_larger_floor_over_the_time() {
     let check = |bytes, operations, arithmetic, from_memory, expected: (Bound, Option<f64>)| {
         let work = Work { bytes, operations, arithmetic, from_memory };
         let times = [Duration::from_millis(1), Duration::from_millis(3), Duration::from_millis(9)];
-        let figure = figure("op", String::new(), 1, work, &machine(), &times);
+        let mut figure = Figure::new("op", String::new(), 1, work, &times);
+        figure.judge(&machine());
         assert_eq!(figure.bound, expected.0, "{work:?}");
         match (figure.share, expected.1) {
             (Some(share), Some(expected)) => assert!((share - expected).abs() < 1e-12, "{work:?}: {share}"),
@@ -31,6 +32,13 @@ fn a_share_is_the_larger_floor_over_the_time() {
     check(1e6, 50e6, Arithmetic::Bf16, true, (Bound::Compute, Some(0.25)));
     check(5e6, 0.0, Arithmetic::F32, false, (Bound::Cache, None));
     check(5e6, 80e6, Arithmetic::F32, false, (Bound::Compute, Some(0.8)));
+}
+
+#[test]
+fn a_ceiling_is_the_better_of_two() {
+    let busy = Machine { read_gb_per_s: 3.0, f32_gflop_per_s: 120.0, ..machine() };
+    let both = busy.better(machine());
+    assert_eq!((both.read_gb_per_s, both.f32_gflop_per_s, both.bf16_gflop_per_s), (10.0, 120.0, 200.0));
 }
 
 /// `--model-shapes` against the configurations they claim to be: V3's published one and the demo model's own.
@@ -69,8 +77,7 @@ fn every_operator_has_a_figure() {
         let report = Report {
             machine: machine(),
             model: "tiny",
-            figures: operators::all(&Cpu::new(threads), &ModelShapes::Tiny.shapes(), effort, &machine())
-                .expect("memory"),
+            figures: operators::all(&Cpu::new(threads), &ModelShapes::Tiny.shapes(), effort).expect("memory"),
         };
         for figure in &report.figures {
             let times = figure.best_us > 0.0 && figure.best_us <= figure.median_us;

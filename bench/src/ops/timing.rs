@@ -79,6 +79,9 @@ pub struct Figure {
     pub bound: Bound,
     /// The time that the bound allows over the time that it took.
     pub share: Option<f64>,
+    /// What a call had to do.
+    #[serde(skip)]
+    work: Work,
 }
 
 /// Times of calls, ascending. Each call is told its number.
@@ -96,35 +99,38 @@ pub fn times(effort: Effort, mut call: impl FnMut(usize)) -> Vec<Duration> {
     times
 }
 
-/// The figure of calls that took `times`.
-pub fn figure(
-    operator: &'static str,
-    shape: String,
-    rows: usize,
-    work: Work,
-    machine: &Machine,
-    times: &[Duration],
-) -> Figure {
-    let seconds = |index: usize| times.get(index).map_or(f64::NAN, Duration::as_secs_f64).max(1e-9);
-    let best = seconds(0);
-    let compute = work.operations / (machine.peak(work.arithmetic) * 1e9);
-    let memory = if work.from_memory { work.bytes / (machine.read_gb_per_s * 1e9) } else { 0.0 };
-    // An operator that is neither from memory nor mostly arithmetic has no ceiling here.
-    let (bound, floor) = match (work.from_memory, memory >= compute) {
-        (true, true) => (Bound::Memory, memory),
-        (_, _) if work.operations > 0.0 && compute > memory => (Bound::Compute, compute),
-        _ => (Bound::Cache, 0.0),
-    };
-    Figure {
-        operator,
-        shape,
-        rows,
-        calls: times.len(),
-        best_us: best * 1e6,
-        median_us: seconds(times.len() / 2) * 1e6,
-        gb_per_s: work.bytes / best / 1e9,
-        gflop_per_s: (work.operations > 0.0).then_some(work.operations / best / 1e9),
-        bound,
-        share: (bound != Bound::Cache).then_some(floor / best),
+impl Figure {
+    /// The figure of calls that took `times`; its share is not known yet.
+    pub fn new(operator: &'static str, shape: String, rows: usize, work: Work, times: &[Duration]) -> Self {
+        let seconds = |index: usize| times.get(index).map_or(f64::NAN, Duration::as_secs_f64).max(1e-9);
+        let best = seconds(0);
+        Self {
+            operator,
+            shape,
+            rows,
+            calls: times.len(),
+            best_us: best * 1e6,
+            median_us: seconds(times.len() / 2) * 1e6,
+            gb_per_s: work.bytes / best / 1e9,
+            gflop_per_s: (work.operations > 0.0).then_some(work.operations / best / 1e9),
+            bound: Bound::Cache,
+            share: None,
+            work,
+        }
+    }
+
+    /// Holds the figure against what the machine gives.
+    pub fn judge(&mut self, machine: &Machine) {
+        let work = self.work;
+        let compute = work.operations / (machine.peak(work.arithmetic) * 1e9);
+        let memory = if work.from_memory { work.bytes / (machine.read_gb_per_s * 1e9) } else { 0.0 };
+        // What is neither from memory nor arithmetic has no ceiling here.
+        let (bound, floor) = match memory >= compute {
+            true if memory > 0.0 => (Bound::Memory, Some(memory)),
+            true => (Bound::Cache, None),
+            false => (Bound::Compute, Some(compute)),
+        };
+        self.bound = bound;
+        self.share = floor.map(|floor| floor / (self.best_us * 1e-6));
     }
 }

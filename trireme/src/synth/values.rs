@@ -4,7 +4,7 @@
 //! looked up: four weights a random word, whatever the format. Pieces are drawn by all cores, each from a seed of its own
 //! made of (seed, tensor, piece), so the bytes do not depend on their number.
 
-use std::io;
+use std::{io, sync::OnceLock};
 
 use compute::fp8;
 use model::Dtype;
@@ -85,11 +85,7 @@ fn normal(
     write: &mut dyn FnMut(&[u8]) -> io::Result<()>,
 ) -> io::Result<()> {
     let table = match tensor.dtype {
-        // The scale carries the deviation.
-        Dtype::F8E4m3 => {
-            let unit = fp8::E4M3_MAX / OUTERMOST as f32;
-            Table::Bytes(quantiles().iter().map(|q| fp8::encode(q * unit)).collect())
-        }
+        Dtype::F8E4m3 => Table::Bytes(codes()),
         Dtype::Bf16 | Dtype::F32 => {
             Table::Halves(quantiles().iter().map(|q| fp8::to_bf16(q * deviation as f32)).collect())
         }
@@ -131,7 +127,7 @@ fn normal(
 
 /// Encoded quantiles.
 enum Table {
-    Bytes(Vec<u8>),
+    Bytes(&'static [u8]),
     Halves(Vec<u16>),
 }
 
@@ -158,10 +154,17 @@ impl Table {
     }
 }
 
+/// E4M3 codes of the quantiles: one table for all, since a matrix's scales carry its deviation.
+fn codes() -> &'static [u8] {
+    static CODES: OnceLock<Vec<u8>> = OnceLock::new();
+    let unit = fp8::E4M3_MAX / OUTERMOST as f32;
+    CODES.get_or_init(|| quantiles().iter().map(|q| fp8::encode(q * unit)).collect())
+}
+
 /// Quantiles of the standard normal distribution at the middles of 65,536 equal parts.
 pub fn quantiles() -> &'static [f32] {
-    static QUANTILE_TABLE: std::sync::OnceLock<Vec<f32>> = std::sync::OnceLock::new();
-    QUANTILE_TABLE.get_or_init(|| {
+    static QUANTILES_F32: OnceLock<Vec<f32>> = OnceLock::new();
+    QUANTILES_F32.get_or_init(|| {
         (0..QUANTILES).map(|i| quantile((i as f64 + 0.5) / QUANTILES as f64) as f32).collect()
     })
 }
