@@ -26,10 +26,12 @@ impl Device {
         let blocks = x.len() / k * k.div_ceil(BLOCK);
         assert_eq!(scales.len(), blocks, "a scale per 128 channels");
         let power_of_two = u32::from(format == ScaleFormat::Ue8m0);
-        // SAFETY: one thread block per scale; lengths checked above.
+        let vector = u32::from(x.rows_by_four(k) && codes.view().rows_by_four(k));
+        // SAFETY: a warp of eight per scale; lengths checked above.
         unsafe {
-            launch!(self, quantise_e4m3, Grid::line(blocks, 128);
-                x.address(), size(k), fp8::ACTIVATION_AMAX_MIN, power_of_two, codes.address(), scales.address())
+            launch!(self, quantise_e4m3, Grid::line(blocks.div_ceil(8), 256);
+                x.address(), size(k), size(blocks), vector, fp8::ACTIVATION_AMAX_MIN, power_of_two,
+                codes.address(), scales.address())
         }
     }
 

@@ -21,10 +21,11 @@ impl Device {
         }
         let dim = w.len();
         assert!(dim > 0 && x.len().is_multiple_of(dim), "{} values in rows of {dim}", x.len());
+        let vector = x.rows_by_four(dim) && w.rows_by_four(dim) && y.view().rows_by_four(dim);
         // SAFETY: a thread block a row of `dim` values in all three.
         unsafe {
-            launch!(self, rms_norm, Grid::line(x.len() / dim, 256);
-                x.address(), w.address(), size(dim), eps, y.address())
+            launch!(self, rms_norm, Grid::line(x.len() / dim, 512);
+                x.address(), w.address(), size(dim), u32::from(vector), eps, y.address())
         }
     }
 }
