@@ -239,6 +239,7 @@ impl Report {
             running: count(self.metrics.running.get()),
             waiting: count(self.metrics.waiting.get()),
             waiting_tokens: 0,
+            runnable: count(self.metrics.runnable.get()),
             kv_blocks_free: count(self.metrics.blocks_free.get()),
             // A worker that does not move must get no more requests either.
             draining: self.draining.load(Ordering::Relaxed) || self.unwell.load(Ordering::Relaxed),

@@ -232,6 +232,8 @@ impl Report {
             running: count(self.metrics.active.get()),
             waiting: count(self.metrics.waiting.get()),
             waiting_tokens: u64::try_from(self.metrics.waiting_tokens.get()).unwrap_or(0),
+            // Every prompt that is here can be computed.
+            runnable: count(self.metrics.active.get() + self.metrics.waiting.get()),
             kv_blocks_free: count(self.metrics.blocks_free.get()),
             // A worker that does not move must get no more requests either.
             draining: self.draining.load(Ordering::Relaxed) || self.unwell.load(Ordering::Relaxed),

@@ -155,7 +155,7 @@ impl Worker {
 }
 
 fn has_work(report: &v1::WorkerReport) -> bool {
-    report.running > 0 || report.waiting > 0
+    report.runnable > 0
 }
 
 /// A sequence's share of a worker's load; given back when dropped.

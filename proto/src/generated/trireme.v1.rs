@@ -801,6 +801,10 @@ pub struct WorkerReport {
     pub kv_blocks_free: u32,
     #[prost(bool, tag = "8")]
     pub draining: bool,
+    /// Sequences that the next step could advance. While it is not 0, health wants steps_total to grow; a
+    /// sequence that waits for its KV or for its reader owes no step.
+    #[prost(uint32, tag = "9")]
+    pub runnable: u32,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct RouterReport {

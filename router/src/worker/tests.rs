@@ -15,7 +15,7 @@ fn worker(now: Instant) -> Arc<Worker> {
 }
 
 fn report(steps_total: u64, running: u32, kv_blocks_free: u32) -> v1::WorkerReport {
-    v1::WorkerReport { steps_total, running, kv_blocks_free, ..Default::default() }
+    v1::WorkerReport { steps_total, running, runnable: running, kv_blocks_free, ..Default::default() }
 }
 
 #[test]

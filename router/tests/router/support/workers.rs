@@ -165,6 +165,7 @@ impl FakeWorker {
                 kv_blocks_free: options.kv_blocks_max,
                 steps_total: options.steps_total,
                 running: options.running,
+                runnable: options.running,
                 info: Some(info.clone()),
                 ..v1::WorkerReport::default()
             }),
