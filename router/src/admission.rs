@@ -116,7 +116,8 @@ impl Admission {
         generate: Generate,
         lifetime_tokens_max: Option<u64>,
     ) -> Result<Admitted, RequestError> {
-        let Generate { context, model, prompts, sampling, mut stopping, n, deadline } = generate;
+        let Generate { context, model, prompts, sampling, mut stopping, max_tokens_default, n, deadline } =
+            generate;
         self.model.check_name(model.as_deref())?;
         let sequences = self.sequences(prompts.len(), n)?;
         let deadline_after = deadline.unwrap_or(self.deadline_max).min(self.deadline_max);
@@ -129,7 +130,7 @@ impl Admission {
         let mut admitted = Vec::with_capacity(prompts.len());
         for prompt in prompts {
             let (tokens, reasoning) = self.tokenise(prompt).await?;
-            let room = self.room(&tokens, &stopping, lifetime_tokens_max)?;
+            let room = self.room(&tokens, &stopping, max_tokens_default, lifetime_tokens_max)?;
             let stopping = stopping_from_wire(&stopping, room)?;
             admitted.push(AdmittedPrompt { tokens: tokens.into(), stopping, reasoning });
         }
@@ -227,6 +228,7 @@ impl Admission {
         &self,
         prompt: &[TokenId],
         stopping: &proto::v1::Stopping,
+        max_tokens_default: Option<u32>,
         lifetime_tokens_max: Option<u64>,
     ) -> Result<u32, RequestError> {
         let context = self.model.config.max_position_embeddings;
@@ -240,7 +242,7 @@ impl Admission {
         }
         let pool = lifetime_tokens_max.and_then(|tokens| usize::try_from(tokens).ok()).unwrap_or(context);
         let room = context.min(pool).saturating_sub(prompt.len()).max(1);
-        Ok(u32::try_from(room).unwrap_or(u32::MAX))
+        Ok(max_tokens_default.unwrap_or(u32::MAX).min(u32::try_from(room).unwrap_or(u32::MAX)))
     }
 }
 

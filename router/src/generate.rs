@@ -22,6 +22,8 @@ pub(crate) struct Generate {
     pub sampling: v1::Sampling,
     /// As sent; `stop` holds the stop strings.
     pub stopping: v1::Stopping,
+    /// Tokens to generate where `stopping` does not say, as far as the context leaves them. `None`: all it leaves.
+    pub max_tokens_default: Option<u32>,
     /// Choices of each prompt.
     pub n: u32,
     /// From receipt. `None`: the server's limit.

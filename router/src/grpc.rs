@@ -203,6 +203,7 @@ fn parse(context: RequestContext, request: v1::GenerateRequest) -> Result<Genera
         prompts: vec![prompt],
         sampling: sampling.unwrap_or_default(),
         stopping: stopping.unwrap_or_default(),
+        max_tokens_default: None,
         // protobuf cannot tell 0 from absent.
         n: n.max(1),
         deadline: deadline_ms.map(Duration::from_millis),

@@ -17,6 +17,8 @@ use crate::service::Service;
 #[derive(Debug, Serialize)]
 pub(crate) struct Health {
     status: &'static str,
+    /// Which router process answers: whoever started one can tell it from another behind the same address.
+    pid: u32,
     /// Why not, one sentence each.
     problems: Vec<String>,
     tiers: BTreeMap<&'static str, TierHealth>,
@@ -63,7 +65,7 @@ pub(crate) fn health(service: &Service, now: Instant) -> Health {
     }
     let problems = problems(service, &tiers, &able);
     let status = if problems.is_empty() { "ok" } else { "unavailable" };
-    Health { status, problems, tiers }
+    Health { status, pid: std::process::id(), problems, tiers }
 }
 
 fn problems(

@@ -101,8 +101,17 @@ async fn read(
             .await
             .unwrap_or(Err(RequestError::Internal))?,
     };
-    let Parameters { model, n, sampling, stopping, deadline, answer } = parameters;
-    let generate = Generate { context, model: Some(model), prompts, sampling, stopping, n, deadline };
+    let Parameters { model, n, sampling, stopping, max_tokens_default, deadline, answer } = parameters;
+    let generate = Generate {
+        context,
+        model: Some(model),
+        prompts,
+        sampling,
+        stopping,
+        max_tokens_default,
+        n,
+        deadline,
+    };
     Ok((generate, answer))
 }
 

@@ -20,8 +20,7 @@ const MAX_TOKENS_DEFAULT: u32 = 16;
 pub(super) fn parse(mut fields: Fields) -> Result<(Parameters, Vec<Prompt>), RequestError> {
     let mut parameters = Parameters::take(&mut fields)?;
     // `min_tokens` above the default says what the client expects of it.
-    let default = MAX_TOKENS_DEFAULT.max(parameters.stopping.min_tokens);
-    parameters.stopping.max_tokens.get_or_insert(default);
+    parameters.max_tokens_default = Some(MAX_TOKENS_DEFAULT.max(parameters.stopping.min_tokens));
     parameters.sampling.logprobs = fields.take("logprobs", "a whole number from 0 to 20")?;
     parameters.answer.logprobs = parameters.sampling.logprobs;
     fields.refuse(&[

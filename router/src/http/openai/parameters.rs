@@ -44,6 +44,8 @@ pub(super) struct Parameters {
     pub n: u32,
     pub sampling: v1::Sampling,
     pub stopping: v1::Stopping,
+    /// Tokens to generate where `stopping` does not say; `None`: what the context leaves.
+    pub max_tokens_default: Option<u32>,
     pub deadline: Option<Duration>,
     pub answer: AnswerOptions,
 }
@@ -84,7 +86,15 @@ impl Parameters {
         };
         let deadline =
             fields.take("deadline_ms", "a whole number of milliseconds")?.map(Duration::from_millis);
-        Ok(Self { model, n, sampling: sampling(fields)?, stopping: stopping(fields)?, deadline, answer })
+        Ok(Self {
+            model,
+            n,
+            sampling: sampling(fields)?,
+            stopping: stopping(fields)?,
+            max_tokens_default: None,
+            deadline,
+            answer,
+        })
     }
 }
 
