@@ -39,10 +39,16 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let out = folder.path().join("certificates");
         run(Args { out: out.clone() }).expect("made");
-        let files =
-            identity::Config { ca: out.join("ca.pem"), cert: out.join("node.pem"), key: out.join("node.key") };
+        let files = identity::Config {
+            ca: out.join("ca.pem"),
+            cert: out.join("node.pem"),
+            key: out.join("node.key"),
+        };
         let identity = identity::load(&files).expect("read");
         assert!(identity.key_pem.contains("PRIVATE KEY"));
-        assert!(run(Args { out }).is_err(), "a second call would cut a running cluster off from its successors");
+        assert!(
+            run(Args { out }).is_err(),
+            "a second call would cut a running cluster off from its successors"
+        );
     }
 }

@@ -54,6 +54,7 @@ pub async fn start(config: Config, options: Options) -> anyhow::Result<Cluster> 
         identity,
         routers: Vec::new(),
         experts: Vec::new(),
+        supervised: false,
     };
     let router = node::start_router(&surroundings).await?;
     surroundings.routers = vec![router.control_address().to_string()];
@@ -77,7 +78,7 @@ pub async fn start(config: Config, options: Options) -> anyhow::Result<Cluster> 
         workers.push((worker.id, handle));
     }
     let client = Client::new(&format!("http://{}", router.http_address()), None, READY_TIMEOUT)?;
-    ready::wait(&client, READY_TIMEOUT, || Ok(())).await?;
+    ready::wait(&client, READY_TIMEOUT, |_| true, || Ok(())).await?;
     Ok(Cluster { router, workers })
 }
 

@@ -216,6 +216,15 @@ impl Config {
 
     /// Checks what depends on the model: each token of a step may go to all of its experts on one worker.
     pub fn validate_for(&self, model: &ModelConfig) -> Result<(), ConfigError> {
+        range("worker", self.workers_of(Role::Expert).count(), 0, model.n_routed_experts).map_err(|_| {
+            ConfigError::Invalid {
+                field: "worker".to_owned(),
+                reason: format!(
+                    "more expert workers than the model's {} routed experts",
+                    model.n_routed_experts
+                ),
+            }
+        })?;
         let vectors = self.engine.step_tokens_max * model.num_experts_per_tok;
         range("expert.step_vectors_max", self.expert.step_vectors_max, vectors, 1 << 20)
     }

@@ -15,7 +15,7 @@ use expert::{Placement, RemoteExperts, RemoteOptions, WireFormats};
 use fabric::{Fabric, QuicOptions};
 use kvtransfer::{Receiver, ReceiverOptions};
 use model::{ChatTemplate, Checkpoint, ExecutionFingerprint, GenerationDefaults, Tokenizer};
-use proto::security::Identity;
+use proto::{security::Identity, ticket::LEASE_MAX};
 use router::ServedModel;
 
 use crate::{
@@ -27,10 +27,6 @@ use crate::{
 
 /// From a dispatch to its combine; longer than the 1.5 s of silence after which the fabric gives a peer up.
 const EXPERT_TIMEOUT: Duration = Duration::from_secs(4);
-
-/// A ticket dies after this long without bytes. The longest pause of a healthy prefill is its queue: the router
-/// sends the prompt only when it holds the ticket, so this covers waiting behind other prompts as well.
-const TICKET_LEASE: Duration = Duration::from_secs(30);
 
 /// What every role of one process shares.
 #[derive(Clone)]
@@ -45,6 +41,8 @@ pub struct Surroundings {
     pub routers: Vec<String>,
     /// Fabric addresses of the expert workers, by rank. Empty: experts are local.
     pub experts: Vec<String>,
+    /// Whether a supervisor reads this process' standard output.
+    pub supervised: bool,
 }
 
 /// A running worker of any tier.
@@ -97,6 +95,7 @@ pub async fn run(role: Role, args: RoleArgs) -> anyhow::Result<()> {
         checkpoint: open_checkpoint(&config)?,
         routers: vec![config.router.control_listen.to_string()],
         experts: config.workers_of(Role::Expert).map(|w| format!("quic://{}", w.fabric)).collect(),
+        supervised: args.supervised,
         config: Arc::new(config),
     };
     let stop = stop_requested(args.supervised);
@@ -214,7 +213,9 @@ pub async fn start_worker(
                     incarnation,
                     fingerprint: engine.fingerprint().clone(),
                     layout: engine.kv_layout().clone(),
-                    lease: TICKET_LEASE,
+                    // A prompt may wait in prefill's queue for as long as its request may live. Whoever dies is
+                    // noticed long before: by the router's streams, whose end revokes the ticket.
+                    lease: Duration::from_millis(config.router.deadline_ms_max).min(LEASE_MAX),
                     tickets_max: settings.sequences_max,
                 },
             );
@@ -252,16 +253,17 @@ fn placement(surroundings: &Surroundings) -> anyhow::Result<Placement> {
 pub fn open_checkpoint(config: &Config) -> anyhow::Result<Arc<Checkpoint>> {
     let checkpoint = Checkpoint::open(&config.model.path)?;
     config.validate_for(checkpoint.config())?;
+    engine_options(config, 1).kv_layout(checkpoint.config())?;
     Ok(Arc::new(checkpoint))
 }
 
-fn engine_options(surroundings: &Surroundings, worker: &Worker) -> EngineOptions {
-    let Config { model, engine, .. } = &*surroundings.config;
+fn engine_options(config: &Config, threads: usize) -> EngineOptions {
+    let Config { model, engine, .. } = config;
     EngineOptions {
         numerics: model.numerics,
         kv_format: model.kv_format,
         kv_blocks_max: engine.kv_blocks_max,
-        threads: worker.threads,
+        threads,
         step_tokens_max: engine.step_tokens_max,
         mtp: false,
     }
@@ -276,7 +278,7 @@ fn load_engine(
     let Surroundings { config, checkpoint, experts, .. } = surroundings;
     let numerics = config.model.numerics;
     let experts: Box<dyn Experts> = if experts.is_empty() {
-        let bar = progress::Weights::new(&worker.id, "experts");
+        let bar = progress::Weights::new(&worker.id, "experts", surroundings.supervised);
         Box::new(LocalExperts::new(ExpertBank::load_all(checkpoint, numerics, false, &mut |d, t| {
             bar.at(d, t)
         })?))
@@ -290,8 +292,8 @@ fn load_engine(
         };
         Box::new(RemoteExperts::new(fabric.clone(), options)?)
     };
-    let bar = progress::Weights::new(&worker.id, "weights");
-    Ok(Engine::load(checkpoint, &engine_options(surroundings, worker), experts, &mut |d, t| bar.at(d, t))?)
+    let bar = progress::Weights::new(&worker.id, "weights", surroundings.supervised);
+    Ok(Engine::load(checkpoint, &engine_options(config, worker.threads), experts, &mut |d, t| bar.at(d, t))?)
 }
 
 type ExpertParts = (ExpertBank, Placement, usize, Cpu, ExecutionFingerprint);
@@ -303,12 +305,12 @@ fn load_experts(surroundings: &Surroundings, worker: &Worker) -> anyhow::Result<
         .workers_of(Role::Expert)
         .position(|w| w.id == worker.id)
         .with_context(|| format!("{} is not in the configuration", worker.id))?;
-    let bar = progress::Weights::new(&worker.id, "experts");
+    let bar = progress::Weights::new(&worker.id, "experts", surroundings.supervised);
     let bank = ExpertBank::load(checkpoint, &placement.share(rank), config.model.numerics, &mut |d, t| {
         bar.at(d, t)
     })?;
     let cpu = Cpu::new(worker.threads);
-    let layout = engine_options(surroundings, worker).kv_layout(checkpoint.config())?;
+    let layout = engine_options(config, worker.threads).kv_layout(checkpoint.config())?;
     let fingerprint = engine::execution_fingerprint(checkpoint, &layout, config.model.numerics, &cpu);
     Ok((bank, placement, rank, cpu, fingerprint))
 }

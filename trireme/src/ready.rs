@@ -3,19 +3,22 @@
 use std::time::{Duration, Instant};
 
 use bench::client::Client;
+use serde_json::Value;
 
 const POLL: Duration = Duration::from_millis(15);
 
-/// Returns once `GET /health` says 200. `watch` is called between two looks and may give up with a reason.
+/// Returns once `GET /health` says 200 and `ours` holds of its body. `watch` is called between two looks and may give
+/// up with a reason.
 pub async fn wait(
     client: &Client,
     timeout: Duration,
+    ours: impl Fn(&Value) -> bool,
     mut watch: impl FnMut() -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let begin = Instant::now();
     loop {
         let last = client.get("/health").await;
-        if matches!(last, Ok((200, _))) {
+        if matches!(&last, Ok((200, body)) if ours(body)) {
             return Ok(());
         }
         watch()?;

@@ -16,13 +16,17 @@ use std::{
 
 use anyhow::Context as _;
 use tokio::{
-    process::{Child, ChildStdin, Command},
+    io::{AsyncBufReadExt as _, BufReader},
+    process::{Child, ChildStdin, ChildStdout, Command},
     sync::watch,
     task::JoinHandle,
 };
 
+use crate::progress;
+
 /// What a child waits at most for its work to end after it was asked to stop.
-const STOP_GRACE: Duration = Duration::from_secs(5);
+/// Longer than any role's `drain_ms_max` default, so that what runs may end by itself.
+const STOP_GRACE: Duration = Duration::from_secs(15);
 /// A child that lived this long was healthy: its next death is restarted at once again.
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
@@ -38,6 +42,8 @@ pub struct ProcessSpec {
     pub arguments: Vec<String>,
     /// Where its standard error goes.
     pub log: PathBuf,
+    /// Processes end in this order, those of one number together: who still serves ends before who it needs.
+    pub stop_order: u8,
 }
 
 /// A supervised process.
@@ -45,6 +51,7 @@ pub struct Process {
     /// What it was started from.
     pub spec: ProcessSpec,
     state: Arc<State>,
+    stop: watch::Sender<bool>,
     task: JoinHandle<()>,
 }
 
@@ -52,12 +59,19 @@ pub struct Process {
 struct State {
     pid: AtomicU32,
     restarts: AtomicU64,
+    loaded: AtomicU64,
+    to_load: AtomicU64,
 }
 
 impl Process {
     /// Process id now, 0 while it is being restarted.
     pub fn pid(&self) -> u32 {
         self.state.pid.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of weights that are in memory, and bytes in all; zeroes until it says so.
+    pub fn loading(&self) -> (u64, u64) {
+        (self.state.loaded.load(Ordering::Relaxed), self.state.to_load.load(Ordering::Relaxed))
     }
 
     /// How often it died and was started again.
@@ -69,22 +83,21 @@ impl Process {
 /// Keeps a set of processes alive until it is told to stop.
 pub struct Supervisor {
     processes: Vec<Process>,
-    stop: watch::Sender<bool>,
 }
 
 impl Supervisor {
     /// Starts every process; an error here means that one could not be started at all.
     pub fn start(specs: Vec<ProcessSpec>) -> anyhow::Result<Self> {
-        let (stop, _) = watch::channel(false);
         let mut processes = Vec::with_capacity(specs.len());
         for spec in specs {
             let running = spawn(&spec)?;
             let state = Arc::new(State::default());
             state.pid.store(running.child.id().unwrap_or(0), Ordering::Relaxed);
-            let task = tokio::spawn(watch_over(spec.clone(), running, state.clone(), stop.subscribe()));
-            processes.push(Process { spec, state, task });
+            let (stop, stopping) = watch::channel(false);
+            let task = tokio::spawn(watch_over(spec.clone(), running, state.clone(), stopping));
+            processes.push(Process { spec, state, stop, task });
         }
-        Ok(Self { processes, stop })
+        Ok(Self { processes })
     }
 
     /// The processes, in the order given to [`Supervisor::start`].
@@ -92,11 +105,16 @@ impl Supervisor {
         &self.processes
     }
 
-    /// Asks every process to end, waits for the grace period, then kills what is left.
-    pub async fn stop(self) {
-        let _ = self.stop.send(true);
-        for process in self.processes {
-            let _ = process.task.await;
+    /// Ends the processes in their order: asks, waits for the grace period, then kills what is left.
+    pub async fn stop(mut self) {
+        self.processes.sort_by_key(|process| process.spec.stop_order);
+        for together in self.processes.chunk_by_mut(|a, b| a.spec.stop_order == b.spec.stop_order) {
+            for process in &*together {
+                process.stop.send_replace(true);
+            }
+            for process in together {
+                let _ = (&mut process.task).await;
+            }
         }
     }
 }
@@ -117,7 +135,8 @@ fn spawn(spec: &ProcessSpec) -> anyhow::Result<Running> {
         .args(&spec.arguments)
         // Kept open and never written: its end tells the child that the supervisor is gone.
         .stdin(Stdio::piped())
-        .stdout(Stdio::null())
+        // Progress while it loads; nothing else is written there.
+        .stdout(Stdio::piped())
         .stderr(log)
         // The terminal's Ctrl-C belongs to the supervisor, which stops its children in order.
         .process_group(0)
@@ -137,6 +156,9 @@ async fn watch_over(
     let mut deaths_in_a_row = 0_u32;
     loop {
         let born = Instant::now();
+        if let Some(reports) = running.child.stdout.take() {
+            tokio::spawn(note_progress(reports, state.clone()));
+        }
         tokio::select! {
             () = asked(&mut stop) => {
                 end(&spec, running).await;
@@ -166,6 +188,17 @@ async fn watch_over(
                     tracing::error!(worker = spec.id, %error, "cannot start the process again");
                 }
             }
+        }
+    }
+}
+
+/// Reads what a child tells of its loading, until it closes its standard output.
+async fn note_progress(reports: ChildStdout, state: Arc<State>) {
+    let mut lines = BufReader::new(reports).lines();
+    while let Ok(Some(line)) = lines.next_line().await {
+        if let Some((done, total)) = progress::parse_report(&line) {
+            state.loaded.store(done, Ordering::Relaxed);
+            state.to_load.store(total, Ordering::Relaxed);
         }
     }
 }

@@ -79,7 +79,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let generation = json!({ "bos_token_id": shape::BOS, "eos_token_id": shape::EOS, "do_sample": false });
     write_json(&args.out, "generation_config.json", &generation)?;
     let note = tokenizer(&args.out, &config)?;
-    let bar = progress::Weights::new("synth", "weights");
+    let bar = progress::Weights::new("synth", "weights", false);
     let draw = values::Draw { seed: args.seed, skew: &skew };
     let mut done = 0;
     for (number, shard) in shards.iter().enumerate() {

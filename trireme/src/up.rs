@@ -2,7 +2,7 @@
 //! first answer before the prompt comes back.
 
 use std::{
-    io::{IsTerminal as _, Write as _},
+    io::Write as _,
     net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -11,13 +11,15 @@ use std::{
 use anyhow::{Context as _, bail};
 use bench::client::Client;
 use model::{KvFormat, ModelConfig, Numerics};
-use serde_json::json;
+use serde_json::{Value, json};
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::{
     answer,
     cluster::{self, Cluster},
     config::{Config, ModelSection, Role, Worker},
-    identity, node, ready,
+    identity, node, progress, ready,
     supervisor::{ProcessSpec, Supervisor},
 };
 
@@ -151,6 +153,7 @@ impl Shape {
 /// Starts, shows, asks, and stays until Ctrl-C.
 pub async fn run(args: Args) -> anyhow::Result<()> {
     let begin = Instant::now();
+    let mut stop = Stop::listen()?;
     let http = SocketAddr::from((Ipv4Addr::LOCALHOST, args.port));
     let grpc_port = match (args.grpc_port, args.port) {
         (Some(port), _) => port,
@@ -163,10 +166,9 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         let config = args.shape.config(http, grpc, any, || Ok(any))?;
         let cluster = cluster::start(config.clone(), cluster::Options::default()).await?;
         let view = View::of_cluster(&config, &cluster)?;
-        greet(&args, &view, begin).await?;
-        wait_for_stop().await?;
+        let outcome = until(&mut stop, greet(&args, &view, begin)).await;
         cluster.shutdown().await;
-        return Ok(());
+        return outcome;
     }
     let mut ports = Ports::default();
     let (http, grpc) = (ports.fixed("--port", http)?, ports.fixed("--grpc-port", grpc)?);
@@ -181,18 +183,26 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let view = View::of_config(&config)?;
     drop(ports);
     let supervisor = Supervisor::start(processes(&config, &state.path, &file)?)?;
-    let outcome = async {
+    let started = async {
         ready(&view, &supervisor).await?;
-        greet(&args, &View { supervisor: Some(&supervisor), state: Some(&state.path), ..view }, begin)
-            .await?;
-        wait_for_stop().await
-    }
-    .await;
+        greet(&args, &View { supervisor: Some(&supervisor), state: Some(&state.path), ..view }, begin).await
+    };
+    let outcome = until(&mut stop, started).await;
     supervisor.stop().await;
     if outcome.is_err() {
         state.keep();
     }
     outcome
+}
+
+/// Runs the start, then waits; a wish to stop ends either.
+async fn until(stop: &mut Stop, started: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    tokio::select! {
+        outcome = started => outcome?,
+        () = stop.asked() => return Ok(()),
+    }
+    stop.asked().await;
+    Ok(())
 }
 
 fn processes(config: &Config, state: &Path, file: &Path) -> anyhow::Result<Vec<ProcessSpec>> {
@@ -208,6 +218,12 @@ fn processes(config: &Config, state: &Path, file: &Path) -> anyhow::Result<Vec<P
             program: program.clone(),
             arguments,
             log: state.join(format!("{id}.log")),
+            // The router drains first; the experts are needed until the last token is out.
+            stop_order: match role {
+                Role::Router => 0,
+                Role::Prefill | Role::Decode => 1,
+                Role::Expert => 2,
+            },
         }
     };
     let mut specs = vec![spec("router", Role::Router)];
@@ -218,18 +234,29 @@ fn processes(config: &Config, state: &Path, file: &Path) -> anyhow::Result<Vec<P
 /// Waits until the router says that every tier is there.
 async fn ready(view: &View<'_>, supervisor: &Supervisor) -> anyhow::Result<()> {
     let client = Client::new(&view.url(), None, Duration::from_secs(5))?;
-    ready::wait(&client, READY_TIMEOUT, || {
-        match supervisor.processes().iter().find(|p| p.restarts() >= START_DEATHS_MAX) {
-            Some(dying) => {
-                let log = std::fs::read_to_string(&dying.spec.log).unwrap_or_default();
-                let lines: Vec<_> = log.lines().collect();
-                let end = lines[lines.len().saturating_sub(12)..].join("\n");
-                bail!("{} keeps dying; the end of {}:\n{end}", dying.spec.id, dying.spec.log.display())
-            }
-            None => Ok(()),
-        }
-    })
-    .await
+    let router = supervisor.processes().iter().find(|p| p.spec.id == "router");
+    // Another cluster may hold the port: its health is not ours.
+    let ours = |body: &Value| router.is_some_and(|router| body["pid"] == router.pid());
+    let bar = progress::cluster_weights();
+    let watch = || {
+        let (done, total) = supervisor
+            .processes()
+            .iter()
+            .map(|process| process.loading())
+            .fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
+        bar.set_length(total);
+        bar.set_position(done);
+        let Some(dying) = supervisor.processes().iter().find(|p| p.restarts() >= START_DEATHS_MAX) else {
+            return Ok(());
+        };
+        let log = std::fs::read_to_string(&dying.spec.log).unwrap_or_default();
+        let lines: Vec<_> = log.lines().collect();
+        let end = lines[lines.len().saturating_sub(12)..].join("\n");
+        bail!("{} keeps dying; the end of {}:\n{end}", dying.spec.id, dying.spec.log.display())
+    };
+    let outcome = ready::wait(&client, READY_TIMEOUT, ours, watch).await;
+    bar.finish_and_clear();
+    outcome
 }
 
 /// What the screen shows.
@@ -355,18 +382,24 @@ fn program() -> String {
     if built_by_cargo { "cargo run --release --".to_owned() } else { "trireme".to_owned() }
 }
 
-/// Ctrl-C, or what a service manager sends.
-pub async fn wait_for_stop() -> anyhow::Result<()> {
-    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-    tokio::select! {
-        outcome = tokio::signal::ctrl_c() => outcome?,
-        _ = terminate.recv() => {}
+/// Ctrl-C, and what a service manager sends, from the moment that it is made.
+struct Stop {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Stop {
+    fn listen() -> anyhow::Result<Self> {
+        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
     }
-    if std::io::stdout().is_terminal() {
-        println!();
+
+    async fn asked(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+        println!("\nStopping.");
     }
-    println!("Stopping.");
-    Ok(())
 }
 
 /// Ports that are free now, held until every one is chosen so that none is given twice.
@@ -404,6 +437,7 @@ struct StateDirectory {
 impl StateDirectory {
     fn create() -> anyhow::Result<Self> {
         use std::os::unix::fs::DirBuilderExt as _;
+        remove_stale_folders();
         let path = std::env::temp_dir().join(format!("trireme-{}", std::process::id()));
         // A stale folder of a process that had our number: not ours to read, so never reused.
         if path.exists() {
@@ -419,6 +453,20 @@ impl StateDirectory {
 
     fn keep(&self) {
         self.keep.set(true);
+    }
+}
+
+/// What an `up` that was killed left behind: a folder of ours whose process is gone.
+fn remove_stale_folders() {
+    for entry in std::fs::read_dir(std::env::temp_dir()).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|name| name.strip_prefix("trireme-")?.parse::<u32>().ok());
+        let gone = pid.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists());
+        let ours = entry.path().join("cluster.toml").is_file();
+        // Best effort: another user's folder cannot be removed, and need not be.
+        if gone && ours {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
     }
 }
 

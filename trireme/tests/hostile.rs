@@ -238,6 +238,28 @@ fn a_broken_checkpoint_is_named() {
     check(&|folder| std::fs::remove_file(folder.join("config.json")).expect("removed"), &["config.json"]);
 }
 
+/// Stopped before it is up: nothing of it stays, its private key least of all.
+#[test]
+fn an_early_stop_leaves_nothing_behind() {
+    let temporary = tempfile::tempdir().expect("a folder");
+    let mut child = Command::new(env!("CARGO_BIN_EXE_trireme"))
+        .args(["up", "--port", "0", "--grpc-port", "0"])
+        .env("TMPDIR", temporary.path())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .expect("starts");
+    let state = temporary.path().join(format!("trireme-{}", child.id()));
+    let begin = std::time::Instant::now();
+    while !state.exists() {
+        assert!(begin.elapsed() < support::PATIENCE, "it makes its folder");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let killed = Command::new("kill").args(["-TERM", &child.id().to_string()]).status();
+    assert!(killed.expect("kill").success());
+    assert_eq!(child.wait().expect("ends").code(), Some(0));
+    assert!(!state.exists(), "{}", state.display());
+}
+
 #[test]
 fn a_wrong_flag_or_configuration_is_named() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -250,6 +272,8 @@ fn a_wrong_flag_or_configuration_is_named() {
         (vec!["up", "--model", "/nowhere"], "/nowhere"),
         (vec!["up", "--prefill", "0"], "--prefill"),
         (vec!["up", "--numerics", "fp4"], "fp4"),
+        (vec!["up", "--numerics", "reference", "--kv-format", "bf16"], "bf16"),
+        (vec!["up", "--expert", "17"], "16 routed experts"),
         (vec!["generate", "--input-file", "/nowhere.txt"], "/nowhere.txt"),
     ] {
         let (success, text) = trireme(&arguments);

@@ -173,9 +173,14 @@ impl Up {
         assert!(status.success(), "kill -9 {id}");
     }
 
+    /// Ctrl-C.
+    pub fn interrupt(&self) {
+        let _ = Command::new("kill").args(["-INT", &self.child.id().to_string()]).status();
+    }
+
     /// Ctrl-C, and the exit code.
     pub fn stop(mut self) -> Option<i32> {
-        let _ = Command::new("kill").args(["-INT", &self.child.id().to_string()]).status();
+        self.interrupt();
         self.child.wait().expect("it ends").code()
     }
 }
