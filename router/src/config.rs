@@ -25,6 +25,9 @@ pub struct Config {
     pub api_keys_sha256: Vec<String>,
     /// Connections to each public door at once; more wait in the kernel's backlog.
     pub connections_max: usize,
+    /// Milliseconds in which an HTTP client must have sent a request's head; also how long a kept-alive connection may
+    /// rest. Silent connections would else take the places of others for ever.
+    pub head_wait_ms_max: u64,
     /// Longest request body, bytes. 16 MiB hold a million-token prompt with room to spare.
     pub body_bytes_max: usize,
     /// Sequences (prompts × n) that may be in flight at once, over all requests.
@@ -57,6 +60,7 @@ impl Default for Config {
             control_listen: SocketAddr::from(([127, 0, 0, 1], 8002)),
             api_keys_sha256: Vec::new(),
             connections_max: 4096,
+            head_wait_ms_max: 60_000,
             body_bytes_max: 16 << 20,
             sequences_max: 1024,
             sequences_per_request_max: 64,
@@ -98,6 +102,11 @@ impl Config {
             .all(|hash| hash.len() == 64 && hash.bytes().all(|digit| digit.is_ascii_hexdigit()));
         check(hashes_hold, "api_keys_sha256", "each must be the 64 hexadecimal digits of a SHA-256")?;
         check(self.connections_max > 0, "connections_max", "must be at least 1")?;
+        check(
+            (100..=3_600_000).contains(&self.head_wait_ms_max),
+            "head_wait_ms_max",
+            "must lie between 100 ms and one hour",
+        )?;
         check(
             (1 << 10..=1 << 30).contains(&self.body_bytes_max),
             "body_bytes_max",

@@ -72,7 +72,7 @@ pub async fn start(config: Config, node: Node) -> Result<Handle, StartError> {
     });
     let http_service = Arc::clone(&service);
     let http_stop = stopped(doors_stop.clone());
-    let http = tokio::spawn(async move { ended("http", http::serve(http_service, http, http_stop).await) });
+    let http = tokio::spawn(http::serve(http_service, http, http_stop));
     let grpc_stop = stopped(doors_stop);
     let grpc = tokio::spawn(async move { ended("grpc", grpc::serve(grpc_router, grpc, grpc_stop).await) });
 

@@ -17,6 +17,7 @@ fn defaults_hold() {
 fn unusable_values_are_named() {
     refused(|c| c.api_keys_sha256 = vec!["secret".into()], "api_keys_sha256");
     refused(|c| c.connections_max = 0, "connections_max");
+    refused(|c| c.head_wait_ms_max = 0, "head_wait_ms_max");
     refused(|c| c.body_bytes_max = 1, "body_bytes_max");
     refused(|c| c.sequences_per_request_max = 15, "sequences_per_request_max");
     refused(|c| c.sequences_max = 63, "sequences_max");

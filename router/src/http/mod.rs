@@ -13,12 +13,18 @@ mod sse;
 
 use std::future::Future;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use axum::serve::Listener as _;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
 
 use self::errors::ApiError;
 use crate::connections::BoundedListener;
@@ -35,10 +41,32 @@ const TRACEPARENT: &str = "traceparent";
 /// Serves until `shutdown`, then until the open requests have ended.
 pub(crate) async fn serve(
     service: Arc<Service>,
-    listener: BoundedListener,
+    mut listener: BoundedListener,
     shutdown: impl Future<Output = ()> + Send + 'static,
-) -> std::io::Result<()> {
-    axum::serve(listener, routes(service)).with_graceful_shutdown(shutdown).await
+) {
+    let head_wait_max = Duration::from_millis(service.config.head_wait_ms_max);
+    // HTTP/1 alone: telling the versions apart waits for a first byte, without a limit.
+    let mut server = auto::Builder::new(TokioExecutor::new()).http1_only();
+    server.http1().timer(TokioTimer::new()).header_read_timeout(head_wait_max);
+    let open = GracefulShutdown::new();
+    let routes = routes(service);
+    tokio::pin!(shutdown);
+    loop {
+        let connection = tokio::select! {
+            (connection, _peer) = listener.accept() => connection,
+            () = &mut shutdown => break,
+        };
+        let service = TowerToHyperService::new(routes.clone());
+        let connection = server.serve_connection(TokioIo::new(connection), service).into_owned();
+        let connection = open.watch(connection);
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!(error, "a connection ended early");
+            }
+        });
+    }
+    drop(listener);
+    open.shutdown().await;
 }
 
 fn routes(service: Arc<Service>) -> axum::Router {

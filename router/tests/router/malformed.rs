@@ -5,6 +5,7 @@ use proto::v1::inference_client::InferenceClient;
 use crate::support::{Cluster, MODEL, Script, chat, config};
 use reqwest::header::CONTENT_TYPE;
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
@@ -275,4 +276,20 @@ async fn garbage_on_every_port_hurts_nobody() {
         let _ = connection.read_to_end(&mut Vec::new()).await;
     }
     cluster.complete(CHAT, &chat("?")).await;
+}
+
+/// A connection that sends half a head, or nothing, is hung up on; one that asks is answered.
+#[tokio::test]
+async fn a_silent_connection_is_closed() {
+    let config = router::Config { head_wait_ms_max: 100, ..config() };
+    let cluster = Cluster::start(config).await;
+    let address = cluster.url("").trim_start_matches("http://").to_owned();
+    for begin in ["", "POST /v1/completions HTTP/1.1\r\nhost: x\r\n"] {
+        let mut connection = tokio::net::TcpStream::connect(&address).await.expect("connects");
+        connection.write_all(begin.as_bytes()).await.expect("writes");
+        let mut answer = Vec::new();
+        // Returns when the other end closes; a server that waits for ever would hang the test.
+        connection.read_to_end(&mut answer).await.expect("reads to the end");
+    }
+    assert_eq!(cluster.get("/v1/models").await.0, 200);
 }

@@ -123,7 +123,7 @@ async fn health_is_forward_progress() {
     assert_eq!((status, &body["tiers"]["decode"]["live"]), (200, &json!(1)), "{body}");
 
     // Work, and no step: alive, but not healthy.
-    decode.report(|report| report.running = 3);
+    decode.report(|report| report.runnable = 3);
     let body = wait_for_status(&cluster, 503).await;
     assert_eq!(body["tiers"]["decode"]["stalled"], json!(["decode-0"]), "{body}");
     // A step is progress.
