@@ -84,22 +84,11 @@ impl Config {
     }
 }
 
-fn within(field: &'static str, value: u64, min: u64, max: u64) -> Result<(), ConfigError> {
-    if (min..=max).contains(&value) { Ok(()) } else { Err(ConfigError { field, value, min, max }) }
-}
+/// A setting of the `[decode]` table outside its range.
+pub use proto::setting::OutOfRange as ConfigError;
 
-/// A setting outside its range.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("decode.{field} = {value}: must be {min}..={max}")]
-pub struct ConfigError {
-    /// Key in the `[decode]` table.
-    pub field: &'static str,
-    /// What it was set to.
-    pub value: u64,
-    /// Smallest value accepted.
-    pub min: u64,
-    /// Largest value accepted.
-    pub max: u64,
+fn within(field: &'static str, value: u64, min: u64, max: u64) -> Result<(), ConfigError> {
+    proto::setting::within("decode", field, value, min, max)
 }
 
 #[cfg(test)]

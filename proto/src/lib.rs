@@ -13,6 +13,7 @@ pub mod fingerprint;
 pub mod membership;
 pub mod security;
 pub mod sequence;
+pub mod setting;
 pub mod ticket;
 pub mod trace;
 pub mod wire_version;
