@@ -21,21 +21,19 @@
 //! [`Scheduler::check_invariants`] says it all.
 //! Deliberately absent: clocks, threads, the engine, and what happens to a sampled token besides ending its sequence.
 
+mod invariants;
+mod sequence;
+
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use engine::{BlockPool, BlockTable, Reservation};
-use model::{BlockId, TokenId};
+use engine::{BlockPool, Reservation};
+use model::TokenId;
 use proto::ticket::TicketId;
 
+use self::sequence::State;
+pub use self::sequence::{Admission, End, Event, Sequence, SequenceId};
 use crate::error::Failure;
-use crate::finish::{Finish, FinishRule};
-
-/// A sequence within this worker; numbers are never used twice.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct SequenceId(pub u64);
-
 /// Bounds on what the scheduler holds.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
@@ -49,19 +47,6 @@ pub struct Limits {
     pub block_tokens: usize,
     /// How long a running sequence may wait for its reader.
     pub reader_stall_max: Duration,
-}
-
-/// A request that wants to become a sequence.
-#[derive(Debug, Clone)]
-pub struct Admission {
-    /// Tokens whose KV is found here or handed over, at least one.
-    pub prompt: Arc<[TokenId]>,
-    /// Whose cached prefixes it may share.
-    pub cache_salt: u64,
-    /// When it ends.
-    pub rule: FinishRule,
-    /// When nobody wants the answer any more.
-    pub deadline: Option<Instant>,
 }
 
 /// Why a request was not admitted.
@@ -81,32 +66,6 @@ pub enum NotAdmitted {
     },
 }
 
-/// What happens to a sequence.
-#[derive(Debug, Clone)]
-pub enum Event {
-    /// A ticket was issued for its blocks.
-    Armed(TicketId),
-    /// All of its KV is committed; prefill sampled this token.
-    HandedOff(TokenId),
-    /// A step sampled this token.
-    Sampled(TokenId),
-    /// Its event queue has no room for another token: it pauses.
-    ReaderFull,
-    /// Its event queue has room again.
-    ReaderReady,
-    /// It ends here, whatever it was doing.
-    Failed(Failure),
-}
-
-/// How a sequence ended.
-#[derive(Debug, Clone)]
-pub enum End {
-    /// By its own rule.
-    Finished(Finish),
-    /// By something that happened to it.
-    Failed(Failure),
-}
-
 /// What the prefix cache has done since the start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PrefixStats {
@@ -116,69 +75,6 @@ pub struct PrefixStats {
     pub hit_tokens: u64,
     /// Cached blocks that had to go.
     pub evictions: u64,
-}
-
-/// One sequence that holds blocks.
-#[derive(Debug)]
-pub struct Sequence {
-    state: State,
-    /// Covers prompt and completion.
-    table: BlockTable,
-    /// Prompt and completion so far; made for the whole life.
-    tokens: Vec<TokenId>,
-    prompt_tokens: usize,
-    /// Tokens of the completion, the first one included.
-    generated: u32,
-    rule: FinishRule,
-    deadline: Option<Instant>,
-    /// Issued for these blocks: must be revoked before they are freed. Kept past the hand-off, because its name answers
-    /// late duplicates for as long as the sequence lives.
-    ticket: Option<TicketId>,
-}
-
-#[derive(Debug)]
-enum State {
-    /// Its KV is on the way.
-    Waiting,
-    /// `last` is sampled, its KV is not computed yet. `paused` since its reader fell behind.
-    Running { last: TokenId, paused: Option<Instant> },
-    /// Blocks are held until released.
-    Finished(End),
-}
-
-impl Sequence {
-    /// The blocks in order of position.
-    pub fn block_table(&self) -> &[BlockId] {
-        self.table.blocks()
-    }
-
-    /// Blocks at the prompt's start that were here at admission: the first that a hand-off may write to is behind them.
-    pub fn shared_blocks(&self) -> usize {
-        self.table.shared()
-    }
-
-    /// What the next step computes: the last token and its position. `None` unless running.
-    pub fn step_input(&self) -> Option<(&TokenId, usize)> {
-        match &self.state {
-            State::Running { last, .. } => Some((last, self.length() - 1)),
-            State::Waiting | State::Finished(_) => None,
-        }
-    }
-
-    /// Tokens of prompt and completion so far: the position of the token that is sampled next.
-    pub fn length(&self) -> usize {
-        self.tokens.len()
-    }
-
-    /// Tokens that must not be sampled next.
-    pub fn suppressed(&self) -> &[TokenId] {
-        self.rule.suppressed(self.generated)
-    }
-
-    /// The ticket to revoke before the blocks may go to somebody else.
-    pub fn ticket(&self) -> Option<TicketId> {
-        self.ticket
-    }
 }
 
 /// Sequences, their blocks, and whose turn it is.
@@ -460,35 +356,6 @@ impl Scheduler {
         };
         let deadline = sequence.deadline.map(|at| (at, Failure::DeadlineExceeded));
         deadline.into_iter().chain(stalled).min_by_key(|(at, _)| *at)
-    }
-
-    /// Panics when the books do not balance. For tests and simulation; costs a walk over everything.
-    pub fn check_invariants(&self) {
-        self.blocks.check_invariants(self.sequences.values().map(|sequence| &sequence.table));
-        assert!(self.sequences.len() <= self.limits.sequences_max);
-        let mut paused = 0;
-        for (id, sequence) in &self.sequences {
-            let running = matches!(sequence.state, State::Running { .. });
-            let finished = matches!(sequence.state, State::Finished(_));
-            assert_eq!(self.turns.contains(id), running, "{id:?} has turns while it runs");
-            assert_eq!(self.finished.contains(id), finished, "{id:?} is listed once it has finished");
-            assert!(sequence.generated <= sequence.rule.tokens_max(), "{id:?} exceeds max_tokens");
-            assert!(finished || running == (sequence.generated > 0), "{id:?} runs from its first token on");
-            paused += usize::from(matches!(sequence.state, State::Running { paused: Some(_), .. }));
-            let tokens = sequence.prompt_tokens + sequence.rule.tokens_max() as usize;
-            let blocks = tokens.div_ceil(self.limits.block_tokens);
-            assert_eq!(sequence.block_table().len(), blocks, "{id:?} holds blocks for its whole life");
-            let length = sequence.prompt_tokens + sequence.generated as usize;
-            assert_eq!(sequence.tokens.len(), length, "{id:?} knows its tokens");
-            assert!(sequence.shared_blocks() * self.limits.block_tokens <= sequence.prompt_tokens);
-            if let Some(ticket) = sequence.ticket {
-                assert_eq!(self.tickets.get(&ticket), Some(id), "{ticket} leads to {id:?}");
-            }
-        }
-        let armed = self.sequences.values().filter(|sequence| sequence.ticket.is_some()).count();
-        assert_eq!(self.tickets.len(), armed, "a ticket leads nowhere");
-        assert_eq!(self.paused, paused);
-        assert_eq!(self.turns.len() + self.finished.len() + self.waiting(), self.sequences.len());
     }
 }
 

@@ -1,7 +1,10 @@
+use std::sync::Arc;
+
 use model::Stopping;
 use proptest::prelude::*;
 
 use super::*;
+use crate::finish::{Finish, FinishRule};
 
 const EOS: TokenId = TokenId(1);
 const WORD: TokenId = TokenId(50);

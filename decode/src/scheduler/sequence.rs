@@ -1,0 +1,119 @@
+//! One sequence of a decode worker: what it was admitted with, where it stands, and what can happen to it.
+//!
+//! Plain data with read access; every change of state is made by the [`Scheduler`](super::Scheduler), which owns it.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use engine::BlockTable;
+use model::{BlockId, TokenId};
+use proto::ticket::TicketId;
+
+use crate::error::Failure;
+use crate::finish::{Finish, FinishRule};
+
+/// A sequence within this worker; numbers are never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SequenceId(pub u64);
+
+/// A request that wants to become a sequence.
+#[derive(Debug, Clone)]
+pub struct Admission {
+    /// Tokens whose KV is found here or handed over, at least one.
+    pub prompt: Arc<[TokenId]>,
+    /// Whose cached prefixes it may share.
+    pub cache_salt: u64,
+    /// When it ends.
+    pub rule: FinishRule,
+    /// When nobody wants the answer any more.
+    pub deadline: Option<Instant>,
+}
+
+/// What happens to a sequence.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// A ticket was issued for its blocks.
+    Armed(TicketId),
+    /// All of its KV is committed; prefill sampled this token.
+    HandedOff(TokenId),
+    /// A step sampled this token.
+    Sampled(TokenId),
+    /// Its event queue has no room for another token: it pauses.
+    ReaderFull,
+    /// Its event queue has room again.
+    ReaderReady,
+    /// It ends here, whatever it was doing.
+    Failed(Failure),
+}
+
+/// How a sequence ended.
+#[derive(Debug, Clone)]
+pub enum End {
+    /// By its own rule.
+    Finished(Finish),
+    /// By something that happened to it.
+    Failed(Failure),
+}
+
+/// One sequence that holds blocks.
+#[derive(Debug)]
+pub struct Sequence {
+    pub(super) state: State,
+    /// Covers prompt and completion.
+    pub(super) table: BlockTable,
+    /// Prompt and completion so far; made for the whole life.
+    pub(super) tokens: Vec<TokenId>,
+    pub(super) prompt_tokens: usize,
+    /// Tokens of the completion, the first one included.
+    pub(super) generated: u32,
+    pub(super) rule: FinishRule,
+    pub(super) deadline: Option<Instant>,
+    /// Issued for these blocks: must be revoked before they are freed. Kept past the hand-off, because its name answers
+    /// late duplicates for as long as the sequence lives.
+    pub(super) ticket: Option<TicketId>,
+}
+
+#[derive(Debug)]
+pub(super) enum State {
+    /// Its KV is on the way.
+    Waiting,
+    /// `last` is sampled, its KV is not computed yet. `paused` since its reader fell behind.
+    Running { last: TokenId, paused: Option<Instant> },
+    /// Blocks are held until released.
+    Finished(End),
+}
+
+impl Sequence {
+    /// The blocks in order of position.
+    pub fn block_table(&self) -> &[BlockId] {
+        self.table.blocks()
+    }
+
+    /// Blocks at the prompt's start that were here at admission: the first that a hand-off may write to is behind them.
+    pub fn shared_blocks(&self) -> usize {
+        self.table.shared()
+    }
+
+    /// What the next step computes: the last token and its position. `None` unless running.
+    pub fn step_input(&self) -> Option<(&TokenId, usize)> {
+        match &self.state {
+            State::Running { last, .. } => Some((last, self.length() - 1)),
+            State::Waiting | State::Finished(_) => None,
+        }
+    }
+
+    /// Tokens of prompt and completion so far: the position of the token that is sampled next.
+    pub fn length(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Tokens that must not be sampled next.
+    pub fn suppressed(&self) -> &[TokenId] {
+        self.rule.suppressed(self.generated)
+    }
+
+    /// The ticket to revoke before the blocks may go to somebody else.
+    pub fn ticket(&self) -> Option<TicketId> {
+        self.ticket
+    }
+}
