@@ -1,12 +1,14 @@
 //! Everything that measures or predicts, as `trireme bench …`.
 //!
 //! [`serve`] loads a running server from outside, through its OpenAI endpoint, and so measures other servers alike;
-//! [`ops`] times the operators that a step is made of and holds them against what the machine can do. [`perplexity`] and
+//! [`ops`] times the operators that a step is made of and holds them against what the machine can do. [`engine`] runs a model's steps in this
+//! process, without anything around them. [`perplexity`] and
 //! [`niah`] ask whether what is served is still the model: how well it predicts a text, how far back it remembers.
 //! Deliberately absent: anything that a worker needs to run.
 
 pub mod client;
 mod demo;
+pub mod engine;
 pub mod niah;
 pub mod ops;
 pub mod perplexity;
@@ -22,6 +24,8 @@ pub enum BenchCommand {
     Serve(serve::Args),
     /// Time every operator at a model's shapes: GB/s, GFLOP/s, and the share of what this machine can do.
     Ops(ops::Args),
+    /// What one process makes of a model: prompt and generation tokens per second, and where a step's time goes.
+    Engine(engine::Args),
     /// How well a model predicts a text, by teacher forcing through the engine.
     Perplexity(perplexity::Args),
     /// Ask a running server for a needle in haystacks of several lengths, at several depths.
@@ -36,6 +40,7 @@ pub async fn run(command: BenchCommand) -> anyhow::Result<()> {
     match command {
         BenchCommand::Serve(args) => serve::run(args).await,
         BenchCommand::Ops(args) => ops::run(&args),
+        BenchCommand::Engine(args) => engine::run(&args),
         BenchCommand::Perplexity(args) => perplexity::run(&args),
         BenchCommand::Niah(args) => niah::run(&args).await,
     }

@@ -17,6 +17,7 @@ mod kv_cache;
 mod options;
 mod rng;
 mod sampler;
+mod stage;
 mod step;
 
 pub use batch::{LogitsWanted, SequenceInput};
@@ -27,4 +28,5 @@ pub use fingerprint::{ARITHMETIC_REVISION, execution_fingerprint};
 pub use kv_cache::KvPool;
 pub use options::{EngineOptions, ResultFormat, wire_activation_format};
 pub use sampler::{Sampled, SequenceSampler};
+pub use stage::Stage;
 pub use step::{Engine, MtpInput, StepObserver, StepOutput};

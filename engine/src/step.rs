@@ -13,6 +13,7 @@ use crate::experts::Experts;
 use crate::fingerprint::execution_fingerprint;
 use crate::kv_cache::KvPool;
 use crate::options::EngineOptions;
+use crate::stage::Stage;
 
 /// Watches a step from inside. `()` watches nothing.
 pub trait StepObserver {
@@ -25,6 +26,9 @@ pub trait StepObserver {
 
     /// The residual stream after `layer`, `[rows, hidden]`.
     fn layer_hidden(&mut self, _layer: usize, _hidden: &[f32]) {}
+
+    /// A part of the step has ended. For whoever wants to know where the time goes.
+    fn stage(&mut self, _ended: Stage) {}
 }
 
 impl StepObserver for () {}
@@ -159,11 +163,12 @@ impl Engine {
         let mut step = StepContext { cpu, kv, rope, experts, observer, batch, attention_rows: &views };
         let hidden = &mut workspace.hidden[..batch.rows() * config.hidden_size];
         embed(&model.embedding, &batch.tokens, hidden);
+        step.observer.stage(Stage::Embedding);
         let mut layers = model.layers.iter();
         let result = layers.try_for_each(|layer| layer.forward(&mut step, &mut workspace.layer, hidden));
         *attention_rows = recycle(views);
         result?;
-        Ok(workspace.finish(cpu, &batch.wanted, &model.norm, &model.head))
+        Ok(workspace.finish(cpu, &batch.wanted, &model.norm, &model.head, observer))
     }
 
     /// Runs rows of some sequences through the MTP module, which stores its own layer of the cache.
@@ -187,7 +192,7 @@ impl Engine {
         *attention_rows = recycle(views);
         result?;
         let head = module.head.as_ref().unwrap_or(&model.head);
-        Ok(workspace.finish(cpu, &batch.wanted, &module.norm, head))
+        Ok(workspace.finish(cpu, &batch.wanted, &module.norm, head, observer))
     }
 }
 
@@ -219,7 +224,14 @@ impl Workspace {
     }
 
     /// Final norm and head for the wanted rows of `hidden`.
-    fn finish(&mut self, cpu: &Cpu, rows: &[u32], norm: &RmsNorm, head: &Linear) -> StepOutput<'_> {
+    fn finish(
+        &mut self,
+        cpu: &Cpu,
+        rows: &[u32],
+        norm: &RmsNorm,
+        head: &Linear,
+        observer: &mut dyn StepObserver,
+    ) -> StepOutput<'_> {
         let width = head.input_width();
         let wanted = &mut self.wanted[..rows.len() * width];
         let normed = &mut self.normed[..rows.len() * width];
@@ -234,6 +246,7 @@ impl Workspace {
         }
         let logits = &mut self.logits[..size];
         head.forward(cpu, &self.head_input, logits);
+        observer.stage(Stage::Head);
         StepOutput { logits, hidden: normed }
     }
 }

@@ -11,6 +11,7 @@ use model::schema::{AttentionTensors, QueryTensors};
 
 use super::{Linear, Loader, RmsNorm, StepContext, absorb, expect_input_format};
 use crate::error::EngineError;
+use crate::stage::Stage;
 
 /// The norms of the two latents use this whatever `rms_norm_eps` says (transformers and DeepSeek's own code).
 const LATENT_NORM_EPS: f32 = 1e-6;
@@ -88,8 +89,10 @@ impl Attention {
             self.compress.input_format(),
         );
         self.store(step, layer, workspace);
+        step.observer.stage(Stage::CacheRows);
         step.observer.layer_done(layer, step.kv);
         self.project_queries(step, workspace);
+        step.observer.stage(Stage::Queries);
         self.attend(step, layer, workspace, out);
     }
 
@@ -102,6 +105,7 @@ impl Attention {
         let normed_latents = &mut workspace.normed_latents[..rows * latent];
         let keys = &mut workspace.keys[..rows * rope];
         self.compress.forward(step.cpu, &workspace.activations, compressed);
+        step.observer.stage(Stage::Compress);
         split_rows(compressed, latent, latents, rope, keys);
         // The norm covers the latent alone, not the key.
         self.latent_norm.forward(step.cpu, latents, normed_latents);
@@ -149,7 +153,7 @@ impl Attention {
     /// From split queries to the output projection.
     fn attend(
         &self,
-        step: &StepContext<'_>,
+        step: &mut StepContext<'_>,
         layer: usize,
         workspace: &mut AttentionWorkspace,
         out: &mut [f32],
@@ -162,9 +166,12 @@ impl Attention {
         let attended = &mut workspace.attended[..rows * heads * latent];
         let values = &mut workspace.values[..rows * self.output.input_width()];
         step.cpu.head_matmul(&self.key_up, nope, rows, absorbed);
+        step.observer.stage(Stage::Absorb);
         let cache = step.kv.view();
         step.cpu.mla_attention(&cache, layer, self.shape, step.attention_rows, absorbed, rotary, attended);
+        step.observer.stage(Stage::Attention);
         step.cpu.head_matmul(&self.value_up, attended, rows, values);
+        step.observer.stage(Stage::Values);
         let activations = &mut workspace.activations;
         activations.prepare(step.cpu, values, rows, self.output.input_width(), self.output.input_format());
         self.output.forward(step.cpu, activations, out);

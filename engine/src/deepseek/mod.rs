@@ -25,6 +25,7 @@ use crate::batch::StepBatch;
 use crate::error::EngineError;
 use crate::experts::{Experts, ExpertsError};
 use crate::kv_cache::KvPool;
+use crate::stage::Stage;
 use crate::step::StepObserver;
 
 /// Bytes done, bytes in all.
@@ -115,15 +116,19 @@ impl Layer {
         let output = &mut output[..hidden.len()];
 
         self.input_norm.forward(step.cpu, hidden, normed);
+        step.observer.stage(Stage::Norm);
         self.attention.forward(step, self.index, attention, normed, output);
         step.cpu.add_in_place(hidden, output);
+        step.observer.stage(Stage::Output);
 
         self.post_attention_norm.forward(step.cpu, hidden, normed);
+        step.observer.stage(Stage::Norm);
         match &self.ffn {
             FeedForward::Dense(dense) => {
                 let rows = step.batch.rows();
                 mlp_input.prepare(step.cpu, normed, rows, normed.len() / rows, dense.input_format());
                 dense.forward(step.cpu, mlp, mlp_input, output);
+                step.observer.stage(Stage::Dense);
             }
             FeedForward::Moe(layer) => layer.forward(step, self.index, moe, mlp, normed, output)?,
         }

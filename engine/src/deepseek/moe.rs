@@ -8,6 +8,7 @@ use super::{GatedMlp, GatedMlpWorkspace, Linear, Loader, StepContext};
 use crate::error::EngineError;
 use crate::experts::{ExpertBatch, ExpertsError};
 use crate::options::wire_activation_format;
+use crate::stage::Stage;
 
 /// Router and shared experts of one layer; the routed experts are behind [`crate::Experts`].
 pub(crate) struct Moe {
@@ -71,22 +72,26 @@ impl Moe {
             expert_ids,
             weights,
         );
+        step.observer.stage(Stage::Router);
         step.observer.routed(layer, expert_ids, weights);
 
         input.prepare(step.cpu, normed, rows, hidden_size, self.wire_format);
         let batch = ExpertBatch { layer, activations: input, topk: self.rule.top_k, expert_ids };
         step.experts.dispatch(step.cpu, &batch)?;
+        step.observer.stage(Stage::Experts);
         // While the routed experts are on their way.
         match &self.shared {
             Some(shared) => shared.forward(step.cpu, mlp, input, out),
             None => out.fill(0.0),
         }
+        step.observer.stage(Stage::SharedExpert);
         step.experts.combine(step.cpu, routed)?;
         let tokens =
             routed.chunks_exact_mut(self.rule.top_k * hidden_size).zip(weights.chunks_exact(self.rule.top_k));
         for ((results, weights), out) in tokens.zip(out.chunks_exact_mut(hidden_size)) {
             add_weighted(results, weights, out);
         }
+        step.observer.stage(Stage::Combine);
         Ok(())
     }
 }
