@@ -16,7 +16,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, ensure};
 use engine::{Engine, EngineOptions, ExpertBank, LocalExperts};
-use model::{Checkpoint, KvFormat, KvLayout, Numerics, Tokenizer};
+use model::{Checkpoint, Device, KvFormat, KvLayout, Numerics, Tokenizer};
 use serde::Serialize;
 
 pub use score::Scorer;
@@ -196,6 +196,7 @@ fn engine(args: &Args, checkpoint: &Checkpoint, window: usize) -> anyhow::Result
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let layout = KvLayout::for_model(checkpoint.config(), KvFormat::Fp8, 0);
     let options = EngineOptions {
+        device: Device::Cpu,
         numerics: args.numerics,
         kv_format: args.kv_format,
         kv_blocks_max: layout.blocks_for(window),

@@ -26,6 +26,12 @@ pub enum EngineError {
         /// The numerics asked for.
         numerics: Numerics,
     },
+    /// The engine has no back end for the device.
+    #[error("no engine runs on {device} yet")]
+    NoBackEnd {
+        /// The device asked for.
+        device: model::Device,
+    },
     /// An option is outside its range.
     #[error("{option} must be at least 1")]
     Zero {

@@ -6,6 +6,8 @@
 //! Invariant: the pool knows nothing of sequences. Which sequence holds a block is decided by the one thread that owns
 //! engine and [`crate::BlockPool`]; nobody else ever writes here.
 
+use std::borrow::Cow;
+
 use compute::{KvFormat as StoredFormat, KvGeometry, KvView, KvViewMut};
 use model::{BlockId, KvFormat, KvLayout};
 
@@ -43,13 +45,13 @@ impl KvPool {
         self.blocks
     }
 
-    /// The rows of one layer of one block: `block_tokens * row_bytes` bytes.
+    /// The rows of one layer of one block: `block_tokens * row_bytes` bytes, copied where the pool is a device's.
     ///
     /// # Panics
     /// Where block or layer does not exist: both come from tables that their owner has checked.
-    pub fn block_layer(&self, block: BlockId, layer: usize) -> &[u8] {
+    pub fn block_layer(&self, block: BlockId, layer: usize) -> Cow<'_, [u8]> {
         let start = self.offset(block, layer);
-        &self.bytes[start..start + self.layout.layer_stride()]
+        Cow::Borrowed(&self.bytes[start..start + self.layout.layer_stride()])
     }
 
     /// Overwrites the first rows of one layer of one block; `rows` holds whole rows, at most a block of them.

@@ -1,20 +1,22 @@
 //! How an engine is set up, and the arithmetic that follows from it.
 
 use compute::{ActivationFormat, ScaleFormat as ActivationScale};
-use model::{KvFormat, KvLayout, ModelConfig, Numerics, ScaleFormat};
+use model::{Device, KvFormat, KvLayout, ModelConfig, Numerics, ScaleFormat};
 
 use crate::error::EngineError;
 
 /// How to set up an [`crate::Engine`].
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
+    /// Where it computes.
+    pub device: Device,
     /// The arithmetic.
     pub numerics: Numerics,
     /// How the cache stores rows; `None`: f32 for `reference`, FP8 otherwise.
     pub kv_format: Option<KvFormat>,
     /// KV blocks in the pool.
     pub kv_blocks_max: usize,
-    /// Threads that compute, the caller's included.
+    /// Threads that compute, the caller's included. On a GPU: those that read weights.
     pub threads: usize,
     /// Rows of the largest step; the workspaces are sized by it.
     pub step_tokens_max: usize,

@@ -1,7 +1,7 @@
 //! The engine: everything one worker needs to run forward steps, and the step itself.
 
 use compute::{Activations, Cpu, MlaRow, RopeTable};
-use model::{Checkpoint, ExecutionFingerprint, KvLayout, ModelConfig, schema};
+use model::{Checkpoint, Device, ExecutionFingerprint, KvLayout, ModelConfig, schema};
 
 use crate::batch::{BatchLimits, SequenceInput, StepBatch, recycle};
 use crate::deepseek::{
@@ -17,6 +17,11 @@ use crate::stage::Stage;
 
 /// Watches a step from inside. `()` watches nothing.
 pub trait StepObserver {
+    /// What it looks at: a device brings nothing else to the host.
+    fn watched(&self) -> Watched {
+        Watched { layers_done: true, values: true }
+    }
+
     /// The KV rows that this step adds to `layer` are in the pool, and will not change: they may be pushed while the
     /// rest of the step runs.
     fn layer_done(&mut self, _layer: usize, _kv: &KvPool) {}
@@ -31,7 +36,20 @@ pub trait StepObserver {
     fn stage(&mut self, _ended: Stage) {}
 }
 
-impl StepObserver for () {}
+/// What a [`StepObserver`] looks at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Watched {
+    /// [`StepObserver::layer_done`].
+    pub layers_done: bool,
+    /// [`StepObserver::routed`] and [`StepObserver::layer_hidden`].
+    pub values: bool,
+}
+
+impl StepObserver for () {
+    fn watched(&self) -> Watched {
+        Watched { layers_done: false, values: false }
+    }
+}
 
 /// What a step gives, for the wanted rows in the batch's order.
 #[derive(Clone, Copy, Debug)]
@@ -78,6 +96,9 @@ impl Engine {
         experts: Box<dyn Experts>,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, EngineError> {
+        if options.device != Device::Cpu {
+            return Err(EngineError::NoBackEnd { device: options.device });
+        }
         let config = checkpoint.config().clone();
         let layout = options.kv_layout(&config)?;
         let cpu = Cpu::new(options.threads);

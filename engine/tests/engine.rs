@@ -10,10 +10,11 @@ use engine::{
     Engine, EngineError, EngineOptions, ExpertBank, ExpertBatch, ExpertJob, ExpertScratch, Experts,
     ExpertsError, InvalidBatch, LocalExperts, LogitsWanted, MtpInput, SequenceInput, StepError,
 };
-use model::{BlockId, Checkpoint, ExpertId, KvFormat, Numerics, TokenId};
+use model::{BlockId, Checkpoint, Device, ExpertId, KvFormat, Numerics, TokenId};
 use support::{Bench, Golden, Setup, assert_same_bits, fixture};
 
 const OPTIONS: EngineOptions = EngineOptions {
+    device: Device::Cpu,
     numerics: Numerics::Fp8,
     kv_format: None,
     kv_blocks_max: 8,

@@ -10,6 +10,7 @@ mod block_hash;
 mod chat;
 mod checkpoint;
 mod config;
+mod device;
 mod error;
 mod files;
 mod fingerprint;
@@ -27,6 +28,7 @@ pub use checkpoint::{Checkpoint, Dtype, MatrixTensors, Tensor, TensorInfo};
 pub use config::{
     Architecture, Fp8Quantization, ModelConfig, RopeConfig, ScaleFormat, Scoring, TopkMethod, Yarn,
 };
+pub use device::Device;
 pub use error::{ConfigError, HeaderError, ModelError, TemplateError, TensorError, TokenizerError};
 pub use fingerprint::{ExecutionFingerprint, FingerprintMismatch};
 pub use generation::GenerationDefaults;

@@ -8,11 +8,12 @@
 //! Whole blocks go as they fill; the prompt's last, partial one goes once, when it holds its last row. The first token
 //! follows the last block. Invariant: a block is offered only after every row that it will ever hold is computed.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Select;
-use engine::{KvPool, StepObserver};
+use engine::{KvPool, StepObserver, Watched};
 use kvtransfer::{Sender, SenderEvent, TransferError, TransferId};
 use model::{BlockId, KvLayout, TokenId};
 use proto::ticket::KvTicket;
@@ -200,6 +201,10 @@ pub(crate) struct PushWhileComputing<'a> {
 }
 
 impl StepObserver for PushWhileComputing<'_> {
+    fn watched(&self) -> Watched {
+        Watched { layers_done: true, values: false }
+    }
+
     fn layer_done(&mut self, layer: usize, kv: &KvPool) {
         let Handoff { sender, outgoing, block_tokens, row_bytes, .. } = &mut *self.handoff;
         for chunk in self.step {
@@ -265,10 +270,13 @@ impl Outgoing {
             let end = ready.min(mark.next_block + RUN_BLOCKS_MAX);
             let run = mark.next_block..end;
             let last_rows = pool.rows(end - 1, self.prompt_tokens);
+            let mut blocks = [const { Cow::Borrowed::<[u8]>(&[]) }; RUN_BLOCKS_MAX];
             let mut pieces = [&[][..]; RUN_BLOCKS_MAX];
-            for (piece, block) in pieces.iter_mut().zip(run.clone()) {
-                let rows = pool.rows(block, self.prompt_tokens);
-                *piece = &pool.kv.block_layer(pool.block_table[block], layer)[..rows * pool.row_bytes];
+            for (copy, block) in blocks.iter_mut().zip(run.clone()) {
+                *copy = pool.kv.block_layer(pool.block_table[block], layer);
+            }
+            for ((piece, copy), block) in pieces.iter_mut().zip(&blocks).zip(run.clone()) {
+                *piece = &copy[..pool.rows(block, self.prompt_tokens) * pool.row_bytes];
             }
             // Layers, blocks and rows were u32 in the ticket.
             let (first_block, pieces) = (run.start as u32, &pieces[..run.len()]);

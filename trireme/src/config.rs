@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use model::{KvFormat, ModelConfig, Numerics};
+use model::{Device, KvFormat, ModelConfig, Numerics};
 use serde::{Deserialize, Serialize};
 
 use crate::identity;
@@ -131,6 +131,9 @@ pub struct Worker {
     /// Where it answers `/metrics` and `/health`, if anywhere.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub admin: Option<SocketAddr>,
+    /// What it computes on: `cpu` or `cuda:N`.
+    #[serde(default, with = "as_text")]
+    pub device: Device,
     /// Threads of its device.
     #[serde(default = "default_threads")]
     pub threads: usize,

@@ -14,7 +14,7 @@ use engine::{Engine, EngineOptions, ExpertBank, Experts, LocalExperts};
 use expert::{Placement, RemoteExperts, RemoteOptions, WireFormats};
 use fabric::{Fabric, QuicOptions};
 use kvtransfer::{Receiver, ReceiverOptions};
-use model::{ChatTemplate, Checkpoint, ExecutionFingerprint, GenerationDefaults, Tokenizer};
+use model::{ChatTemplate, Checkpoint, Device, ExecutionFingerprint, GenerationDefaults, Tokenizer};
 use proto::{security::Identity, ticket::LEASE_MAX};
 use router::ServedModel;
 
@@ -253,13 +253,14 @@ fn placement(surroundings: &Surroundings) -> anyhow::Result<Placement> {
 pub fn open_checkpoint(config: &Config) -> anyhow::Result<Arc<Checkpoint>> {
     let checkpoint = Checkpoint::open(&config.model.path)?;
     config.validate_for(checkpoint.config())?;
-    engine_options(config, 1).kv_layout(checkpoint.config())?;
+    engine_options(config, Device::Cpu, 1).kv_layout(checkpoint.config())?;
     Ok(Arc::new(checkpoint))
 }
 
-fn engine_options(config: &Config, threads: usize) -> EngineOptions {
+fn engine_options(config: &Config, device: Device, threads: usize) -> EngineOptions {
     let Config { model, engine, .. } = config;
     EngineOptions {
+        device,
         numerics: model.numerics,
         kv_format: model.kv_format,
         kv_blocks_max: engine.kv_blocks_max,
@@ -293,7 +294,12 @@ fn load_engine(
         Box::new(RemoteExperts::new(fabric.clone(), options)?)
     };
     let bar = progress::Weights::new(&worker.id, "weights", surroundings.supervised);
-    Ok(Engine::load(checkpoint, &engine_options(config, worker.threads), experts, &mut |d, t| bar.at(d, t))?)
+    Ok(Engine::load(
+        checkpoint,
+        &engine_options(config, worker.device, worker.threads),
+        experts,
+        &mut |d, t| bar.at(d, t),
+    )?)
 }
 
 type ExpertParts = (ExpertBank, Placement, usize, Cpu, ExecutionFingerprint);
@@ -310,7 +316,7 @@ fn load_experts(surroundings: &Surroundings, worker: &Worker) -> anyhow::Result<
         bar.at(d, t)
     })?;
     let cpu = Cpu::new(worker.threads);
-    let layout = engine_options(config, worker.threads).kv_layout(checkpoint.config())?;
+    let layout = engine_options(config, worker.device, worker.threads).kv_layout(checkpoint.config())?;
     let fingerprint = engine::execution_fingerprint(checkpoint, &layout, config.model.numerics, &cpu);
     Ok((bank, placement, rank, cpu, fingerprint))
 }

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use bench::client::Client;
-use model::{KvFormat, ModelConfig, Numerics};
+use model::{Device, KvFormat, ModelConfig, Numerics};
 use serde_json::{Value, json};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -49,6 +49,9 @@ pub struct Shape {
     /// Expert workers; 0 keeps the experts inside prefill and decode.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(0..=256))]
     pub expert: u16,
+    /// What the workers compute on: cpu or cuda:N.
+    #[arg(long, default_value = "cpu")]
+    pub device: Device,
     /// Threads of each worker's device. Default: the machine's cores divided among the workers.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
@@ -141,6 +144,7 @@ impl Shape {
                     control: address()?,
                     fabric: address()?,
                     admin: Some(address()?),
+                    device: self.device,
                     threads,
                 });
             }

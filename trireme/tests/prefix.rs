@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use engine::{Engine, EngineOptions, ExpertBank, LocalExperts, LogitsWanted, SequenceInput, SequenceSampler};
 use futures::future::join_all;
-use model::{BlockId, Checkpoint, Numerics, SamplingParams, TokenId};
+use model::{BlockId, Checkpoint, Device, Numerics, SamplingParams, TokenId};
 use proto::v1::generate_request::Prompt;
 use proto::v1::{GenerateRequest, GeneratedToken, Sampling, Stopping, TokenIds, TokenLogprob, Usage};
 use serde_json::{Value, json};
@@ -48,6 +48,7 @@ impl Oracle {
         let checkpoint = Checkpoint::open(demo()).expect("checkpoint");
         let bank = ExpertBank::load_all(&checkpoint, Numerics::Fp8, false, &mut |_, _| {}).expect("experts");
         let options = EngineOptions {
+            device: Device::Cpu,
             numerics: Numerics::Fp8,
             kv_format: None,
             kv_blocks_max: ORACLE_BLOCKS as usize,

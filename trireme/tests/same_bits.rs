@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 
 use engine::{Engine, EngineOptions, ExpertBank, LocalExperts, LogitsWanted, SequenceInput, SequenceSampler};
 use futures::future::join_all;
-use model::{BlockId, Checkpoint, Numerics, SamplingParams, TokenId, Tokenizer};
+use model::{BlockId, Checkpoint, Device, Numerics, SamplingParams, TokenId, Tokenizer};
 use proto::v1::{GeneratedToken, Sampling};
 use support::{Ask, TokenBits, Up, ask, bits, demo, grpc, in_process};
 use trireme::cluster::Carrier;
@@ -51,6 +51,7 @@ fn alone(requests: &[Ask], numerics: Numerics) -> Vec<Bits> {
     let checkpoint = Checkpoint::open(demo()).expect("checkpoint");
     let bank = ExpertBank::load_all(&checkpoint, numerics, false, &mut |_, _| {}).expect("experts");
     let options = EngineOptions {
+        device: Device::Cpu,
         numerics,
         kv_format: None,
         kv_blocks_max: 64,

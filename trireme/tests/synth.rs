@@ -9,7 +9,7 @@ use std::{
 
 use clap::Parser as _;
 use engine::{Engine, EngineOptions, ExpertBank, LocalExperts, LogitsWanted, SequenceInput, StepObserver};
-use model::{BlockId, Checkpoint, Dtype, Numerics, TokenId};
+use model::{BlockId, Checkpoint, Device, Dtype, Numerics, TokenId};
 use proto::v1::Sampling;
 use support::{Ask, ask, bits, grpc, in_process};
 use trireme::{
@@ -122,6 +122,7 @@ fn watch(dir: &Path) -> Watch {
     let numerics = Numerics::Fp8;
     let bank = ExpertBank::load_all(&checkpoint, numerics, false, &mut |_, _| {}).expect("experts");
     let options = EngineOptions {
+        device: Device::Cpu,
         numerics,
         kv_format: None,
         kv_blocks_max: 16,

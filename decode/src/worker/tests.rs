@@ -295,8 +295,9 @@ fn a_push_for_a_cancelled_sequence_lands_nowhere() {
         let kv = rig.worker.engine.kv();
         let blocks = (0..KV_BLOCKS as u32).map(BlockId);
         blocks
-            .flat_map(|block| (0..kv.layout().layers).flat_map(move |layer| kv.block_layer(block, layer)))
-            .copied()
+            .flat_map(|block| {
+                (0..kv.layout().layers).flat_map(move |layer| kv.block_layer(block, layer).into_owned())
+            })
             .collect()
     };
     let before = pool(&rig);

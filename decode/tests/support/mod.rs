@@ -8,7 +8,7 @@ use engine::{
 };
 use fabric::Fabric;
 use kvtransfer::{KvTicket, Receiver, ReceiverOptions, Sender, SenderEvent, TransferError};
-use model::{BlockId, Checkpoint, Numerics, SamplingParams, Stopping, TokenId};
+use model::{BlockId, Checkpoint, Device, Numerics, SamplingParams, Stopping, TokenId};
 use proto::sequence::Sequence;
 use proto::trace::TraceContext;
 
@@ -25,6 +25,7 @@ pub fn engine() -> Engine {
 pub fn engine_with(wrap: impl FnOnce(LocalExperts) -> Box<dyn Experts>) -> Engine {
     let checkpoint = Checkpoint::open(CHECKPOINT).expect("the fixture lies in the repository");
     let options = EngineOptions {
+        device: Device::Cpu,
         numerics: Numerics::Fp8,
         kv_format: None,
         kv_blocks_max: KV_BLOCKS,
@@ -116,12 +117,13 @@ impl Prefill {
         let first_block = ticket.first_block;
         let transfer = self.sender.begin(ticket, Instant::now()).expect("the ticket is live");
         for layer in 0..layout.layers {
-            let pieces: Vec<&[u8]> = (first_block as usize..count)
+            let blocks: Vec<_> = (first_block as usize..count)
                 .map(|block| {
                     let rows = if block + 1 == count { last_rows } else { layout.block_tokens };
-                    &self.engine.kv().block_layer(BlockId(block as u32), layer)[..rows * layout.row_bytes()]
+                    (self.engine.kv().block_layer(BlockId(block as u32), layer), rows * layout.row_bytes())
                 })
                 .collect();
+            let pieces: Vec<&[u8]> = blocks.iter().map(|(bytes, len)| &bytes[..*len]).collect();
             if !pieces.is_empty() {
                 offer(&mut self.sender, &mut self.events, |sender| {
                     sender.push_blocks(transfer, layer as u32, first_block, &pieces, last_rows as u32)

@@ -7,7 +7,7 @@ use engine::{
     BlockPool, BlockTable, Engine, EngineOptions, ExpertBank, LocalExperts, LogitsWanted, MtpInput,
     Reservation, SequenceInput, StepObserver,
 };
-use model::{BlockId, Checkpoint, KvFormat, Numerics, TokenId};
+use model::{BlockId, Checkpoint, Device, KvFormat, Numerics, TokenId};
 use safetensors::SafeTensors;
 
 /// All golden fixtures.
@@ -110,6 +110,7 @@ impl Bench {
         let bank =
             ExpertBank::load_all(&checkpoint, setup.numerics, has_mtp, &mut |_, _| {}).expect("experts load");
         let options = EngineOptions {
+            device: Device::Cpu,
             numerics: setup.numerics,
             kv_format: setup.kv_format,
             kv_blocks_max: 96,

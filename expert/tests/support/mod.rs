@@ -9,7 +9,7 @@ use compute::{Activations, Cpu};
 use engine::{EngineOptions, ExpertBank, ExpertBatch, Experts, ExpertsError, LocalExperts};
 use expert::{Config, Handle, Node, Placement, RemoteExperts, RemoteOptions, WireFormats, moe_layers};
 use fabric::{Fabric, Hub, Limits, QuicOptions};
-use model::{Checkpoint, ExecutionFingerprint, KvFormat, KvLayout, Numerics};
+use model::{Checkpoint, Device, ExecutionFingerprint, KvFormat, KvLayout, Numerics};
 use proto::security::Identity;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -219,5 +219,13 @@ impl Batch {
 }
 
 pub fn options(numerics: Numerics) -> EngineOptions {
-    EngineOptions { numerics, kv_format: None, kv_blocks_max: 4, threads: 1, step_tokens_max: 64, mtp: false }
+    EngineOptions {
+        device: Device::Cpu,
+        numerics,
+        kv_format: None,
+        kv_blocks_max: 4,
+        threads: 1,
+        step_tokens_max: 64,
+        mtp: false,
+    }
 }

@@ -13,7 +13,7 @@ use engine::{
 };
 use fabric::{Fabric, Hub, Limits};
 use kvtransfer::{BlockSink, Receiver, ReceiverEvent, ReceiverOptions, Reservation, Sender};
-use model::{BlockId, Checkpoint, Numerics, SamplingParams, Stopping, TokenId};
+use model::{BlockId, Checkpoint, Device, Numerics, SamplingParams, Stopping, TokenId};
 use prefill::{Config, Handle, Node};
 use proto::security::Identity;
 use proto::sequence::Sequence;
@@ -39,6 +39,7 @@ pub fn engine() -> Engine {
 pub fn engine_with(wrap: impl FnOnce(LocalExperts) -> Box<dyn Experts>) -> Engine {
     let checkpoint = Checkpoint::open(CHECKPOINT).expect("the fixture lies in the repository");
     let options = EngineOptions {
+        device: Device::Cpu,
         numerics: Numerics::Fp8,
         kv_format: None,
         kv_blocks_max: KV_BLOCKS,
