@@ -57,6 +57,7 @@ impl Runner {
         let (prompt, generate) = (args.prompt as usize, args.generate as usize);
         let layout = KvLayout::for_model(checkpoint.config(), KvFormat::Fp8, 0);
         let options = EngineOptions {
+            device: model::Device::Cpu,
             numerics: args.numerics,
             kv_format: args.kv_format,
             kv_blocks_max: batch_max * layout.blocks_for(prompt + generate),
