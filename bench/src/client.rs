@@ -191,6 +191,16 @@ impl Streamed {
         }
     }
 
+    /// The same answer with times that begin `earlier`: when the request was due, not when it was sent at last.
+    pub fn later_by(mut self, earlier: Duration) -> Self {
+        self.ttft = self.ttft.map(|ttft| ttft + earlier);
+        self.total += earlier;
+        for arrival in &mut self.arrivals {
+            *arrival += earlier;
+        }
+        self
+    }
+
     /// Tokens generated, as the server counted them.
     pub fn completion_tokens(&self) -> Option<u64> {
         self.usage.as_ref()?["completion_tokens"].as_u64()

@@ -11,17 +11,19 @@ mod demo;
 pub mod engine;
 pub mod niah;
 pub mod ops;
+pub mod peak;
 pub mod perplexity;
 mod plot;
 pub mod serve;
 pub mod sse;
 mod table;
+pub mod workload;
 
 /// What can be measured.
 #[derive(Debug, Clone, clap::Subcommand)]
 pub enum BenchCommand {
     /// Load an OpenAI-compatible server: latencies, throughput, goodput, and where a request's time goes.
-    Serve(serve::Args),
+    Serve(Box<serve::Args>),
     /// Time every operator at a model's shapes: GB/s, GFLOP/s, and the share of what this machine can do.
     Ops(ops::Args),
     /// What one process makes of a model: prompt and generation tokens per second, and where a step's time goes.
@@ -38,7 +40,7 @@ pub enum BenchCommand {
 /// The server cannot be reached, nothing was answered, or a file cannot be written.
 pub async fn run(command: BenchCommand) -> anyhow::Result<()> {
     match command {
-        BenchCommand::Serve(args) => serve::run(args).await,
+        BenchCommand::Serve(args) => serve::run(&args).await,
         BenchCommand::Ops(args) => ops::run(&args),
         BenchCommand::Engine(args) => engine::run(&args),
         BenchCommand::Perplexity(args) => perplexity::run(&args),

@@ -1,19 +1,21 @@
 //! `trireme bench serve`: a load generator for OpenAI-compatible servers.
 //!
 //! Closed loop: a number of clients that each wait for their answer before they ask again. Open loop: requests arrive
-//! as a Poisson process whatever the server does, which is how users behave and what shows a queue growing. Every load
-//! point is bounded in requests and in time.
+//! whatever the server does, which is how users behave and what shows a queue growing; at a rate, or at a share of the
+//! peak that a ramp has found. What is asked is [`crate::workload`]'s. Every load point is bounded in requests and in time.
 
+pub mod args;
+pub mod conversation;
 pub mod hops;
 pub mod load;
+pub mod memory;
 pub mod request;
-pub mod schedule;
 pub mod summary;
 mod table;
+pub mod timeline;
 
 use std::fs::File;
 use std::io::{BufWriter, Write as _};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,75 +23,14 @@ use anyhow::{Context as _, ensure};
 use serde::Serialize;
 
 use crate::client::Client;
-use load::{Bounds, Load};
-use request::{PromptKind, RequestShape};
+use crate::peak::{PeakSearch, Probe};
+use crate::workload::{Scale, Source};
+use load::{Bounds, Extent, Load, Target};
+use memory::Sampler;
+use request::RequestShape;
 use summary::{Slo, Summary};
 
-/// Flags of `trireme bench serve`.
-#[derive(Debug, Clone, clap::Args)]
-pub struct Args {
-    /// The server, up to but without `/v1`.
-    #[arg(long, default_value = "http://127.0.0.1:8000")]
-    pub url: String,
-    /// Its model; default: the first that it lists.
-    #[arg(long)]
-    pub model: Option<String>,
-    /// Environment variable with the API key; a key on the command line would be visible to everybody.
-    #[arg(long, value_name = "VARIABLE")]
-    pub api_key_env: Option<String>,
-    /// Closed loop: clients at a time, one load point each.
-    #[arg(long, value_delimiter = ',', default_value = "1,8,64", conflicts_with = "rate",
-          value_parser = clap::value_parser!(u32).range(1..=65_536))]
-    pub concurrency: Vec<u32>,
-    /// Open loop: mean requests per second, Poisson arrivals, one load point each.
-    #[arg(long, value_delimiter = ',', value_parser = positive)]
-    pub rate: Vec<f64>,
-    /// Requests of a load point.
-    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    pub requests: u32,
-    /// Seconds of a load point at most; requests still running then are cut off and counted.
-    #[arg(long, default_value_t = 300.0, value_parser = positive)]
-    pub duration_s_max: f64,
-    /// Seconds of a request at most.
-    #[arg(long, default_value_t = 120.0, value_parser = positive)]
-    pub request_timeout_s: f64,
-    /// Open loop: requests in flight at most; what would go beyond is not sent, and counted.
-    #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=65_536))]
-    pub in_flight_max: u32,
-    /// Requests sent one by one before the first load point, and not measured.
-    #[arg(long, default_value_t = 2)]
-    pub warm_up: u32,
-    /// Tokens of each prompt; every prompt is another one, so that none is served from a prefix cache.
-    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    pub prompt_tokens: u32,
-    /// Tokens of each answer.
-    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    pub output_tokens: u32,
-    /// How prompts are sent: token ids have the exact length, text works everywhere and is about that long.
-    #[arg(long, value_enum, default_value_t = PromptKind::TokenIds)]
-    pub prompt_kind: PromptKind,
-    /// Prompt token ids are drawn from 100 up to this; keep it inside the model's vocabulary.
-    #[arg(long, default_value_t = 4000, value_parser = clap::value_parser!(u32).range(101..))]
-    pub token_id_max: u32,
-    /// Ask the server to go on after an end-of-sequence token, so that answers have the length asked for.
-    #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
-    pub ignore_eos: bool,
-    /// Ask for `trireme_timings`. Switch it off for servers that refuse fields they do not know.
-    #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
-    pub hops: bool,
-    /// Seed of prompts and arrivals.
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
-    /// Goodput counts requests with a TTFT of at most this.
-    #[arg(long, value_parser = positive)]
-    pub slo_ttft_ms: Option<f64>,
-    /// Goodput counts requests whose mean time between tokens is at most this.
-    #[arg(long, value_parser = positive)]
-    pub slo_itl_ms: Option<f64>,
-    /// Write everything measured here.
-    #[arg(long, value_name = "FILE")]
-    pub json: Option<PathBuf>,
-}
+pub use args::Args;
 
 /// What `--json` writes.
 #[derive(Debug, Serialize)]
@@ -98,10 +39,16 @@ pub struct Report {
     pub url: String,
     /// Its model.
     pub model: String,
-    /// What was asked of it.
+    /// What was asked of it, in words.
+    pub asked: String,
+    /// What the lengths of a distribution or trace were multiplied by.
+    pub scale: Scale,
+    /// The form of the requests.
     pub request: RequestShape,
     /// The goal behind goodput.
     pub slo: Slo,
+    /// The ramp, where there was one.
+    pub peak: Option<PeakSearch>,
     /// One per load point, in the order given.
     pub points: Vec<Summary>,
 }
@@ -110,7 +57,7 @@ pub struct Report {
 ///
 /// # Errors
 /// As [`measure`], a file that cannot be written, or a run without a single answer.
-pub async fn run(args: Args) -> anyhow::Result<()> {
+pub async fn run(args: &Args) -> anyhow::Result<()> {
     // Opened first: minutes of measuring must not end at a mistyped path.
     let json = match &args.json {
         Some(path) => {
@@ -119,7 +66,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         }
         None => None,
     };
-    let report = measure(&args).await?;
+    let report = measure(args).await?;
     print!("{}", table::render(&report));
     if let Some((path, mut file)) = json {
         serde_json::to_writer_pretty(&mut file, &report)
@@ -136,11 +83,12 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
 /// # Errors
 /// The server cannot be reached or fails a warm-up request.
 pub async fn measure(args: &Args) -> anyhow::Result<Report> {
-    let timeout = Duration::from_secs_f64(args.request_timeout_s);
+    let workload = args.workload.workload()?;
     let api_key = match &args.api_key_env {
         Some(name) => Some(std::env::var(name).with_context(|| format!("no API key in ${name}"))?),
         None => None,
     };
+    let timeout = Duration::from_secs_f64(args.request_timeout_s);
     let client = Client::new(&args.url, api_key, timeout)?;
     let model = match &args.model {
         Some(model) => model.clone(),
@@ -150,46 +98,125 @@ pub async fn measure(args: &Args) -> anyhow::Result<Report> {
     };
     let shape = RequestShape {
         model: model.clone(),
-        prompt_tokens: args.prompt_tokens,
-        output_tokens: args.output_tokens,
         prompt_kind: args.prompt_kind,
-        token_id_max: args.token_id_max,
         ignore_eos: args.ignore_eos,
+        declare_max_tokens: args.declare_max_tokens,
+        stop_token: *workload.token_ids.end(),
         timings: args.hops,
-        seed: args.seed,
     };
-    let slo = Slo { ttft_ms: args.slo_ttft_ms, itl_ms: args.slo_itl_ms };
-    let target = Arc::new(load::Target { client, shape: shape.clone() });
+    let target = Arc::new(Target {
+        client,
+        workload,
+        shape: shape.clone(),
+        retries: args.retries,
+        timeout,
+        block_tokens: args.kv_block_tokens,
+    });
     for index in 0..args.warm_up {
         target.warm_up(index).await.with_context(|| format!("{} failed a warm-up request", args.url))?;
     }
-    let bounds = Bounds {
-        requests: args.requests,
-        duration_max: Duration::from_secs_f64(args.duration_s_max),
-        in_flight_max: args.in_flight_max as usize,
-    };
+    let slo = Slo { ttft_ms: args.slo_ttft_ms, itl_ms: args.slo_itl_ms };
+    let mut run = Run { args, target: &target, slo, memory: args.memory_pid.map(Sampler::start), points: 0 };
+    let mut loads = args.loads();
+    let mut peak = None;
+    if !args.load.is_empty() {
+        let requests_per_s = match args.peak {
+            Some(known) => known,
+            None => peak.insert(run.ramp().await).peak(),
+        };
+        ensure!(requests_per_s > 0.0, "no rate gives any goodput: nothing to take a share of");
+        let open = |percent: &f64| Load::Open { requests_per_s: requests_per_s * percent / 100.0 };
+        loads = args.load.iter().map(open).collect();
+    }
     let mut points = Vec::new();
-    for (number, load) in loads(args).into_iter().enumerate() {
-        eprintln!("{load}: up to {} requests …", bounds.requests);
-        let measured = load::run(Arc::clone(&target), load, bounds, number as u32).await;
-        points.push(Summary::of(load, &measured, &slo));
+    for load in loads {
+        points.push(run.point(load, run.extent()).await);
     }
-    Ok(Report { url: args.url.clone(), model, request: shape, slo, points })
+    Ok(Report {
+        url: args.url.clone(),
+        model,
+        asked: asked(args, &target),
+        scale: target.workload.scale,
+        request: shape,
+        slo,
+        peak,
+        points,
+    })
 }
 
-fn loads(args: &Args) -> Vec<Load> {
-    if args.rate.is_empty() {
-        args.concurrency.iter().map(|&clients| Load::Closed { clients }).collect()
-    } else {
-        args.rate.iter().map(|&requests_per_s| Load::Open { requests_per_s }).collect()
+/// A run in progress.
+struct Run<'a> {
+    args: &'a Args,
+    target: &'a Arc<Target>,
+    slo: Slo,
+    memory: Option<Sampler>,
+    /// Load points so far: each has prompts of its own.
+    points: u32,
+}
+
+impl Run<'_> {
+    fn extent(&self) -> Extent {
+        match self.args.duration_s {
+            Some(seconds) => Extent::Time(Duration::from_secs_f64(seconds)),
+            None => Extent::Requests {
+                requests: self.args.requests,
+                duration_max: Duration::from_secs_f64(self.args.duration_s_max),
+            },
+        }
+    }
+
+    async fn point(&mut self, load: Load, extent: Extent) -> Summary {
+        match extent {
+            Extent::Time(time) => eprintln!("{load}: for {} s …", time.as_secs_f64()),
+            Extent::Requests { requests, .. } => eprintln!("{load}: up to {requests} requests …"),
+        }
+        let pattern = self.args.workload.arrivals;
+        let bounds = Bounds { extent, in_flight_max: self.args.in_flight_max as usize, pattern };
+        if let Some(memory) = &self.memory {
+            memory.take();
+        }
+        let measured = load::run(Arc::clone(self.target), load, bounds, self.points).await;
+        self.points += 1;
+        let mut summary = Summary::of(load, &measured, &self.slo);
+        summary.memory = self.memory.as_ref().map(Sampler::take).unwrap_or_default();
+        summary
+    }
+
+    async fn ramp(&mut self) -> PeakSearch {
+        let step = Extent::Time(Duration::from_secs_f64(self.args.peak_step_s));
+        let mut search = PeakSearch::new(self.args.peak_from);
+        while let Some(rate) = search.next_rate() {
+            let summary = self.point(Load::Open { requests_per_s: rate }, step).await;
+            search.record(Probe { rate, goodput: summary.goodput() });
+        }
+        search
     }
 }
 
-/// A number that can be a rate or a time: positive, and small enough for a [`Duration`].
-fn positive(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(value) if value > 0.0 && value <= 1e9 => Ok(value),
-        _ => Err("expected a positive number, at most 1e9".to_owned()),
+/// What is asked, in words.
+fn asked(args: &Args, target: &Target) -> String {
+    let about = if args.prompt_kind == request::PromptKind::Text { "about " } else { "" };
+    let load = &target.workload;
+    let lengths = match &load.source {
+        Source::Fixed { input_tokens, output_tokens } => {
+            format!("{about}{input_tokens} prompt tokens, {output_tokens} output tokens")
+        }
+        Source::Published(published) => {
+            format!(
+                "{about}{published:?} lengths, prompts × {:.3}, answers × {:.3}",
+                load.scale.input, load.scale.output
+            )
+        }
+        Source::Trace(trace) => format!(
+            "{about}lengths of a trace of {} requests, prompts × {:.3}, answers × {:.3}",
+            trace.requests.len(),
+            load.scale.input,
+            load.scale.output
+        ),
+    };
+    match load.turns {
+        1 => lengths,
+        turns => format!("{lengths}, {turns} turns"),
     }
 }
 

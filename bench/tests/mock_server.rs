@@ -11,6 +11,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use bench::serve::load::Load;
 use bench::serve::{Args, Report, measure};
 use clap::Parser;
 use serde_json::{Value, json};
@@ -77,7 +78,7 @@ async fn complete(State(mock): State<Arc<Mock>>, Json(body): Json<Value>) -> Res
     let response = match manner {
         Manner::Busy if number % 2 == 1 => {
             let error = json!({ "error": { "message": "busy", "type": "overloaded" } });
-            (StatusCode::TOO_MANY_REQUESTS, Json(error)).into_response()
+            (StatusCode::TOO_MANY_REQUESTS, [("retry-after", "0")], Json(error)).into_response()
         }
         Manner::Stalls => {
             Body::from_stream(futures::stream::pending::<Result<Vec<u8>, std::io::Error>>()).into_response()
@@ -102,7 +103,11 @@ fn stream(manner: Manner, tokens: u64, prompt_tokens: usize) -> Body {
     }
     event(json!({
         "choices": [],
-        "usage": { "prompt_tokens": prompt_tokens, "completion_tokens": tokens },
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": tokens,
+            "prompt_tokens_details": { "cached_tokens": prompt_tokens / 2 },
+        },
         "trireme_timings": { "admission_us": 1000, "prefill_us": 20_000, "ttft_us": 24_000 },
     }));
     if manner != Manner::Truncates {
@@ -126,7 +131,7 @@ async fn a_closed_loop_measures_every_request() {
     for point in &report.points {
         assert_eq!((point.completed, point.failed()), (20, 0));
         let (tokens, prompts) =
-            (point.output_tokens_per_s * point.wall_s, point.prompt_tokens_per_s * point.wall_s);
+            (point.output_tokens_per_s * point.window_s, point.prompt_tokens_per_s * point.window_s);
         assert_eq!((tokens.round(), prompts.round()), (100.0, 180.0));
         assert!(point.ttft_ms.is_some() && point.itl_ms.is_some() && point.tpot_ms.is_some());
         let hop = |name: &str| point.hops.iter().find(|hop| hop.hop == name).expect("a hop").ms.mean.round();
@@ -164,6 +169,47 @@ async fn failures_are_told_apart() {
         assert_eq!((point.completed, point.failed()), (10 - failed, failed), "{kind}");
         assert_eq!(point.errors.get(kind), Some(&failed), "{:?}", point.errors);
     }
+}
+
+#[tokio::test]
+async fn a_refused_request_is_sent_again_where_that_is_wanted() {
+    let (address, mock) = serve(Manner::Busy, 0).await;
+    let flags = ["--concurrency", "1", "--requests", "10", "--output-tokens", "4", "--warm-up", "0"];
+    let report = measure_with(address, &[&flags[..], &["--retries", "1"]].concat()).await;
+    let point = &report.points[0];
+    assert_eq!((point.completed, point.failed(), point.refused), (10, 0, 9));
+    assert_eq!(mock.requests.load(SeqCst), 19);
+}
+
+#[tokio::test]
+async fn a_turn_sends_all_that_was_said_before() {
+    let (address, mock) = serve(Manner::Answers, 0).await;
+    let flags = "--turns 3 --prompt-tokens 100 --output-tokens 4 --concurrency 1 --requests 2 --warm-up 0 --kv-block-tokens 10";
+    let report = measure_with(address, &flags.split(' ').collect::<Vec<_>>()).await;
+    let bodies = mock.bodies.lock().expect("not poisoned");
+    let prompts: Vec<Vec<u64>> = bodies
+        .iter()
+        .map(|body| body["prompt"].as_array().expect("ids").iter().filter_map(Value::as_u64).collect())
+        .collect();
+    assert_eq!(prompts.iter().map(Vec::len).collect::<Vec<_>>(), [100, 204, 308, 100, 204, 308]);
+    for pair in [&prompts[0..2], &prompts[1..3], &prompts[4..6]] {
+        let earlier = pair[0].len();
+        assert_eq!(pair[1][..earlier], pair[0]);
+        assert_eq!(pair[1][earlier..earlier + 4], [7, 7, 7, 7], "the answer");
+    }
+    // 103 and 207 tokens were computed before the second and third turn, of them prompts 100 and 204.
+    let reuse = report.points[0].reuse.expect("turns");
+    assert_eq!((reuse.reusable, reuse.of_prompts, reuse.found), (2 * 300, 2 * 300, 2 * (102 + 154)));
+}
+
+#[tokio::test]
+async fn a_share_of_the_peak_is_a_rate() {
+    let (address, _mock) = serve(Manner::Answers, 0).await;
+    let flags = ["--load", "100,200", "--peak", "100", "--requests", "20", "--output-tokens", "1"];
+    let report = measure_with(address, &flags).await;
+    let rates: Vec<_> = report.points.iter().map(|point| point.load).collect();
+    assert_eq!(rates, [100.0, 200.0].map(|requests_per_s| Load::Open { requests_per_s }));
+    assert!(report.points.iter().all(|point| point.completed == 20 && point.timeline.len() == 20));
 }
 
 #[tokio::test]

@@ -1,22 +1,20 @@
 //! Sends the requests of a load point and collects what came of them.
 
-use std::borrow::Cow;
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 
 use serde::Serialize;
-use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::{Instant, sleep_until};
 
-use super::request::{RequestId, RequestShape};
-use super::schedule::Poisson;
-use crate::client::{Client, ClientError, Streamed};
+pub use super::conversation::{Outcome, Target};
+use crate::workload::{Pattern, RequestId};
 
-const PATH: &str = "/v1/completions";
-/// The load point that warm-up requests belong to, so that their prompts are not measured again.
-const WARM_UP_POINT: u32 = u32::MAX;
+/// The part of a timed load point that is not measured: the server fills up.
+const SETTLING: u32 = 10;
 
 /// How requests are sent.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -27,7 +25,7 @@ pub enum Load {
         /// Clients at a time.
         clients: u32,
     },
-    /// Poisson arrivals.
+    /// Arrivals that wait for nobody.
     Open {
         /// Their mean rate.
         requests_per_s: f64,
@@ -36,22 +34,27 @@ pub enum Load {
 
 /// Where a load point ends.
 #[derive(Debug, Clone, Copy)]
-pub struct Bounds {
-    /// Requests at most.
-    pub requests: u32,
-    /// Time at most; what still runs then is cut off.
-    pub duration_max: Duration,
-    /// Open loop: requests in flight at most.
-    pub in_flight_max: usize,
+pub enum Extent {
+    /// So many requests; what still runs when time is up is cut off.
+    Requests {
+        /// Requests at most.
+        requests: u32,
+        /// Time at most.
+        duration_max: Duration,
+    },
+    /// Requests arrive for so long; what still runs then is waited for.
+    Time(Duration),
 }
 
-/// Whom the requests go to, and what they look like.
-#[derive(Debug)]
-pub struct Target {
-    /// The server.
-    pub client: Client,
-    /// The requests.
-    pub shape: RequestShape,
+/// Bounds of a load point.
+#[derive(Debug, Clone, Copy)]
+pub struct Bounds {
+    /// Where it ends.
+    pub extent: Extent,
+    /// Open loop: requests in flight at most.
+    pub in_flight_max: usize,
+    /// Open loop: how arrivals are spread.
+    pub pattern: Pattern,
 }
 
 /// What came of a load point.
@@ -59,28 +62,32 @@ pub struct Target {
 pub struct Measured {
     /// One per request, sent or not.
     pub outcomes: Vec<Outcome>,
-    /// From the first request to the last outcome.
-    pub wall: Duration,
+    /// When it began.
+    pub start: Instant,
+    /// What rates are taken over: from the first request to the last outcome, or what lies behind the settling.
+    pub window: Range<Instant>,
 }
 
-/// What came of a request: its answer, or the kind of its failure.
-pub type Outcome = Result<Streamed, Cow<'static, str>>;
-
-impl Target {
-    /// One request outside any measurement.
-    ///
-    /// # Errors
-    /// Whatever went wrong with it.
-    pub async fn warm_up(&self, index: u32) -> Result<(), ClientError> {
-        let body = self.shape.body(RequestId { point: WARM_UP_POINT, index });
-        self.client.stream(PATH, &body, |_| ()).await.map(drop)
+impl Extent {
+    fn requests(&self) -> u32 {
+        match self {
+            Self::Requests { requests, .. } => *requests,
+            Self::Time(_) => u32::MAX,
+        }
     }
 
-    async fn request(&self, id: RequestId, deadline: Instant) -> Outcome {
-        let body = self.shape.body(id);
-        match timeout_at(deadline, self.client.stream(PATH, &body, |_| ())).await {
-            Ok(answer) => answer.map_err(|error| error.kind()),
-            Err(_) => Err("cut_off".into()),
+    /// No request is sent behind this.
+    fn last_arrival(&self, start: Instant) -> Instant {
+        match self {
+            Self::Requests { duration_max: time, .. } | Self::Time(time) => start + *time,
+        }
+    }
+
+    /// No request runs behind this; a request's own limit holds in any case.
+    fn deadline(&self, start: Instant, timeout: Duration) -> Instant {
+        match self {
+            Self::Requests { duration_max, .. } => start + *duration_max,
+            Self::Time(time) => start + *time + timeout,
         }
     }
 }
@@ -88,12 +95,15 @@ impl Target {
 /// Runs one load point to its bounds. `point` tells its prompts and arrivals from other points'.
 pub async fn run(target: Arc<Target>, load: Load, bounds: Bounds, point: u32) -> Measured {
     let start = Instant::now();
-    let deadline = start + bounds.duration_max;
     let outcomes = match load {
-        Load::Closed { clients } => closed(target, clients, bounds, point, deadline).await,
+        Load::Closed { clients } => closed(target, clients, bounds, point, start).await,
         Load::Open { requests_per_s } => open(target, requests_per_s, bounds, point, start).await,
     };
-    Measured { outcomes, wall: start.elapsed() }
+    let window = match bounds.extent {
+        Extent::Requests { .. } => start..Instant::now(),
+        Extent::Time(time) => start + time / SETTLING..start + time,
+    };
+    Measured { outcomes, start, window }
 }
 
 async fn closed(
@@ -101,20 +111,23 @@ async fn closed(
     clients: u32,
     bounds: Bounds,
     point: u32,
-    deadline: Instant,
+    start: Instant,
 ) -> Vec<Outcome> {
+    let deadline = bounds.extent.deadline(start, target.timeout);
+    let last_arrival = bounds.extent.last_arrival(start);
+    let requests = bounds.extent.requests();
     let next = Arc::new(AtomicU32::new(0));
     let mut running = JoinSet::new();
-    for _ in 0..clients.min(bounds.requests) {
+    for _ in 0..clients.min(requests) {
         let (target, next) = (Arc::clone(&target), Arc::clone(&next));
         running.spawn(async move {
             let mut outcomes = Vec::new();
-            while Instant::now() < deadline {
+            while Instant::now() < last_arrival {
                 let index = next.fetch_add(1, Relaxed);
-                if index >= bounds.requests {
+                if index >= requests {
                     break;
                 }
-                outcomes.push(target.request(RequestId { point, index }, deadline).await);
+                outcomes.extend(target.converse(RequestId { point, index }, Instant::now(), deadline).await);
             }
             outcomes
         });
@@ -129,42 +142,48 @@ async fn open(
     point: u32,
     start: Instant,
 ) -> Vec<Outcome> {
-    let deadline = start + bounds.duration_max;
-    let arrivals = Poisson::new(requests_per_s, target.shape.seed ^ u64::from(point));
+    let deadline = bounds.extent.deadline(start, target.timeout);
+    let arrivals = target.workload.arrivals(bounds.pattern, requests_per_s, point);
     let mut running = JoinSet::new();
     let mut outcomes = Vec::new();
-    for (index, arrival) in (0..bounds.requests).zip(arrivals) {
+    for (index, arrival) in (0..bounds.extent.requests()).zip(arrivals) {
         let at = start + arrival;
-        if at >= deadline {
+        if at >= bounds.extent.last_arrival(start) {
             break;
         }
         sleep_until(at).await;
         while let Some(ended) = running.try_join_next() {
-            outcomes.push(outcome(ended));
+            outcomes.extend(ended_with(ended, at));
         }
         if running.len() >= bounds.in_flight_max {
-            outcomes.push(Err("not_sent".into()));
+            outcomes.push(lost(at, "not_sent"));
             continue;
         }
         let target = Arc::clone(&target);
-        running.spawn(async move { target.request(RequestId { point, index }, deadline).await });
+        running.spawn(async move { target.converse(RequestId { point, index }, at, deadline).await });
     }
     while let Some(ended) = running.join_next().await {
-        outcomes.push(outcome(ended));
+        outcomes.extend(ended_with(ended, Instant::now()));
     }
     outcomes
 }
 
 /// A task that panicked is a bug here, and still one request without an answer.
-fn outcome(ended: Result<Outcome, tokio::task::JoinError>) -> Outcome {
-    ended.unwrap_or_else(|_| Err("generator".into()))
+fn ended_with(ended: Result<Vec<Outcome>, JoinError>, now: Instant) -> Vec<Outcome> {
+    ended.unwrap_or_else(|_| vec![lost(now, "generator")])
+}
+
+fn lost(due: Instant, kind: &'static str) -> Outcome {
+    Outcome { due, ended: due, refused: 0, reuse: None, answer: Err(kind.into()) }
 }
 
 impl fmt::Display for Load {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Closed { clients } => write!(f, "concurrency {clients}"),
-            Self::Open { requests_per_s } => write!(f, "{requests_per_s} requests/s"),
+            Self::Open { requests_per_s } => {
+                write!(f, "{} requests/s", crate::table::number(*requests_per_s))
+            }
         }
     }
 }

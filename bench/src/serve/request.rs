@@ -1,18 +1,17 @@
-//! The requests a load is made of: all of one shape, no two alike.
+//! The body of a request.
 
+use rand::RngExt;
 use rand::rngs::StdRng;
-use rand::{RngExt, SeedableRng};
 use serde::Serialize;
 use serde_json::{Value, json};
-
-/// Below these ids tokenizers keep their special tokens.
-const TOKEN_ID_MIN: u32 = 100;
 
 /// Words of one token in most vocabularies.
 const WORDS: [&str; 16] = [
     "time", "water", "house", "world", "light", "music", "river", "table", "paper", "green", "north",
     "horse", "stone", "summer", "garden", "window",
 ];
+/// OpenAI's largest bias: the token comes.
+const CERTAIN: i32 = 100;
 
 /// How a prompt is sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
@@ -29,53 +28,36 @@ pub enum PromptKind {
 pub struct RequestShape {
     /// The model's name at the server.
     pub model: String,
-    /// Tokens of the prompt.
-    pub prompt_tokens: u32,
-    /// Tokens of the answer at most; exactly, where the server honours `ignore_eos`.
-    pub output_tokens: u32,
     /// How the prompt is sent.
     pub prompt_kind: PromptKind,
-    /// The largest token id of prompts.
-    pub token_id_max: u32,
     /// Whether an end-of-sequence token is passed over.
     pub ignore_eos: bool,
+    /// What is stated as `max_tokens` where it is not the answer's length; the answer then ends by `stop_token`.
+    pub declare_max_tokens: Option<u32>,
+    /// Ends answers that are shorter than what is stated.
+    pub stop_token: u32,
     /// Whether `trireme_timings` is asked for.
     pub timings: bool,
-    /// Seed of the prompts.
-    pub seed: u64,
-}
-
-/// Which request of a run this is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RequestId {
-    /// The load point; warm-up has one of its own.
-    pub point: u32,
-    /// Within the point.
-    pub index: u32,
 }
 
 impl RequestShape {
-    /// The body for `/v1/completions`. The same id and seed give the same body.
-    pub fn body(&self, id: RequestId) -> Value {
-        let mut rng = self.rng(id);
-        let prompt: Value = match self.prompt_kind {
-            PromptKind::TokenIds => {
-                let id = |_| rng.random_range(TOKEN_ID_MIN..=self.token_id_max);
-                (0..self.prompt_tokens).map(id).collect()
-            }
-            PromptKind::Text => {
-                let word = |_| WORDS[rng.random_range(0..WORDS.len())];
-                (0..self.prompt_tokens).map(word).collect::<Vec<_>>().join(" ").into()
-            }
-        };
+    /// The body for `/v1/completions`, with an answer of `output_tokens` tokens.
+    pub fn body(&self, prompt: Value, output_tokens: u32) -> Value {
         let mut body = json!({
             "model": self.model,
             "prompt": prompt,
-            "max_tokens": self.output_tokens,
+            "max_tokens": output_tokens,
             "temperature": 0,
             "stream": true,
             "stream_options": { "include_usage": true },
         });
+        if let Some(declared) = self.declare_max_tokens.filter(|declared| *declared > output_tokens) {
+            // Kept away until the last token, and certain there.
+            body["max_tokens"] = declared.into();
+            body["min_tokens"] = (output_tokens - 1).into();
+            body["stop_token_ids"] = json!([self.stop_token]);
+            body["logit_bias"] = json!({ self.stop_token.to_string(): CERTAIN });
+        }
         // Only where wanted: strict servers refuse what they do not know. Token ids make a token visible whose text
         // is empty because its character is not complete yet.
         let extensions = [
@@ -88,61 +70,48 @@ impl RequestShape {
         }
         body
     }
+}
 
-    fn rng(&self, id: RequestId) -> StdRng {
-        let mut seed = [0; 32];
-        seed[..8].copy_from_slice(&self.seed.to_le_bytes());
-        seed[8..12].copy_from_slice(&id.point.to_le_bytes());
-        seed[12..16].copy_from_slice(&id.index.to_le_bytes());
-        StdRng::from_seed(seed)
-    }
+/// `tokens` common words.
+pub(super) fn words(tokens: u32, rng: &mut StdRng) -> String {
+    (0..tokens).map(|_| WORDS[rng.random_range(0..WORDS.len())]).collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn shape(prompt_kind: PromptKind) -> RequestShape {
+    fn shape() -> RequestShape {
         RequestShape {
             model: "m".to_owned(),
-            prompt_tokens: 300,
-            output_tokens: 7,
-            prompt_kind,
-            token_id_max: 120,
+            prompt_kind: PromptKind::TokenIds,
             ignore_eos: true,
+            declare_max_tokens: None,
+            stop_token: 120,
             timings: true,
-            seed: 5,
         }
     }
 
     #[test]
-    fn token_ids_have_the_length_and_range_asked_for() {
-        let body = shape(PromptKind::TokenIds).body(RequestId { point: 0, index: 0 });
-        let ids: Vec<u64> =
-            body["prompt"].as_array().expect("ids").iter().map(|id| id.as_u64().expect("a number")).collect();
-        assert_eq!(ids.len(), 300);
-        assert!(ids.iter().all(|id| (100..=120).contains(id)));
-        assert!((100..=120).all(|id| ids.contains(&id)), "the whole range is used");
+    fn a_body_asks_for_what_is_wanted_and_nothing_else() {
+        let body = shape().body(json!([1, 2]), 7);
+        assert_eq!(body["prompt"], json!([1, 2]));
         assert_eq!(body["max_tokens"], 7);
         assert_eq!(body["stream_options"]["include_usage"], true);
-    }
-
-    #[test]
-    fn each_request_has_its_own_prompt_and_a_repeat_has_the_same() {
-        for kind in [PromptKind::TokenIds, PromptKind::Text] {
-            let prompt = |point, index| shape(kind).body(RequestId { point, index })["prompt"].clone();
-            assert_eq!(prompt(1, 2), prompt(1, 2));
-            assert_ne!(prompt(1, 2), prompt(1, 3));
-            assert_ne!(prompt(1, 2), prompt(2, 2));
-        }
-    }
-
-    #[test]
-    fn extensions_are_sent_only_where_wanted() {
-        let plain = RequestShape { ignore_eos: false, timings: false, ..shape(PromptKind::Text) };
-        let body = plain.body(RequestId { point: 0, index: 0 });
-        for field in ["ignore_eos", "return_token_ids", "trireme_timings"] {
+        let plain =
+            RequestShape { ignore_eos: false, timings: false, prompt_kind: PromptKind::Text, ..shape() };
+        let body = plain.body("x".into(), 7);
+        for field in ["ignore_eos", "return_token_ids", "trireme_timings", "logit_bias", "min_tokens"] {
             assert!(body.get(field).is_none(), "{field}");
         }
+    }
+
+    #[test]
+    fn an_answer_shorter_than_stated_ends_by_a_token_that_is_certain() {
+        let body = RequestShape { declare_max_tokens: Some(50), ..shape() }.body(json!([1]), 7);
+        assert_eq!((&body["max_tokens"], &body["min_tokens"]), (&json!(50), &json!(6)));
+        assert_eq!((&body["stop_token_ids"], &body["logit_bias"]), (&json!([120]), &json!({ "120": 100 })));
+        let body = RequestShape { declare_max_tokens: Some(5), ..shape() }.body(json!([1]), 7);
+        assert_eq!(body["max_tokens"], 7, "no answer is cut");
     }
 }

@@ -1,7 +1,8 @@
 //! The statistics of a load point.
 //!
-//! TTFT: from sending the request to the first chunk with output. ITL: each gap between two such chunks. TPOT: a request's
-//! mean time per token after the first. Latency: to the end of the stream. Failed requests count in no latency.
+//! TTFT: from the moment at which the request was due to the first chunk with output. ITL: each gap between two such
+//! chunks. TPOT: a request's mean time per token after the first. Latency: to the end of the stream. Failed requests count
+//! in no latency. Rates are of the answers that ended inside the measured window.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -9,8 +10,11 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
+use super::conversation::Reuse;
 use super::hops::{self, HopSummary, Timings};
 use super::load::{Load, Measured};
+use super::memory::ProcessMemory;
+use super::timeline::{self, Slice};
 use crate::client::Streamed;
 
 /// What a user would still call good service. Without any goal there is no goodput.
@@ -27,12 +31,14 @@ pub struct Slo {
 pub struct Summary {
     /// The load.
     pub load: Load,
-    /// From the first request to the last outcome.
-    pub wall_s: f64,
+    /// Time that rates are taken over.
+    pub window_s: f64,
     /// Requests answered to their end.
     pub completed: u64,
     /// The others, by kind: `connect`, `timeout`, `http_429`, `cut_off`, …
     pub errors: BTreeMap<String, u64>,
+    /// Answers of 429, those to requests that were answered later included.
+    pub refused: u64,
     /// Completed requests per second.
     pub requests_per_s: f64,
     /// Prompt tokens of completed requests per second.
@@ -51,6 +57,12 @@ pub struct Summary {
     pub latency_ms: Option<Percentiles>,
     /// The server's own account; empty where it gives none.
     pub hops: Vec<HopSummary>,
+    /// Later turns: tokens that a prefix cache could find, and found.
+    pub reuse: Option<Reuse>,
+    /// The load point in slices of equal length.
+    pub timeline: Vec<Slice>,
+    /// The server's processes, where they were named.
+    pub memory: Vec<ProcessMemory>,
 }
 
 /// A distribution in a few numbers, in milliseconds.
@@ -78,10 +90,15 @@ impl Summary {
     pub fn of(load: Load, measured: &Measured, slo: &Slo) -> Self {
         let mut errors = BTreeMap::new();
         let [mut ttft, mut itl, mut tpot, mut latency] = std::array::from_fn(|_| Distribution::new());
-        let (mut completed, mut good, mut prompt_tokens, mut output_tokens) = (0_u64, 0_u64, 0_u64, 0_u64);
+        let (mut completed, mut refused, mut inside) = (0_u64, 0_u64, Inside::default());
         let mut timings = Vec::new();
+        let mut reuse: Option<Reuse> = None;
         for outcome in &measured.outcomes {
-            let answer = match outcome {
+            refused += u64::from(outcome.refused);
+            if let Some(turn) = outcome.reuse {
+                reuse.get_or_insert_default().add(turn);
+            }
+            let answer = match &outcome.answer {
                 Ok(answer) => answer,
                 Err(kind) => {
                     *errors.entry(kind.to_string()).or_default() += 1;
@@ -89,8 +106,6 @@ impl Summary {
                 }
             };
             completed += 1;
-            output_tokens += generated(answer);
-            prompt_tokens += answer.usage.as_ref().and_then(|u| u["prompt_tokens"].as_u64()).unwrap_or(0);
             latency.record(answer.total);
             if let Some(first) = answer.ttft {
                 ttft.record(first);
@@ -98,35 +113,64 @@ impl Summary {
             for pair in answer.arrivals.windows(2) {
                 itl.record(pair[1].saturating_sub(pair[0]));
             }
-            let per_token = time_per_output_token(answer);
-            if let Some(per_token) = per_token {
+            if let Some(per_token) = time_per_output_token(answer) {
                 tpot.record(per_token);
             }
-            good += u64::from(slo.met_by(answer.ttft, per_token));
+            if measured.window.contains(&outcome.ended) {
+                inside.add(answer, slo);
+            }
             timings.extend(answer.timings.as_ref().and_then(Timings::read).map(|t| (t, answer.ttft)));
         }
-        let wall_s = measured.wall.as_secs_f64().max(1e-9);
-        let per_s = |count: u64| count as f64 / wall_s;
+        let window_s = measured.window.end.saturating_duration_since(measured.window.start);
+        let window_s = window_s.as_secs_f64().max(1e-9);
+        let per_s = |count: u64| count as f64 / window_s;
         Self {
             load,
-            wall_s,
+            window_s,
             completed,
             errors,
-            requests_per_s: per_s(completed),
-            prompt_tokens_per_s: per_s(prompt_tokens),
-            output_tokens_per_s: per_s(output_tokens),
-            goodput_per_s: slo.is_set().then(|| per_s(good)),
+            refused,
+            requests_per_s: per_s(inside.completed),
+            prompt_tokens_per_s: per_s(inside.prompt_tokens),
+            output_tokens_per_s: per_s(inside.output_tokens),
+            goodput_per_s: slo.is_set().then(|| per_s(inside.good)),
             ttft_ms: ttft.percentiles(),
             itl_ms: itl.percentiles(),
             tpot_ms: tpot.percentiles(),
             latency_ms: latency.percentiles(),
             hops: hops::summarise(&timings),
+            reuse,
+            timeline: timeline::slices(measured, slo),
+            memory: Vec::new(),
         }
+    }
+
+    /// Requests per second within the goal; without a goal, those completed.
+    pub fn goodput(&self) -> f64 {
+        self.goodput_per_s.unwrap_or(self.requests_per_s)
     }
 
     /// Requests without a whole answer.
     pub fn failed(&self) -> u64 {
         self.errors.values().sum()
+    }
+}
+
+/// What ended inside the window.
+#[derive(Default)]
+struct Inside {
+    completed: u64,
+    good: u64,
+    prompt_tokens: u64,
+    output_tokens: u64,
+}
+
+impl Inside {
+    fn add(&mut self, answer: &Streamed, slo: &Slo) {
+        self.completed += 1;
+        self.good += u64::from(slo.met_by(answer));
+        self.output_tokens += generated(answer);
+        self.prompt_tokens += answer.usage.as_ref().and_then(|u| u["prompt_tokens"].as_u64()).unwrap_or(0);
     }
 }
 
@@ -146,9 +190,10 @@ impl Slo {
     }
 
     /// An answer without a first token meets no TTFT; an answer of one token has no time between tokens to miss.
-    fn met_by(&self, ttft: Option<Duration>, per_token: Option<Duration>) -> bool {
+    pub fn met_by(&self, answer: &Streamed) -> bool {
         let within = |time: Duration, goal_ms: f64| time.as_secs_f64() * 1e3 <= goal_ms;
-        let ttft_met = self.ttft_ms.is_none_or(|goal| ttft.is_some_and(|time| within(time, goal)));
+        let ttft_met = self.ttft_ms.is_none_or(|goal| answer.ttft.is_some_and(|time| within(time, goal)));
+        let per_token = time_per_output_token(answer);
         let itl_met = self.itl_ms.is_none_or(|goal| per_token.is_none_or(|time| within(time, goal)));
         ttft_met && itl_met
     }

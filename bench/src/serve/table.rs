@@ -4,28 +4,73 @@ use std::fmt::Write as _;
 
 use super::Report;
 use super::load::Load;
-use super::request::PromptKind;
 use super::summary::{Percentiles, Summary};
+use crate::peak::PeakSearch;
+use crate::plot;
 use crate::table::{aligned, number};
 
-/// The whole report: latencies, errors, and the time by hop where the server told it.
+/// The whole report: latencies, errors, the time by hop where the server told it, and what else was asked for.
 pub(super) fn render(report: &Report) -> String {
-    let request = &report.request;
-    let about = if request.prompt_kind == PromptKind::Text { "about " } else { "" };
-    let mut text = format!(
-        "\n{} at {}: {about}{} prompt tokens, {} output tokens\n\n",
-        report.model, report.url, request.prompt_tokens, request.output_tokens
-    );
+    let mut text = format!("\n{} at {}: {}\n\n", report.model, report.url, report.asked);
+    if let Some(search) = &report.peak {
+        text.push_str(&ramp(search));
+    }
     text.push_str(&latencies(report));
-    for point in report.points.iter().filter(|point| point.failed() > 0) {
-        let kinds: Vec<_> = point.errors.iter().map(|(kind, count)| format!("{kind} {count}")).collect();
-        let _ = writeln!(text, "{}: errors: {}", point.load, kinds.join(", "));
+    for point in &report.points {
+        if point.failed() > 0 {
+            let kinds: Vec<_> = point.errors.iter().map(|(kind, count)| format!("{kind} {count}")).collect();
+            let _ = writeln!(text, "{}: errors: {}", point.load, kinds.join(", "));
+        }
+        if point.refused > 0 {
+            let _ = writeln!(text, "{}: {} answers of 429", point.load, point.refused);
+        }
+        if let Some(reuse) = &point.reuse {
+            let share = |of: u64| 100.0 * reuse.found as f64 / of.max(1) as f64;
+            let _ = writeln!(
+                text,
+                "{}: later turns found {} tokens in the prefix cache: {:.1} % of the {} that earlier turns left, {:.1} % of \
+                 the {} of their prompts",
+                point.load,
+                reuse.found,
+                share(reuse.reusable),
+                reuse.reusable,
+                share(reuse.of_prompts),
+                reuse.of_prompts
+            );
+        }
     }
     if report.points.iter().any(|point| !point.hops.is_empty()) {
         text.push_str("\nwhere a request's time goes, mean / p99 in ms\n\n");
         text.push_str(&hops(&report.points));
     }
+    for point in report.points.iter().filter(|point| matches!(point.load, Load::Open { .. })) {
+        let good: Vec<_> = point.timeline.iter().map(|s| (number(s.from_s), s.good_per_s)).collect();
+        let _ =
+            write!(text, "\n{}: goodput per second from second … on\n\n{}", point.load, plot::bars(&good));
+    }
+    for point in report.points.iter().filter(|point| !point.memory.is_empty()) {
+        let _ =
+            write!(text, "\n{}: resident memory in MiB, mapped files aside\n\n{}", point.load, memory(point));
+    }
     text
+}
+
+fn ramp(search: &PeakSearch) -> String {
+    let mut probes = search.probes.clone();
+    probes.sort_by(|a, b| a.rate.total_cmp(&b.rate));
+    let bars: Vec<_> = probes.iter().map(|p| (format!("{} requests/s", number(p.rate)), p.goodput)).collect();
+    format!("peak: {} requests/s within the goal\n\n{}\n", number(search.peak()), plot::bars(&bars))
+}
+
+fn memory(point: &Summary) -> String {
+    let header = ["process", "pid", "first", "middle", "last", "max"].map(str::to_owned).to_vec();
+    let rows = point.memory.iter().map(|process| {
+        let mib = [process.first_mib, process.middle_mib, process.last_mib, process.max_mib];
+        let mut row = vec![process.command.clone(), process.pid.to_string()];
+        row.extend(mib.map(|mib| format!("{mib:.1}")));
+        row
+    });
+    aligned(&[header].into_iter().chain(rows).collect::<Vec<_>>())
 }
 
 fn latencies(report: &Report) -> String {
@@ -43,7 +88,7 @@ fn latencies(report: &Report) -> String {
     for point in &report.points {
         let label = match point.load {
             Load::Closed { clients } => clients.to_string(),
-            Load::Open { requests_per_s } => requests_per_s.to_string(),
+            Load::Open { requests_per_s } => number(requests_per_s),
         };
         let mut row = vec![label, point.completed.to_string(), point.failed().to_string()];
         row.push(number(point.requests_per_s));

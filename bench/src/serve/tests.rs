@@ -1,5 +1,6 @@
 use clap::Parser;
 
+use super::load::Load;
 use super::*;
 
 #[derive(Parser)]
@@ -14,7 +15,7 @@ fn parse(flags: &[&str]) -> Result<Args, clap::Error> {
 
 #[test]
 fn loads_follow_the_flags() {
-    let of = |flags: &[&str]| loads(&parse(flags).expect("valid flags"));
+    let of = |flags: &[&str]| parse(flags).expect("valid flags").loads();
     let closed = |clients| Load::Closed { clients };
     assert_eq!(of(&[]), [closed(1), closed(8), closed(64)]);
     assert_eq!(of(&["--concurrency", "2,4"]), [closed(2), closed(4)]);
@@ -32,8 +33,14 @@ fn numbers_that_make_no_sense_are_refused() {
         ["--requests", "0"],
         ["--duration-s-max", "1e300"],
         ["--token-id-max", "100"],
+        ["--load", "0"],
+        ["--peak", "3"],
+        ["--turns", "0"],
+        ["--lengths", "azure"],
     ] {
         assert!(parse(&flags).is_err(), "{flags:?}");
     }
     assert!(parse(&["--rate", "1", "--concurrency", "1"]).is_err(), "closed or open, not both");
+    assert!(parse(&["--requests", "1", "--duration-s", "1"]).is_err(), "by number or by time, not both");
+    assert!(parse(&["--lengths", "mooncake", "--prompt-tokens", "1"]).is_err(), "drawn or fixed, not both");
 }

@@ -4,6 +4,20 @@ use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
+use serde::Serialize;
+
+use super::{Source, Workload};
+
+/// How arrivals are spread in time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pattern {
+    /// Exponential gaps.
+    #[default]
+    Poisson,
+    /// The trace's gaps, stretched to the rate asked for: its bursts stay.
+    Trace,
+}
 
 /// Arrivals of a Poisson process, as times from its start: exponential gaps of mean `1 / requests_per_s`.
 pub struct Poisson {
@@ -27,6 +41,30 @@ impl Iterator for Poisson {
         let u: f64 = self.rng.random();
         self.now_s += -(1.0 - u).ln() / self.requests_per_s;
         Duration::try_from_secs_f64(self.now_s).ok()
+    }
+}
+
+/// Arrivals of a load point, as times from its start. Endless, up to the longest time there is.
+pub type Arrivals<'a> = Box<dyn Iterator<Item = Duration> + Send + 'a>;
+
+impl Workload {
+    /// When the requests of load point `point` arrive, at a mean of `requests_per_s`.
+    pub fn arrivals(&self, pattern: Pattern, requests_per_s: f64, point: u32) -> Arrivals<'_> {
+        match (pattern, &self.source) {
+            (Pattern::Trace, Source::Trace(trace)) => {
+                let rows = &trace.requests;
+                // The gap behind the last row is a mean one.
+                let rows_s = rows.last().map_or(0.0, |last| last.at.as_secs_f64()).max(1e-9);
+                let round_s = rows.len() as f64 / requests_per_s;
+                let stretch = round_s * (rows.len() - 1).max(1) as f64 / rows.len() as f64 / rows_s;
+                Box::new((0u64..).map_while(move |number| {
+                    let (round, row) = (number / rows.len() as u64, (number % rows.len() as u64) as usize);
+                    let at_s = round as f64 * round_s + rows[row].at.as_secs_f64() * stretch;
+                    Duration::try_from_secs_f64(at_s).ok()
+                }))
+            }
+            _ => Box::new(Poisson::new(requests_per_s, self.seed ^ u64::from(point))),
+        }
     }
 }
 
