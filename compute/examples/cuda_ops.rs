@@ -149,7 +149,7 @@ impl Bench<'_> {
         for (sequences, context, heads, peer) in
             [(1, 4096, 128, 0.0), (64, 1024, 128, 36.0), (64, 4096, 128, 113.6), (128, 4096, 16, 111.0)]
         {
-            let shape = MlaShape { heads, latent: 512, rope: 64, scale: 0.1 };
+            let shape = MlaShape { heads, latent: 512, rope: 64, scale: 0.1, first: 0 };
             let stride = 64 * 656;
             let geometry = KvGeometry {
                 format: KvFormat::Fp8,

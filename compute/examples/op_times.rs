@@ -20,7 +20,7 @@ fn main() {
     println!("{} threads, {}", cpu.pool().threads(), cpu.isa().name());
     println!("reads {:.1} GB/s, f32 {:.0} GFLOP/s", cpu.memory_read_bandwidth() / 1e9, cpu.peak_f32() / 1e9);
     for (heads, latent) in [(16, 512), (6, 128)] {
-        attention(&cpu, MlaShape { heads, latent, rope: 64, scale: 0.1 });
+        attention(&cpu, MlaShape { heads, latent, rope: 64, scale: 0.1, first: 0 });
     }
     for (n, k) in [(4096, 1024), (512, 1024), (1536, 7168)] {
         linear(&cpu, n, k);

@@ -1,6 +1,6 @@
 // MLA in its absorbed form over the paged cache, any widths: a block of 128 threads per (query row, head).
 //
-// The context is walked in tiles of 64 tokens from position 0 on with an online softmax. A score is a warp's: lane l has
+// The context is walked in tiles of 64 tokens from the first on with an online softmax. A score is a warp's: lane l has
 // channels l, l + 32, ... in order, the lanes are added in a fixed tree. A weighted sum is a thread's: its channel over the
 // tokens in order. Rows past the context are never read.
 
@@ -36,6 +36,7 @@ struct Attention {
     u32 row_bytes, block_tokens, blocks, table_stride;
     u32 heads, latent, rope;
     float scale;
+    u32 first;
 };
 
 template <class Row> __device__ __forceinline__ void attention(const Attention &a) {
@@ -54,7 +55,7 @@ template <class Row> __device__ __forceinline__ void attention(const Attention &
     u32 context = a.contexts[row];
     require(context <= (u64)a.table_stride * a.block_tokens);
     float largest = -INFINITE, total = 0.0f;
-    for (u32 start = 0; start < context; start += TOKENS) {
+    for (u32 start = a.first; start < context; start += TOKENS) {
         u32 count = min(TOKENS, context - start);
         __syncthreads();
         if (threadIdx.x < count) {
@@ -95,7 +96,7 @@ template <class Row> __device__ __forceinline__ void attention(const Attention &
         }
     }
     for (u32 i = threadIdx.x; i < a.latent; i += THREADS) {
-        a.out[(u64)blockIdx.x * a.latent + i] = context > 0 ? sums[i] / total : 0.0f;
+        a.out[(u64)blockIdx.x * a.latent + i] = context > a.first ? sums[i] / total : 0.0f;
     }
 }
 

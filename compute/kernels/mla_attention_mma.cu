@@ -1,7 +1,7 @@
 // MLA in its absorbed form over the paged cache, for FP8 rows of 512 + 64 channels: DeepSeek-V2's and V3's widths.
 //
 // A block of 8 warps has one query row and 64 of its heads (fewer are padded with zeros). It walks the context in tiles of
-// 64 tokens from position 0 on: rows are decoded to bf16 in shared memory once for all heads, scores and weighted sums run
+// 64 tokens from the first on: rows are decoded to bf16 in shared memory once for all heads, scores and weighted sums run
 // on the matrix unit (bf16 operands, f32 sums), the online softmax in f32. What a head gets does not depend on the heads or
 // rows beside it. Rows past the context are never read.
 
@@ -24,6 +24,7 @@ struct Attention {
     u32 row_bytes, block_tokens, blocks, table_stride;
     u32 heads, latent, rope;
     float scale;
+    u32 first;
 };
 
 __device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 address) {
@@ -99,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_attention_mma(const
 #pragma unroll
             for (u32 k = 0; k < 4; k++) sums[i][j][k] = 0.0f;
 
-    for (u32 start = 0; start < context; start += TOKENS) {
+    for (u32 start = a.first; start < context; start += TOKENS) {
         u32 count = min(TOKENS, context - start);
         __syncthreads();
         // A quarter of a row a thread: 128 latent channels, which share a scale, and 16 of rope.
@@ -249,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_attention_mma(const
                 if (head >= heads) continue;
                 float divisor = corrections[head];
                 float2 value = make_float2(sums[i][j][2 * k] / divisor, sums[i][j][2 * k + 1] / divisor);
-                if (context == 0) value = make_float2(0.0f, 0.0f);
+                if (context <= a.first) value = make_float2(0.0f, 0.0f);
                 *(float2 *)(a.out + (query + head) * LATENT + channel) = value;
             }
 }

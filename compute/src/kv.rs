@@ -111,9 +111,11 @@ pub struct MlaShape {
     pub rope: usize,
     /// Softmax scale, YaRN's mscale² included.
     pub scale: f32,
+    /// Cache rows before this one are never read. 0, but for an MTP layer, whose row 0 has no position.
+    pub first: usize,
 }
 
-/// One query row: it sees the cache rows `0..context` of its sequence (its own included).
+/// One query row: it sees the cache rows [`MlaShape::first`]`..context` of its sequence (its own included).
 ///
 /// Consecutive rows that name the same `block_table` slice are computed together and share the decoding of the cache.
 #[derive(Clone, Copy, Debug)]

@@ -71,7 +71,7 @@ impl Step {
             cpu.kv_write(&mut view, 0, KvSlot { block: 0, row }, &self.x[..128], &self.x[..64]);
         }
         cpu.head_matmul(&self.heads, &self.y, ROWS, &mut self.out);
-        let shape = MlaShape { heads: HEADS, latent: 128, rope: 64, scale: 0.1 };
+        let shape = MlaShape { heads: HEADS, latent: 128, rope: 64, scale: 0.1, first: 0 };
         let rows = [MlaRow { block_table: &[0], context: ROWS as u32 }; ROWS];
         let view = KvView { bytes: &self.pool, geometry };
         cpu.mla_attention(&view, 0, shape, &rows, &self.x, &self.y[..ROWS * HEADS * 64], &mut self.out);

@@ -222,7 +222,7 @@ impl Bench<'_> {
         let view = KvView { bytes: &bytes, geometry };
         // Twice around, so that a table may begin anywhere.
         let table: Vec<u32> = (0..blocks as u32).chain(0..blocks as u32).collect();
-        let shape = MlaShape { heads, latent, rope, scale: ((nope + rope) as f32).powf(-0.5) };
+        let shape = MlaShape { heads, latent, rope, scale: ((nope + rope) as f32).powf(-0.5), first: 0 };
         for (sequences, chunk, context) in ATTENTION {
             let queries = sequences * chunk * heads;
             let (q_latent, q_rope) = (values(queries * latent), values(queries * rope));

@@ -1,6 +1,6 @@
 //! MLA in its absorbed form over the paged cache.
 //!
-//! A *query* is one head of one row. A query's context is walked in blocks of 64 tokens from position 0 on, with an
+//! A *query* is one head of one row. A query's context is walked in blocks of 64 tokens from the first on, with an
 //! online softmax: its operations depend on its own values, its context and the cached bytes, not on which queries share
 //! the walk. Sharing is all the same what makes it fast: a block of cache rows is decoded to f32 once for all queries of
 //! the sequence in a task, and scores and sums are computed for several queries at a time.
@@ -26,8 +26,8 @@ const PAD: usize = vector::LANES_MAX;
 
 impl Cpu {
     /// `out[r, h, :] = softmax((q_lat[r, h]·c + q_rope[r, h]·k) · scale) · c` over the cache rows that query row `r`
-    /// sees. `q_lat` and `out` are `[rows, heads, latent]`, `q_rope` `[rows, heads, rope]`. A context of zero gives
-    /// zeros.
+    /// sees. `q_lat` and `out` are `[rows, heads, latent]`, `q_rope` `[rows, heads, rope]`. An empty context
+    /// gives zeros.
     ///
     /// # Panics
     /// If a length or width does not fit, or a block table is too short or leads outside the pool.
@@ -202,7 +202,8 @@ impl Walk<'_> {
         let latent_padded = padded(self.shape).0;
         for (i, out) in self.out.chunks_exact_mut(latent.max(1)).enumerate() {
             let total = scratch.totals[i];
-            let empty = self.rows[(self.first + i) / self.shape.heads].context == 0;
+            let row = self.rows[(self.first + i) / self.shape.heads];
+            let empty = row.context as usize <= self.shape.first;
             for (out, sum) in out.iter_mut().zip(&scratch.sums[i * latent_padded..]) {
                 *out = if empty { 0.0 } else { sum / total };
             }
@@ -222,7 +223,7 @@ impl Operation for Walk<'_> {
             tokens = tokens.max(self.context(i));
             i += 1;
         }
-        let mut token = 0;
+        let mut token = self.shape.first;
         while token < tokens {
             // SAFETY: the machine has the instruction set; the scratch is split by the same shape.
             unsafe {

@@ -9,7 +9,7 @@ use super::launch::{Argument, Grid, launch, size};
 use super::{CudaError, Device, View, ViewMut};
 use crate::{KvFormat, KvGeometry, MlaShape};
 
-/// Query rows of a step, on the device: row `r` sees the cache rows `0..contexts[r]` (its own included) of sequence
+/// Query rows of a step, on the device: row `r` sees the cache rows [`MlaShape::first`]`..contexts[r]` (its own included) of sequence
 /// `sequences[r]`, whose blocks are `tables[sequences[r] * table_stride..]`.
 #[derive(Clone, Copy)]
 pub struct MlaRows<'a> {
@@ -43,6 +43,7 @@ struct Attention {
     latent: u32,
     rope: u32,
     scale: f32,
+    first: u32,
 }
 
 // SAFETY: the same fields in the same order, C layout.
@@ -81,7 +82,7 @@ impl Device {
     }
 
     /// `out[r, h, :] = softmax((q_latent[r, h]·c + q_rope[r, h]·k) · scale) · c` over the cache rows that query row `r`
-    /// sees. `q_latent` and `out` are `[rows, heads, latent]`, `q_rope` `[rows, heads, rope]`. A context of zero gives
+    /// sees. `q_latent` and `out` are `[rows, heads, latent]`, `q_rope` `[rows, heads, rope]`. An empty context gives
     /// zeros. A context longer than its table, or a block outside the pool, ends the context of the device; a sequence
     /// past the tables is the caller's to prevent. Which kernel runs says [`Self::attention_kernel`].
     ///
@@ -131,6 +132,7 @@ impl Device {
             latent: size(shape.latent),
             rope: size(shape.rope),
             scale: shape.scale,
+            first: size(shape.first),
         };
         if self.attention_kernel(geometry) == AttentionKernel::Mma {
             assert!(pool.address().is_multiple_of(16), "the pool starts at a multiple of 16 bytes");

@@ -17,8 +17,8 @@ pub fn decode_row(row: &[u8], geometry: &KvGeometry) -> Vec<f32> {
     }
 }
 
-/// `out[r, h, :] = softmax_t((q_lat[r, h]·c_t + q_rope[r, h]·k_t) · scale) · c`, over the rows `0..context` of each
-/// query's sequence; zero for a context of zero.
+/// `out[r, h, :] = softmax_t((q_lat[r, h]·c_t + q_rope[r, h]·k_t) · scale) · c`, over the rows `first..context` of each
+/// query's sequence; zero for an empty context.
 pub fn mla_attention(
     view: &KvView<'_>,
     layer: usize,
@@ -30,7 +30,7 @@ pub fn mla_attention(
 ) {
     let geometry = view.geometry;
     for (r, row) in rows.iter().enumerate() {
-        let cache: Vec<Vec<f32>> = (0..row.context as usize)
+        let cache: Vec<Vec<f32>> = (shape.first..row.context as usize)
             .map(|t| {
                 let block = row.block_table[t / geometry.block_tokens];
                 let slot = KvSlot { block, row: (t % geometry.block_tokens) as u32 };

@@ -96,8 +96,8 @@ fn agrees_with_the_reference() {
     for isa in Isa::available() {
         let cpu = Cpu::with_isa(2, isa);
         for format in FORMATS {
-            for (heads, latent, rope) in SHAPES {
-                let shape = MlaShape { heads, latent, rope, scale: 0.003 };
+            for ((heads, latent, rope), first) in SHAPES.into_iter().zip([0, 1, 0, 1, 64]) {
+                let shape = MlaShape { heads, latent, rope, scale: 0.003, first };
                 let pool = pool(&cpu, geometry(format, latent, rope), &tables, &mut samples);
                 let rows = if heads > 8 { &rows[95..] } else { &rows[..] };
                 let queries = Queries::new(shape, rows.len(), &mut samples);
@@ -126,7 +126,7 @@ fn a_row_has_the_same_bits_in_every_company() {
         let (one, two) = (Cpu::with_isa(1, isa), Cpu::with_isa(2, isa));
         for format in FORMATS {
             for (heads, latent, rope) in [(4, 128, 64), (3, 72, 16)] {
-                let shape = MlaShape { heads, latent, rope, scale: 0.05 };
+                let shape = MlaShape { heads, latent, rope, scale: 0.05, first: 0 };
                 let pool = pool(&one, geometry(format, latent, rope), &tables, &mut samples);
                 let queries = Queries::new(shape, rows.len(), &mut samples);
                 let together = bits(&queries.attend(&two, &pool, shape, &rows, 0));
@@ -147,7 +147,7 @@ fn a_row_has_the_same_bits_in_every_company() {
 #[test]
 fn rows_past_the_context_have_no_effect() {
     let mut samples = Samples::new(22);
-    let shape = MlaShape { heads: 5, latent: 128, rope: 32, scale: 0.05 };
+    let shape = MlaShape { heads: 5, latent: 128, rope: 32, scale: 0.05, first: 0 };
     let table = vec![0];
     for isa in Isa::available() {
         let cpu = Cpu::with_isa(1, isa);
@@ -163,9 +163,35 @@ fn rows_past_the_context_have_no_effect() {
     }
 }
 
+/// The rows before the first may hold anything, and leaving them out is what a sequence without them gets.
+#[test]
+fn rows_before_the_first_have_no_effect() {
+    let mut samples = Samples::new(24);
+    let shape = MlaShape { heads: 5, latent: 128, rope: 32, scale: 0.05, first: 1 };
+    let cpu = Cpu::new(1);
+    // The second sequence is the first without its first row, in 1-token blocks so that both can share the bytes.
+    let mut geometry = geometry(KvFormat::Fp8, 128, 32);
+    (geometry.block_tokens, geometry.layer_stride) = (1, geometry.row_bytes);
+    geometry.block_stride = LAYERS * geometry.layer_stride;
+    let mut pool = Pool { bytes: vec![0xFF; 140 * geometry.block_stride], geometry };
+    for block in 1..140 {
+        let (latent, rope) = (samples.floats(128), samples.floats(32));
+        let mut view = KvViewMut { bytes: &mut pool.bytes, geometry };
+        cpu.kv_write(&mut view, LAYER, KvSlot { block, row: 0 }, &latent, &rope);
+    }
+    let table: Vec<u32> = (0..140).collect();
+    let rows = [1, 2, 65, 66, 140].map(|context| MlaRow { block_table: &table, context });
+    let whole = rows.map(|row| MlaRow { block_table: &table[1..], context: row.context - 1 });
+    let queries = Queries::new(shape, rows.len(), &mut samples);
+    let out = queries.attend(&cpu, &pool, shape, &rows, 0);
+    let expected = queries.attend(&cpu, &pool, MlaShape { first: 0, ..shape }, &whole, 0);
+    assert_eq!(bits(&out), bits(&expected));
+    assert!(out[..5 * 128].iter().all(|&x| x == 0.0), "a context that ends before the first row is empty");
+}
+
 #[test]
 fn no_rows() {
-    let shape = MlaShape { heads: 5, latent: 128, rope: 32, scale: 0.05 };
+    let shape = MlaShape { heads: 5, latent: 128, rope: 32, scale: 0.05, first: 0 };
     let pool = Pool::new(geometry(KvFormat::Fp8, 128, 32), 0);
     Cpu::new(1).mla_attention(&pool.view(), LAYER, shape, &[], &[], &[], &mut []);
 }
