@@ -61,12 +61,33 @@ impl BatchLimits {
     }
 }
 
+/// Whose rows a batch holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum RowsOf {
+    /// The main model's: a token's row is at the token's position.
+    #[default]
+    Model,
+    /// The MTP module's: a token's row is at the position before, and in the token's slot.
+    Mtp,
+}
+
+impl RowsOf {
+    /// How far a row's slot is behind its position.
+    fn shift(self) -> u32 {
+        match self {
+            Self::Model => 0,
+            Self::Mtp => 1,
+        }
+    }
+}
+
 /// The flattened batch; its buffers are reused from step to step.
 #[derive(Default)]
 pub(crate) struct StepBatch {
+    rows_of: RowsOf,
     /// Token of each row.
     pub tokens: Vec<TokenId>,
-    /// Position of each row.
+    /// Position of each row: what it is rotated by.
     pub positions: Vec<u32>,
     /// Where each row's cache entry goes.
     pub slots: Vec<KvSlot>,
@@ -91,10 +112,12 @@ impl StepBatch {
     /// Checks and flattens `inputs`. After an error the batch is unusable until the next call.
     pub fn form<'a>(
         &mut self,
+        rows_of: RowsOf,
         inputs: impl Iterator<Item = SequenceInput<'a>>,
         limits: &BatchLimits,
     ) -> Result<(), InvalidBatch> {
         self.clear();
+        self.rows_of = rows_of;
         for (sequence, input) in inputs.enumerate() {
             self.push(sequence, &input, limits)?;
         }
@@ -104,9 +127,29 @@ impl StepBatch {
         Ok(())
     }
 
+    /// Empties the batch, to be filled row by row with [`Self::push_following`].
+    pub fn start_following(&mut self) {
+        self.clear();
+        self.rows_of = RowsOf::Mtp;
+    }
+
+    /// Adds the MTP module's row for the token of `row` of `main`. Such a row can be stored, not run: it comes without a
+    /// view of its sequence.
+    pub fn push_following(&mut self, main: &Self, row: usize) {
+        self.tokens.push(main.tokens[row]);
+        self.positions.push(main.positions[row].saturating_sub(RowsOf::Mtp.shift()));
+        self.slots.push(main.slots[row]);
+    }
+
+    /// Number of rows of each sequence, in order.
+    pub fn sequence_rows(&self) -> impl Iterator<Item = usize> {
+        self.sequences.iter().map(|sequence| sequence.rows)
+    }
+
     /// Each row's view of its sequence, in `recycled`'s memory.
     pub fn attention_rows<'a>(&'a self, mut recycled: Vec<MlaRow<'a>>) -> Vec<MlaRow<'a>> {
         recycled.clear();
+        let shift = self.rows_of.shift();
         let mut table_start = 0;
         for sequence in &self.sequences {
             let block_table = &self.tables[table_start..sequence.table_end];
@@ -114,7 +157,7 @@ impl StepBatch {
             recycled.extend(
                 self.positions[first..first + sequence.rows]
                     .iter()
-                    .map(|&position| MlaRow { block_table, context: position + 1 }),
+                    .map(|&position| MlaRow { block_table, context: position + shift + 1 }),
             );
             table_start = sequence.table_end;
         }
@@ -137,10 +180,14 @@ impl StepBatch {
         limits: &BatchLimits,
     ) -> Result<(), InvalidBatch> {
         let blocks = check(sequence, input, self.rows(), limits)?;
+        let shift = self.rows_of.shift();
+        if input.position < shift as usize {
+            return Err(InvalidBatch::MtpPosition { sequence });
+        }
         let first = self.rows();
         self.tokens.extend_from_slice(input.tokens);
         for position in input.position..input.position + input.tokens.len() {
-            self.positions.push(position as u32);
+            self.positions.push(position as u32 - shift);
             let block = blocks[position / limits.block_tokens].0;
             self.slots.push(KvSlot { block, row: (position % limits.block_tokens) as u32 });
         }

@@ -145,6 +145,12 @@ pub enum InvalidBatch {
         /// Values per token.
         hidden_size: usize,
     },
+    /// The MTP module runs on a token and the hidden state before it: there is none before the first.
+    #[error("sequence {sequence}: the MTP module has no row for the token at position 0")]
+    MtpPosition {
+        /// Index of the sequence.
+        sequence: usize,
+    },
     /// An MTP step on an engine that was loaded without its module.
     #[error("the engine was loaded without its MTP module")]
     NoMtp,

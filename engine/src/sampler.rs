@@ -85,12 +85,25 @@ impl SequenceSampler {
                 .collect(),
             _ => Vec::new(),
         };
+        let chosen = self.choose(logits, best, position);
+        Sampled { token: TokenId(chosen as u32), logprob: logprob(chosen, logits), top }
+    }
+
+    /// What [`Self::sample`] would take if these logits were the main model's: a guess from a draft model's. It is made
+    /// with the same random number, so where the two distributions agree a sampled token is guessed as well as a greedy
+    /// one; the most probable token would be right only as often as it is probable.
+    pub fn guess(&mut self, logits: &mut [f32], position: usize, suppress: &[TokenId]) -> TokenId {
+        self.adjust(logits, suppress);
+        TokenId(self.choose(logits, argmax(logits), position) as u32)
+    }
+
+    /// Greedy, or by the random number of `position`.
+    fn choose(&mut self, logits: &[f32], best: usize, position: usize) -> usize {
         if self.params.temperature < GREEDY_BELOW || !logits[best].is_finite() {
-            return Sampled { token: TokenId(best as u32), logprob: logprob(best, logits), top };
+            return best;
         }
         let uniform = rng::uniform(self.params.seed, self.choice, position as u64);
-        let chosen = self.draw(logits, logits[best], uniform);
-        Sampled { token: TokenId(chosen as u32), logprob: logprob(chosen, logits), top }
+        self.draw(logits, logits[best], uniform)
     }
 
     /// Bias, penalties and suppression, in place.

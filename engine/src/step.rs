@@ -3,17 +3,20 @@
 use compute::{Activations, Cpu, MlaRow, RopeTable};
 use model::{Checkpoint, Device, ExecutionFingerprint, KvLayout, ModelConfig, schema};
 
-use crate::batch::{BatchLimits, SequenceInput, StepBatch, recycle};
+use crate::batch::{BatchLimits, RowsOf, SequenceInput, StepBatch, recycle};
 use crate::deepseek::{
-    DeepSeek, LayerWorkspace, Linear, Loader, MtpModule, MtpWorkspace, RmsNorm, StepContext, embed,
-    rope_table,
+    DeepSeek, LayerWorkspace, Linear, Loader, MtpModule, RmsNorm, StepContext, embed, rope_table,
 };
-use crate::error::{EngineError, InvalidBatch, StepError};
+use crate::error::{EngineError, StepError};
 use crate::experts::Experts;
 use crate::fingerprint::execution_fingerprint;
 use crate::kv_cache::KvPool;
 use crate::options::EngineOptions;
 use crate::stage::Stage;
+use mtp::Mtp;
+pub use mtp::{DraftInput, FollowedInput, FollowedOutput, MtpInput};
+
+mod mtp;
 
 /// Watches a step from inside. `()` watches nothing.
 pub trait StepObserver {
@@ -60,16 +63,6 @@ pub struct StepOutput<'a> {
     pub hidden: &'a [f32],
 }
 
-/// One sequence's rows for the MTP module.
-#[derive(Clone, Copy, Debug)]
-pub struct MtpInput<'a> {
-    /// As for the main model, but `tokens[i]` is the token *after* position `position + i`.
-    pub sequence: SequenceInput<'a>,
-    /// `[tokens, hidden]`: the main model's hidden states at these positions, after the final norm. For further drafts
-    /// from the same module, its own [`StepOutput::hidden`].
-    pub hidden: &'a [f32],
-}
-
 /// A model ready to step, with its KV cache.
 pub struct Engine {
     config: ModelConfig,
@@ -77,7 +70,7 @@ pub struct Engine {
     limits: BatchLimits,
     cpu: Cpu,
     model: DeepSeek,
-    mtp: Option<(MtpModule, MtpWorkspace)>,
+    mtp: Option<Mtp>,
     experts: Box<dyn Experts>,
     kv: KvPool,
     rope: RopeTable,
@@ -124,7 +117,7 @@ impl Engine {
             limits: BatchLimits::new(&config, rows_max, options.kv_blocks_max, layout.block_tokens),
             kv: KvPool::new(layout, options.kv_blocks_max)?,
             rope: rope_table(&config),
-            mtp: mtp.map(|module| (module, MtpWorkspace::new(&config, rows_max))),
+            mtp: mtp.map(|module| Mtp::new(module, &config, rows_max)),
             workspace: Workspace::new(&config, rows_max),
             batch: StepBatch::default(),
             attention_rows: Vec::with_capacity(rows_max),
@@ -176,9 +169,20 @@ impl Engine {
         inputs: &[SequenceInput<'_>],
         observer: &mut dyn StepObserver,
     ) -> Result<StepOutput<'_>, StepError> {
+        self.run_layers(inputs.iter().copied(), observer)?;
+        let Self { cpu, batch, model, workspace, .. } = self;
+        Ok(workspace.finish(cpu, &batch.wanted, &model.norm, &model.head, observer))
+    }
+
+    /// Leaves the residual stream behind the last layer in the workspace.
+    fn run_layers<'a>(
+        &mut self,
+        inputs: impl ExactSizeIterator<Item = SequenceInput<'a>>,
+        observer: &mut dyn StepObserver,
+    ) -> Result<(), StepError> {
         let _span = tracing::debug_span!("step", hop = 7, sequences = inputs.len()).entered();
         let Self { cpu, kv, rope, experts, batch, attention_rows, model, workspace, config, .. } = self;
-        batch.form(inputs.iter().copied(), &self.limits)?;
+        batch.form(RowsOf::Model, inputs, &self.limits)?;
         let views = batch.attention_rows(recycle(std::mem::take(attention_rows)));
         let experts = experts.as_mut();
         let mut step = StepContext { cpu, kv, rope, experts, observer, batch, attention_rows: &views };
@@ -188,32 +192,7 @@ impl Engine {
         let mut layers = model.layers.iter();
         let result = layers.try_for_each(|layer| layer.forward(&mut step, &mut workspace.layer, hidden));
         *attention_rows = recycle(views);
-        result?;
-        Ok(workspace.finish(cpu, &batch.wanted, &model.norm, &model.head, observer))
-    }
-
-    /// Runs rows of some sequences through the MTP module, which stores its own layer of the cache.
-    ///
-    /// # Errors
-    /// As [`Self::step`]; [`InvalidBatch::NoMtp`] where the engine was loaded without the module.
-    pub fn mtp_step(
-        &mut self,
-        inputs: &[MtpInput<'_>],
-        observer: &mut dyn StepObserver,
-    ) -> Result<StepOutput<'_>, StepError> {
-        let Self { cpu, kv, rope, experts, batch, attention_rows, model, workspace, config, .. } = self;
-        let (module, mtp_workspace) = self.mtp.as_mut().ok_or(InvalidBatch::NoMtp)?;
-        batch.form(inputs.iter().map(|input| input.sequence), &self.limits)?;
-        mtp_workspace.gather_hidden(inputs, config.hidden_size)?;
-        let views = batch.attention_rows(recycle(std::mem::take(attention_rows)));
-        let experts = experts.as_mut();
-        let mut step = StepContext { cpu, kv, rope, experts, observer, batch, attention_rows: &views };
-        let hidden = &mut workspace.hidden[..batch.rows() * config.hidden_size];
-        let result = module.forward(&mut step, &mut workspace.layer, mtp_workspace, &model.embedding, hidden);
-        *attention_rows = recycle(views);
-        result?;
-        let head = module.head.as_ref().unwrap_or(&model.head);
-        Ok(workspace.finish(cpu, &batch.wanted, &module.norm, head, observer))
+        Ok(result?)
     }
 }
 
@@ -254,20 +233,38 @@ impl Workspace {
         observer: &mut dyn StepObserver,
     ) -> StepOutput<'_> {
         let width = head.input_width();
-        let wanted = &mut self.wanted[..rows.len() * width];
-        let normed = &mut self.normed[..rows.len() * width];
-        for (&row, wanted) in rows.iter().zip(wanted.chunks_exact_mut(width)) {
-            wanted.copy_from_slice(&self.hidden[row as usize * width..][..width]);
-        }
-        norm.forward(cpu, wanted, normed);
-        self.head_input.prepare(cpu, normed, rows.len(), width, head.input_format());
-        let size = rows.len() * head.width();
-        if self.logits.len() < size {
-            self.logits.resize(size, 0.0);
-        }
-        let logits = &mut self.logits[..size];
-        head.forward(cpu, &self.head_input, logits);
+        gather(&self.hidden, rows, width, &mut self.wanted);
+        let size = rows.len() * width;
+        norm.forward(cpu, &self.wanted[..size], &mut self.normed[..size]);
+        let Self { head_input, logits, normed, .. } = self;
+        let normed = &normed[..size];
+        let logits = run_head(cpu, head, normed, head_input, logits);
         observer.stage(Stage::Head);
         StepOutput { logits, hidden: normed }
     }
+}
+
+/// `out` `[rows, width]` = the named rows of `from`.
+fn gather(from: &[f32], rows: &[u32], width: usize, out: &mut [f32]) {
+    for (&row, out) in rows.iter().zip(out.chunks_exact_mut(width)) {
+        out.copy_from_slice(&from[row as usize * width..][..width]);
+    }
+}
+
+/// `[rows, vocab]` from `normed` `[rows, hidden]`, in the memory of `logits`.
+fn run_head<'a>(
+    cpu: &Cpu,
+    head: &Linear,
+    normed: &[f32],
+    input: &mut Activations,
+    logits: &'a mut Vec<f32>,
+) -> &'a [f32] {
+    let rows = normed.len() / head.input_width();
+    input.prepare(cpu, normed, rows, head.input_width(), head.input_format());
+    let size = rows * head.width();
+    if logits.len() < size {
+        logits.resize(size, 0.0);
+    }
+    head.forward(cpu, input, &mut logits[..size]);
+    &logits[..size]
 }

@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use compute::{Activations, Cpu};
 use engine::{
     Engine, EngineError, EngineOptions, ExpertBank, ExpertBatch, ExpertJob, ExpertScratch, Experts,
-    ExpertsError, InvalidBatch, LocalExperts, LogitsWanted, MtpInput, SequenceInput, StepError,
+    ExpertsError, FollowedInput, InvalidBatch, LocalExperts, LogitsWanted, MtpInput, SequenceInput,
+    StepError,
 };
 use model::{BlockId, Checkpoint, Device, ExpertId, KvFormat, Numerics, TokenId};
 use support::{Bench, Golden, Setup, assert_same_bits, fixture};
@@ -219,6 +220,11 @@ fn invalid_batches_leave_the_engine_alone() {
 
     let mut engine = load("v3_fp8_mtp", &EngineOptions { mtp: true, ..OPTIONS }).expect("the engine loads");
     let error = engine.mtp_step(&[MtpInput { sequence: valid, hidden: &[0.0; 3] }], &mut ());
+    assert!(matches!(error, Err(StepError::Invalid(InvalidBatch::MtpPosition { sequence: 0 }))));
+    let second = SequenceInput { position: 1, ..valid };
+    let error = engine.mtp_step(&[MtpInput { sequence: second, hidden: &[0.0; 3] }], &mut ());
+    assert!(matches!(error, Err(StepError::Invalid(InvalidBatch::Hidden { values: 3, .. }))));
+    let error = engine.step_with_mtp(&[FollowedInput { sequence: second, before: &[0.0; 3] }], &mut ());
     assert!(matches!(error, Err(StepError::Invalid(InvalidBatch::Hidden { values: 3, .. }))));
 }
 

@@ -164,7 +164,7 @@ fn chunks_do_not_matter_to_the_mtp_module() {
     let golden = Golden::open(&fixture(name).join("golden.safetensors"));
     for numerics in BOTH {
         let mut bench = Bench::open(&fixture(name), Setup::new(numerics));
-        let sequence = bench.sequence(&golden.tokens("p0.input_ids"), 0);
+        let sequence = bench.sequence(&golden.tokens("p0.input_ids"), 1);
         let rows = bench.prefill(&sequence, sequence.tokens.len(), &mut ());
         let shifted = golden.tokens("p0.mtp.input_ids");
         let whole = bench.mtp(&sequence.blocks, 0, &shifted, &rows.hidden, &mut ());

@@ -23,7 +23,7 @@ fn sequences_are_laid_end_to_end() {
     let mut batch = StepBatch::default();
     // Twice: nothing of the first time may show in the second.
     for _ in 0..2 {
-        batch.form(inputs.into_iter(), &LIMITS).expect("the batch is valid");
+        batch.form(RowsOf::Model, inputs.into_iter(), &LIMITS).expect("the batch is valid");
         assert_eq!(batch.positions, [62, 63, 64, 70, 0, 1, 2]);
         assert_eq!(batch.wanted, [2, 4, 5, 6]);
         let slots: Vec<_> = batch.slots.iter().map(|slot| (slot.block, slot.row)).collect();
@@ -58,7 +58,7 @@ fn what_cannot_run_is_refused_by_name() {
     let (table, beyond) = (blocks(&[0, 1, 2, 3]), blocks(&[6]));
     let valid = SequenceInput { tokens: &two, position: 0, block_table: &table, logits: LogitsWanted::None };
     let check = |input: SequenceInput<'_>, expect: InvalidBatch| {
-        let result = StepBatch::default().form([valid, input].into_iter(), &LIMITS);
+        let result = StepBatch::default().form(RowsOf::Model, [valid, input].into_iter(), &LIMITS);
         assert_eq!(result, Err(expect));
     };
     let sequence = 1;
@@ -88,7 +88,11 @@ fn what_cannot_run_is_refused_by_name() {
         InvalidBatch::Block { sequence, block: 6, blocks_max: 6 },
     );
     assert_eq!(
-        StepBatch::default().form(std::iter::empty(), &LIMITS),
+        StepBatch::default().form(RowsOf::Mtp, [valid].into_iter(), &LIMITS),
+        Err(InvalidBatch::MtpPosition { sequence: 0 })
+    );
+    assert_eq!(
+        StepBatch::default().form(RowsOf::Model, std::iter::empty(), &LIMITS),
         Err(InvalidBatch::Empty { sequence: 0 })
     );
 }

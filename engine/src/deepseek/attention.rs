@@ -40,7 +40,12 @@ enum Query {
 }
 
 impl Attention {
-    pub fn load(loader: &mut Loader<'_>, tensors: &AttentionTensors) -> Result<Self, EngineError> {
+    /// `first`: the cache row with which every sequence begins in this layer.
+    pub fn load(
+        loader: &mut Loader<'_>,
+        tensors: &AttentionTensors,
+        first: usize,
+    ) -> Result<Self, EngineError> {
         let config = loader.config();
         let query = match &tensors.query {
             QueryTensors::Direct(q_proj) => Query::Direct(loader.linear(q_proj)?),
@@ -67,6 +72,7 @@ impl Attention {
                 latent: config.kv_lora_rank,
                 rope: config.qk_rope_head_dim,
                 scale: config.softmax_scale(),
+                first,
             },
         })
     }
@@ -80,6 +86,20 @@ impl Attention {
         normed: &[f32],
         out: &mut [f32],
     ) {
+        self.store_rows(step, layer, workspace, normed);
+        self.project_queries(step, workspace);
+        step.observer.stage(Stage::Queries);
+        self.attend(step, layer, workspace, out);
+    }
+
+    /// The first half of [`Self::forward`]: stores the rows' cache entries, which need no attention.
+    pub fn store_rows(
+        &self,
+        step: &mut StepContext<'_>,
+        layer: usize,
+        workspace: &mut AttentionWorkspace,
+        normed: &[f32],
+    ) {
         let rows = step.batch.rows();
         workspace.activations.prepare(
             step.cpu,
@@ -91,9 +111,6 @@ impl Attention {
         self.store(step, layer, workspace);
         step.observer.stage(Stage::CacheRows);
         step.observer.layer_done(layer, step.kv);
-        self.project_queries(step, workspace);
-        step.observer.stage(Stage::Queries);
-        self.attend(step, layer, workspace, out);
     }
 
     /// Latent and rotated key of every row into the cache. Takes the prepared input in `workspace.activations`.

@@ -93,7 +93,8 @@ impl Layer {
         Ok(Self {
             index,
             input_norm: loader.norm(&tensors.input_layernorm, eps)?,
-            attention: Attention::load(loader, &tensors.attention)?,
+            // An MTP layer's slot 0 belongs to no position.
+            attention: Attention::load(loader, &tensors.attention, usize::from(tensors.mtp.is_some()))?,
             post_attention_norm: loader.norm(&tensors.post_attention_layernorm, eps)?,
             ffn: match &tensors.ffn {
                 FfnTensors::Dense(mlp) => FeedForward::Dense(GatedMlp::load(loader, mlp)?),
@@ -102,6 +103,13 @@ impl Layer {
                 }
             },
         })
+    }
+
+    /// Stores the cache entries of the rows whose input is `hidden` `[rows, hidden_size]`, and computes nothing else.
+    pub fn store(&self, step: &mut StepContext<'_>, workspace: &mut LayerWorkspace, hidden: &[f32]) {
+        let normed = &mut workspace.normed[..hidden.len()];
+        self.input_norm.forward(step.cpu, hidden, normed);
+        self.attention.store_rows(step, self.index, &mut workspace.attention, normed);
     }
 
     /// Runs the layer on `hidden` `[rows, hidden_size]` in place.

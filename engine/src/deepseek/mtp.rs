@@ -1,17 +1,21 @@
 //! The multi-token-prediction module: one more decoder layer that drafts the token after the next.
 //!
-//! Row i sees the main model's hidden state of position i after its final norm, and the token at position i + 1. It runs
-//! at position i and keeps its own layer in the KV cache, the one after the main model's last.
+//! It pairs the main model's hidden state of position i, after its final norm, with the token at position i + 1, and runs at
+//! position i. Its own layer of the KV cache is the one after the main model's last. There the row of position i lies in
+//! slot i + 1, beside the rows of the token that it was made with: so what a block holds follows from the tokens up to
+//! its own end, as in every other layer, and a block can be shared by sequences that go on differently. Slot 0 belongs to
+//! no position; it is written, so that a block's bytes are determined, and never read.
+//!
+//! Being a single layer, it needs neither attention nor experts to store a row: [`MtpModule::store`] costs a fraction of
+//! [`MtpModule::forward`].
 
 use compute::{Activations, Matrix};
 use model::ModelConfig;
 use model::schema::{self, MtpTensors};
 
 use super::{Layer, LayerWorkspace, Linear, Loader, RmsNorm, StepContext, embed};
-use crate::batch::SequenceInput;
-use crate::error::{EngineError, InvalidBatch};
+use crate::error::EngineError;
 use crate::experts::ExpertsError;
-use crate::step::MtpInput;
 
 /// The first MTP module of a checkpoint.
 pub(crate) struct MtpModule {
@@ -45,8 +49,8 @@ impl MtpModule {
         })
     }
 
-    /// Runs the module on the batch's tokens and the hidden states that [`MtpWorkspace::gather_hidden`] took; the result
-    /// is in `out` `[rows, hidden]`, before [`Self::norm`].
+    /// Runs the module on the batch's tokens and the hidden states in [`MtpWorkspace::hidden`]; the result is in `out`
+    /// `[rows, hidden]`, before [`Self::norm`].
     pub fn forward(
         &self,
         step: &mut StepContext<'_>,
@@ -55,6 +59,31 @@ impl MtpModule {
         main_embedding: &Matrix,
         out: &mut [f32],
     ) -> Result<(), ExpertsError> {
+        self.pair(step, workspace, main_embedding, out);
+        self.layer.forward(step, layer_workspace, out)
+    }
+
+    /// Stores the cache entries that [`Self::forward`] would, and nothing else; `pairs` `[rows, hidden]` is overwritten.
+    pub fn store(
+        &self,
+        step: &mut StepContext<'_>,
+        layer_workspace: &mut LayerWorkspace,
+        workspace: &mut MtpWorkspace,
+        main_embedding: &Matrix,
+        pairs: &mut [f32],
+    ) {
+        self.pair(step, workspace, main_embedding, pairs);
+        self.layer.store(step, layer_workspace, pairs);
+    }
+
+    /// The layer's input: token and hidden state, each normed, projected together.
+    fn pair(
+        &self,
+        step: &StepContext<'_>,
+        workspace: &mut MtpWorkspace,
+        main_embedding: &Matrix,
+        out: &mut [f32],
+    ) {
         let MtpWorkspace { hidden, embedded, normed, pairs, input } = workspace;
         let hidden = &hidden[..out.len()];
         let width = self.project.width();
@@ -73,14 +102,13 @@ impl MtpModule {
         }
         input.prepare(step.cpu, pairs, step.batch.rows(), 2 * width, self.project.input_format());
         self.project.forward(step.cpu, input, out);
-        self.layer.forward(step, layer_workspace, out)
     }
 }
 
 /// Intermediate values of the module's input projection for up to `rows_max` rows.
 pub(crate) struct MtpWorkspace {
-    /// `[rows, hidden]`: the main model's.
-    hidden: Vec<f32>,
+    /// `[rows, hidden]`: the state that each row's token follows.
+    pub hidden: Vec<f32>,
     /// `[rows, hidden]`
     embedded: Vec<f32>,
     /// `[rows, hidden]`
@@ -100,21 +128,5 @@ impl MtpWorkspace {
             pairs: rows(2 * config.hidden_size),
             input: Activations::new(),
         }
-    }
-
-    /// Takes the hidden states of a batch that has been formed.
-    pub fn gather_hidden(&mut self, batch: &[MtpInput<'_>], hidden_size: usize) -> Result<(), InvalidBatch> {
-        let mut start = 0;
-        for (sequence, MtpInput { sequence: SequenceInput { tokens, .. }, hidden }) in
-            batch.iter().enumerate()
-        {
-            let tokens = tokens.len();
-            if hidden.len() != tokens * hidden_size {
-                return Err(InvalidBatch::Hidden { sequence, values: hidden.len(), tokens, hidden_size });
-            }
-            self.hidden[start..start + hidden.len()].copy_from_slice(hidden);
-            start += hidden.len();
-        }
-        Ok(())
     }
 }

@@ -188,7 +188,7 @@ impl Bench {
         greedy
     }
 
-    /// Runs the MTP module, logits for every row.
+    /// Runs the MTP module on hidden states from `position` on and the tokens behind them, logits for every row.
     pub fn mtp(
         &mut self,
         blocks: &[BlockId],
@@ -197,16 +197,27 @@ impl Bench {
         hidden: &[f32],
         observer: &mut dyn StepObserver,
     ) -> Rows {
-        let sequence = SequenceInput { tokens, position, block_table: blocks, logits: LogitsWanted::All };
+        let sequence =
+            SequenceInput { tokens, position: position + 1, block_table: blocks, logits: LogitsWanted::All };
         let output = self.engine.mtp_step(&[MtpInput { sequence, hidden }], observer).expect("the step runs");
         Rows { logits: output.logits.to_vec(), hidden: output.hidden.to_vec() }
     }
 
-    /// All cache rows of a sequence, bytes as stored.
+    /// All cache rows of a sequence in the main model's layers, bytes as stored.
     pub fn cache(&self, sequence: &Sequence) -> Vec<u8> {
+        self.layers(sequence, 0..self.engine.config().num_hidden_layers)
+    }
+
+    /// All cache rows of a sequence in the MTP module's layer, bytes as stored.
+    pub fn mtp_cache(&self, sequence: &Sequence) -> Vec<u8> {
+        let layer = self.engine.config().num_hidden_layers;
+        self.layers(sequence, layer..layer + 1)
+    }
+
+    fn layers(&self, sequence: &Sequence, layers: std::ops::Range<usize>) -> Vec<u8> {
         let layout = self.engine.kv_layout();
         let mut bytes = Vec::new();
-        for layer in 0..self.engine.config().num_hidden_layers {
+        for layer in layers {
             let mut rows = sequence.tokens.len();
             for &block in &sequence.blocks {
                 let here = rows.min(layout.block_tokens);
