@@ -5,7 +5,8 @@
 //! on the way, with an error that names the field. Nothing behind a conversion checks again, and nothing
 //! in front of one trusts.
 //!
-//! Deliberately not here: policy (who places, retries, admits) and the fabric's own framing.
+//! Deliberately not here: the fabric's own framing, and policy (who places, retries, admits) but for the order in which
+//! tenants are served, which is the same on every tier or worth nothing.
 
 pub mod control;
 pub mod field;
@@ -14,6 +15,7 @@ pub mod membership;
 pub mod security;
 pub mod sequence;
 pub mod setting;
+pub mod share;
 pub mod ticket;
 pub mod trace;
 pub mod wire_version;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use model::{ExecutionFingerprint, SamplingParams, Stopping, TokenId};
 
 use crate::field::{FieldError, at_most, name};
+use crate::share::Share;
 use crate::trace::TraceContext;
 use crate::{fingerprint, v1};
 
@@ -39,6 +40,8 @@ pub struct Sequence {
     pub fingerprint: ExecutionFingerprint,
     /// Prefix caches share KV among sequences of one salt only. The router's word: it is derived from who asks.
     pub cache_salt: u64,
+    /// Whose turn it takes.
+    pub share: Share,
 }
 
 /// What the served model allows.
@@ -81,6 +84,7 @@ impl Sequence {
             deadline,
             fingerprint: fingerprint::from_wire(fingerprint).map_err(|error| error.within("fingerprint"))?,
             cache_salt: wire.cache_salt,
+            share: Share::from_wire(wire.share.as_ref()).map_err(|error| error.within("share"))?,
         })
     }
 
@@ -98,6 +102,7 @@ impl Sequence {
                 .map_or(0, |left| u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1)),
             fingerprint: Some(fingerprint::to_wire(&self.fingerprint)),
             cache_salt: self.cache_salt,
+            share: Some(self.share.to_wire()),
         }
     }
 }

@@ -88,6 +88,7 @@ prop_compose! {
             stopping: Some(v1::Stopping { max_tokens, min_tokens, ..v1::Stopping::default() }),
             fingerprint: Some(fingerprint),
             cache_salt: deadline_ms.rotate_left(7),
+            share: None,
         }
     }
 }

@@ -106,6 +106,39 @@ impl FinishReason {
         }
     }
 }
+/// How much somebody minds waiting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Priority {
+    /// Reads as interactive.
+    Unspecified = 0,
+    /// Served first.
+    Interactive = 1,
+    /// Takes what interactive requests leave, and within an aging bound never nothing.
+    Batch = 2,
+}
+impl Priority {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "PRIORITY_UNSPECIFIED",
+            Self::Interactive => "PRIORITY_INTERACTIVE",
+            Self::Batch => "PRIORITY_BATCH",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "PRIORITY_UNSPECIFIED" => Some(Self::Unspecified),
+            "PRIORITY_INTERACTIVE" => Some(Self::Interactive),
+            "PRIORITY_BATCH" => Some(Self::Batch),
+            _ => None,
+        }
+    }
+}
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GenerateRequest {
     /// Empty: the only model served.
@@ -124,6 +157,9 @@ pub struct GenerateRequest {
     /// Echoed in logs and spans; the server makes one when empty. At most 128 characters.
     #[prost(string, tag = "9")]
     pub request_id: ::prost::alloc::string::String,
+    /// Class of service.
+    #[prost(enumeration = "Priority", tag = "10")]
+    pub priority: i32,
     #[prost(oneof = "generate_request::Prompt", tags = "2, 3, 4")]
     pub prompt: ::core::option::Option<generate_request::Prompt>,
 }
@@ -805,6 +841,9 @@ pub struct WorkerReport {
     /// sequence that waits for its KV or for its reader owes no step.
     #[prost(uint32, tag = "9")]
     pub runnable: u32,
+    /// Decode: sequences that wait for memory or a seat; part of `waiting`.
+    #[prost(uint32, tag = "10")]
+    pub queued: u32,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct RouterReport {
@@ -869,6 +908,20 @@ pub struct SequenceRequest {
     /// Prefix caches share KV among requests of one salt only. The router derives it from who asks.
     #[prost(fixed64, tag = "9")]
     pub cache_salt: u64,
+    /// Whose turn it is when not everybody can be served. Absent: everybody's, interactive.
+    #[prost(message, optional, tag = "10")]
+    pub share: ::core::option::Option<Share>,
+}
+/// Whose a sequence is. The router derives it from who asks.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Share {
+    #[prost(fixed64, tag = "1")]
+    pub tenant: u64,
+    /// The tenant's part of what is contended for, relative to the others'. Range 1..=1000; 0 reads as 1.
+    #[prost(uint32, tag = "2")]
+    pub weight: u32,
+    #[prost(enumeration = "Priority", tag = "3")]
+    pub priority: i32,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PrefillRequest {
@@ -934,6 +987,16 @@ pub mod decode_event {
         Finished(super::DecodeFinished),
     }
 }
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FinishRequest {
+    /// Both from the sequence's ticket.
+    #[prost(fixed64, tag = "1")]
+    pub incarnation: u64,
+    #[prost(fixed64, tag = "2")]
+    pub ticket_id: u64,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FinishResponse {}
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HandoffDone {
     #[prost(uint64, tag = "1")]
@@ -1724,6 +1787,26 @@ pub mod decode_client {
                 .insert(GrpcMethod::new("trireme.v1.Decode", "Generate"));
             self.inner.server_streaming(req, path, codec).await
         }
+        /// The sequence's text has reached its end, which only the router sees: it counts as finished, not as cancelled, and
+        /// its stream ends. A sequence that is not here any more is no error.
+        pub async fn finish(
+            &mut self,
+            request: impl tonic::IntoRequest<super::FinishRequest>,
+        ) -> std::result::Result<tonic::Response<super::FinishResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/trireme.v1.Decode/Finish");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("trireme.v1.Decode", "Finish"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -1751,6 +1834,12 @@ pub mod decode_server {
             &self,
             request: tonic::Request<super::DecodeRequest>,
         ) -> std::result::Result<tonic::Response<Self::GenerateStream>, tonic::Status>;
+        /// The sequence's text has reached its end, which only the router sees: it counts as finished, not as cancelled, and
+        /// its stream ends. A sequence that is not here any more is no error.
+        async fn finish(
+            &self,
+            request: tonic::Request<super::FinishRequest>,
+        ) -> std::result::Result<tonic::Response<super::FinishResponse>, tonic::Status>;
     }
     /// Served by decode workers; routers call it.
     #[derive(Debug)]
@@ -1871,6 +1960,49 @@ pub mod decode_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/trireme.v1.Decode/Finish" => {
+                    #[allow(non_camel_case_types)]
+                    struct FinishSvc<T: Decode>(pub Arc<T>);
+                    impl<T: Decode> tonic::server::UnaryService<super::FinishRequest>
+                    for FinishSvc<T> {
+                        type Response = super::FinishResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::FinishRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Decode>::finish(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = FinishSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

@@ -3,6 +3,7 @@ use std::time::Duration;
 use model::{ExecutionFingerprint, Numerics, SamplingParams, Stopping, TokenId};
 
 use super::{Sequence, SequenceLimits, sampling_from_wire};
+use crate::share::{Priority, Share};
 use crate::trace::TraceContext;
 use crate::v1;
 
@@ -35,6 +36,7 @@ fn sequence() -> Sequence {
             arithmetic_revision: 1,
         },
         cache_salt: 1 << 63,
+        share: Share { tenant: 5, weight: 2, priority: Priority::Batch },
     }
 }
 
