@@ -36,6 +36,9 @@ pub struct Reservation<'a> {
     pub shared_max: usize,
     /// Blocks in all.
     pub blocks: usize,
+    /// Blocks that the sequence may [grow](BlockPool::grow) to, at least `blocks`: their numbers get their memory now, so
+    /// that growing allocates nothing.
+    pub blocks_max: usize,
 }
 
 /// A sequence's blocks in order of position. Given back with [`BlockPool::release`].
@@ -93,9 +96,9 @@ impl BlockPool {
     /// Blocks for a sequence, the longest cached prefix of its prompt first; cached blocks of others go where memory is
     /// short. `None` and no change where fewer are free.
     pub fn reserve(&mut self, reservation: Reservation<'_>) -> Option<BlockTable> {
-        let Reservation { salt, prompt, shared_max, blocks } = reservation;
+        let Reservation { salt, prompt, shared_max, blocks, blocks_max } = reservation;
         let mut table = BlockTable {
-            blocks: Vec::with_capacity(blocks),
+            blocks: Vec::with_capacity(blocks_max.max(blocks)),
             shared: 0,
             committed: 0,
             salt,
@@ -122,6 +125,17 @@ impl BlockPool {
         table.committed = table.shared;
         table.blocks.extend((0..own).map_while(|_| self.take()));
         Some(table)
+    }
+
+    /// Adds blocks of the sequence's own until it has `blocks` of them; cached blocks of others go where memory is short.
+    /// `false` and no change where fewer are free.
+    pub fn grow(&mut self, table: &mut BlockTable, blocks: usize) -> bool {
+        let more = blocks.saturating_sub(table.blocks.len());
+        if more > self.free_blocks() {
+            return false;
+        }
+        table.blocks.extend((0..more).map_while(|_| self.take()));
+        true
     }
 
     /// Makes the full blocks of `tokens` findable: the sequence's tokens from its start whose KV is computed. Blocks that
@@ -168,6 +182,17 @@ impl BlockPool {
     /// How many blocks [`Self::reserve`] could hand out now: unused and cached ones.
     pub fn free_blocks(&self) -> usize {
         self.unused.len() + self.tree.idle()
+    }
+
+    /// Tables that list `block`.
+    pub fn holders(&self, block: BlockId) -> u32 {
+        self.holders[block.0 as usize]
+    }
+
+    /// How many blocks at the table's start other tables hold too. Behind them it is the only holder: who holds a block
+    /// that more than one table lists holds every block before it.
+    pub fn in_common(&self, table: &BlockTable) -> usize {
+        table.blocks.partition_point(|&block| self.holders(block) > 1)
     }
 
     /// Blocks that nobody holds and that can still be found.

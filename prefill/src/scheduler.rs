@@ -351,6 +351,8 @@ impl Scheduler {
             // The last token is computed in any case: the first token comes from its logits.
             shared_max: (prompt_tokens - 1) / self.limits.block_tokens,
             blocks: prompt_tokens.div_ceil(self.limits.block_tokens),
+            // A prompt does not grow.
+            blocks_max: prompt_tokens.div_ceil(self.limits.block_tokens),
         });
         let Some(table) = reserved else {
             return false;

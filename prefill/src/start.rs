@@ -230,6 +230,7 @@ impl Report {
             incarnation: self.info.incarnation,
             steps_total: self.metrics.steps.get(),
             running: count(self.metrics.active.get()),
+            queued: 0,
             waiting: count(self.metrics.waiting.get()),
             waiting_tokens: u64::try_from(self.metrics.waiting_tokens.get()).unwrap_or(0),
             // Every prompt that is here can be computed.

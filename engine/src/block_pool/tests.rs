@@ -10,7 +10,7 @@ fn tokens(ids: impl IntoIterator<Item = u32>) -> Vec<TokenId> {
 
 /// A reservation that leaves the block of the prompt's last token unshared.
 fn want(prompt: &[TokenId], blocks: usize) -> Reservation<'_> {
-    Reservation { salt: 0, prompt, shared_max: (prompt.len().max(1) - 1) / BLOCK, blocks }
+    Reservation { salt: 0, prompt, shared_max: (prompt.len().max(1) - 1) / BLOCK, blocks, blocks_max: blocks }
 }
 
 /// Reserves, "computes" and gives back: `prompt`'s full blocks are cached.

@@ -46,6 +46,7 @@ fn request() -> v1::PrefillRequest {
         deadline: Some(Duration::from_secs(3)),
         fingerprint: fingerprint(),
         cache_salt: 0,
+        share: proto::share::Share::default(),
     };
     let ticket = KvTicket {
         worker_id: "decode-0".to_owned(),

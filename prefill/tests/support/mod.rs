@@ -334,5 +334,6 @@ pub fn sequence(engine: &Engine, seed: u64, prompt_tokens: usize) -> Sequence {
         deadline: None,
         fingerprint: engine.fingerprint().clone(),
         cache_salt: 0,
+        share: proto::share::Share::default(),
     }
 }
