@@ -15,8 +15,11 @@ use serde::{Deserialize, Serialize};
 pub struct Config {
     /// Where the gRPC service listens. Port 0 takes a free one, announced to the routers.
     pub listen: SocketAddr,
-    /// Sequences held at once, those that wait for their KV included. Range 1..=4096.
+    /// Sequences that hold KV blocks at once, those that wait for their KV included. Range 1..=4096.
     pub sequences_max: usize,
+    /// Sequences that wait for KV blocks: interactive ones first, tenants by their weights; the next one is told to come
+    /// back later. Range 1..=65536.
+    pub queue_max: usize,
     /// Sequences in one step; more take turns. Range 1..=`sequences_max`, at most 512: the batch up to which the
     /// operators are held to be row invariant.
     pub batch_max: usize,
@@ -40,6 +43,7 @@ impl Default for Config {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             sequences_max: 256,
+            queue_max: 512,
             batch_max: 64,
             submissions_queued_max: 256,
             // At 50 tokens a second, a reader may sleep for over a second before its sequence feels it.
@@ -58,6 +62,7 @@ impl Config {
     /// Names the first field that is out of its range.
     pub fn validate(&self) -> Result<(), ConfigError> {
         within("sequences_max", self.sequences_max as u64, 1, 4096)?;
+        within("queue_max", self.queue_max as u64, 1, 1 << 16)?;
         within("batch_max", self.batch_max as u64, 1, self.sequences_max.min(512) as u64)?;
         within("submissions_queued_max", self.submissions_queued_max as u64, 1, 4096)?;
         within("events_queued_max", self.events_queued_max as u64, 4, 4096)?;
@@ -108,6 +113,7 @@ mod tests {
             assert_eq!(config.validate().unwrap_err().field, field);
         };
         check(|c| c.sequences_max = 0, "sequences_max");
+        check(|c| c.queue_max = 0, "queue_max");
         check(|c| c.batch_max = c.sequences_max + 1, "batch_max");
         check(|c| c.batch_max = 0, "batch_max");
         check(|c| c.submissions_queued_max = 0, "submissions_queued_max");

@@ -52,15 +52,13 @@ pub enum Refusal {
         /// Blocks in the pool.
         blocks_max: usize,
     },
-    /// Every seat is taken, or too few blocks are free at the moment.
-    #[error("no room: {blocks} KV blocks needed, {blocks_free} free, {seats_free} seats free")]
+    /// As many sequences wait for KV blocks as may.
+    #[error("no room: {queued} sequences wait for KV blocks already, {blocks_free} blocks are free")]
     NoRoom {
-        /// Blocks for prompt and completion.
-        blocks: usize,
+        /// Sequences that wait.
+        queued: usize,
         /// Blocks free now.
         blocks_free: usize,
-        /// Sequences that could still be held.
-        seats_free: usize,
         /// When a running sequence is expected to leave.
         retry_after: Duration,
     },
@@ -199,12 +197,7 @@ mod tests {
         let check = |status: Status, code: Code, consequence: Consequence| {
             assert_eq!((status.code(), Consequence::of(&status)), (code, consequence), "{status:?}");
         };
-        let no_room = Refusal::NoRoom {
-            blocks: 3,
-            blocks_free: 1,
-            seats_free: 9,
-            retry_after: Duration::from_millis(120),
-        };
+        let no_room = Refusal::NoRoom { queued: 3, blocks_free: 1, retry_after: Duration::from_millis(120) };
         let status = Status::from(no_room);
         assert_eq!(status.metadata().get(RETRY_AFTER_METADATA).unwrap(), "120");
         check(status, Code::ResourceExhausted, Consequence::Unavailable);

@@ -1,7 +1,7 @@
 //! When a sequence ends. One rule for every token, the first one included: it comes from prefill, but whether it ends
 //! the sequence is decided here, where the other tokens are judged.
 //!
-//! Text stop strings are not here: only the router has text.
+//! Text stop strings are not judged here: only the router has text, and says when one has ended a sequence.
 
 use model::{Stopping, TokenId};
 
@@ -12,6 +12,8 @@ pub enum Finish {
     EndOfSequence,
     /// One of the request's `stop_token_ids`.
     StopToken(TokenId),
+    /// One of the request's stop strings, says the router.
+    StopString,
     /// `max_tokens`, which the model's context bounds.
     Length,
 }

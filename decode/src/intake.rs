@@ -1,8 +1,9 @@
 //! Hop 5: a request becomes a sequence with blocks and a ticket.
 //!
-//! Two halves. [`Intake::check`] runs on the service's threads and decides everything that does not depend on the
-//! worker's state: fields, fingerprint, ends. [`reserve`] runs on the device thread: blocks for the sequence's whole
-//! life, and a ticket that lets prefill push into those of the prompt whose KV is not here already.
+//! Three parts. [`Intake::check`] runs on the service's threads and decides everything that does not depend on the
+//! worker's state: fields, fingerprint, ends. [`queue`] and [`arm`] run on the device thread: a place among those that
+//! wait for blocks, and, once the scheduler has given them, a ticket that lets prefill push into those of the prompt
+//! whose KV is not here already.
 //!
 //! Invariant: a request that is refused here holds nothing.
 
@@ -80,6 +81,7 @@ impl Intake {
         let sampler = SequenceSampler::new(&sequence.sampling, sequence.choice, &sequence.prompt);
         let admission = Admission {
             cache_salt: sequence.cache_salt,
+            share: sequence.share,
             rule: FinishRule::new(&sequence.stopping, &self.end_of_sequence),
             deadline: sequence.deadline.map(|left| now + left),
             // The prompt's share of the penalties was counted here, off the device thread.
@@ -100,16 +102,15 @@ impl Intake {
     }
 }
 
-/// Takes blocks for the sequence's whole life and arms a ticket for those of its prompt.
+/// Queues a request for blocks.
 ///
 /// `step_time` is how long a step takes at present; from it follows when to come back after [`Refusal::NoRoom`].
-pub(crate) fn reserve(
+pub(crate) fn queue(
     scheduler: &mut Scheduler,
-    receiver: &mut Receiver,
     submission: &Submission,
     step_time: Duration,
     now: Instant,
-) -> Result<(SequenceId, KvTicket), Refusal> {
+) -> Result<SequenceId, Refusal> {
     let _span = tracing::info_span!(
         "intake",
         hop = 5,
@@ -121,14 +122,30 @@ pub(crate) fn reserve(
     if admission.deadline.is_some_and(|deadline| deadline <= now) {
         return Err(Refusal::DeadlineExceeded);
     }
-    let prompt_tokens = admission.prompt.len();
-    let id = scheduler.admit(admission).map_err(|not| refusal(scheduler, not, step_time))?;
+    scheduler.submit(admission, now).map_err(|not| match not {
+        NotAdmitted::NeverFits { blocks, blocks_max } => Refusal::NeverFits { blocks, blocks_max },
+        NotAdmitted::QueueFull { queued } => Refusal::NoRoom {
+            queued,
+            blocks_free: scheduler.free_blocks(),
+            retry_after: retry_after(scheduler.steps_until_room(), step_time),
+        },
+    })
+}
+
+/// Arms a ticket for the blocks of an admitted sequence's prompt. Where there is none to be had, the sequence is gone.
+pub(crate) fn arm(
+    scheduler: &mut Scheduler,
+    receiver: &mut Receiver,
+    id: SequenceId,
+    now: Instant,
+) -> Result<KvTicket, Refusal> {
     let first_block = scheduler.sequence(id).map_or(0, Sequence::shared_blocks);
+    let prompt_tokens = scheduler.sequence(id).map_or(0, Sequence::prompt_tokens);
     match receiver.issue(Reservation { first_block, prompt_tokens }, now) {
         Ok(ticket) => {
             scheduler.apply(id, Event::Armed(ticket.ticket_id), now);
             tracing::debug!(ticket = %ticket.ticket_id, blocks = ticket.blocks, first_block, "ticket issued");
-            Ok((id, ticket))
+            Ok(ticket)
         }
         Err(error) => {
             // It was never seen outside: no end to tell anybody, only blocks to give back.
@@ -136,18 +153,6 @@ pub(crate) fn reserve(
             scheduler.release(id);
             Err(Refusal::Ticket(Arc::new(error)))
         }
-    }
-}
-
-fn refusal(scheduler: &Scheduler, not: NotAdmitted, step_time: Duration) -> Refusal {
-    match not {
-        NotAdmitted::NeverFits { blocks, blocks_max } => Refusal::NeverFits { blocks, blocks_max },
-        NotAdmitted::NoRoom { blocks } => Refusal::NoRoom {
-            blocks,
-            blocks_free: scheduler.free_blocks(),
-            seats_free: scheduler.free_seats(),
-            retry_after: retry_after(scheduler.steps_until_room(), step_time),
-        },
     }
 }
 

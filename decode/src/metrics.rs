@@ -16,8 +16,9 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
+use proto::share::Priority;
 
-use crate::scheduler::PrefixStats;
+use crate::scheduler::{PlanStats, PrefixStats};
 
 /// Upper bounds in microseconds: a step of the demo model takes about 1 ms, of V3 on a GPU 20 to 50 ms.
 const STEP_BOUNDS_US: &[u64] =
@@ -39,6 +40,12 @@ pub struct Metrics {
     pub(crate) runnable: Gauge,
     /// Sequences whose KV is on the way.
     pub(crate) waiting: Gauge,
+    /// Sequences that wait for blocks, by class.
+    pub(crate) queued: [Gauge; 2],
+    /// Running sequences that are short of a block.
+    pub(crate) short: Gauge,
+    /// What planning memory with estimates has led to.
+    pub(crate) plan: PlanCounters,
     /// Blocks that no sequence holds, cached ones included.
     pub(crate) blocks_free: Gauge,
     /// Blocks that no sequence holds and whose KV can still be found.
@@ -61,6 +68,8 @@ pub struct Metrics {
     pub(crate) handoff_time: DurationHistogram,
     /// What the receiver of hand-offs has counted.
     pub(crate) handoffs: HandoffCounters,
+    /// Time from submission to blocks, by class.
+    queue_time: [DurationHistogram; 2],
     failures: Family<Kind, Counter>,
     refusals: Family<Kind, Counter>,
 }
@@ -82,6 +91,11 @@ impl Metrics {
         let running = gauge("running", "Sequences that take part in steps");
         let runnable = gauge("runnable", "Running sequences whose reader keeps up");
         let waiting = gauge("waiting", "Sequences whose KV is on the way");
+        let short = gauge("short", "Running sequences whose next KV block is not safe to give at the moment");
+        let queued = [
+            gauge("queued_interactive", "Interactive sequences that wait for KV blocks"),
+            gauge("queued_batch", "Batch sequences that wait for KV blocks"),
+        ];
         let blocks_free = gauge("kv_blocks_free", "KV blocks that no sequence holds, cached ones included");
         let blocks_cached =
             gauge("kv_blocks_cached", "KV blocks that no sequence holds and that can be found");
@@ -106,6 +120,17 @@ impl Metrics {
             ),
             evictions: counter("kv_evictions", "Cached KV blocks that gave way to new ones"),
         };
+        let plan = PlanCounters {
+            memory_pauses: counter("memory_pauses", "Turns passed over for want of a safe KV block"),
+            underestimated: counter(
+                "length_underestimated_tokens",
+                "Tokens by which completions outlived the estimate made at admission",
+            ),
+            overestimated: counter(
+                "length_overestimated_tokens",
+                "Tokens by which completions stayed below the estimate made at admission",
+            ),
+        };
         let handoffs = HandoffCounters {
             bytes: counter("handoff_bytes", "KV bytes written into the pool"),
             duplicates: counter("handoff_duplicates", "KV pieces that had landed before"),
@@ -127,6 +152,12 @@ impl Metrics {
             Unit::Seconds,
             handoff_time.clone(),
         );
+        let queue_time = [(); 2].map(|()| DurationHistogram::new(HANDOFF_BOUNDS_US));
+        for (priority, histogram) in Priority::ALL.into_iter().zip(&queue_time) {
+            let name = format!("queue_{}", priority.name());
+            let help = "Time from submission to KV blocks";
+            registry.register_with_unit(name, help, Unit::Seconds, histogram.clone());
+        }
         let failures = Family::default();
         registry.register("failures", "Sequences that ended without finishing", failures.clone());
         let refusals = Family::default();
@@ -136,6 +167,10 @@ impl Metrics {
             running,
             runnable,
             waiting,
+            queued,
+            short,
+            plan,
+            queue_time,
             blocks_free,
             blocks_cached,
             prefix,
@@ -150,6 +185,16 @@ impl Metrics {
             failures,
             refusals,
         }
+    }
+
+    /// Notes how long a sequence waited for blocks.
+    pub(crate) fn queued_for(&self, priority: Priority, time: Duration) {
+        self.queue_time[priority as usize].observe(time);
+    }
+
+    /// Sequences that wait for blocks.
+    pub(crate) fn queued_total(&self) -> i64 {
+        self.queued.iter().map(Gauge::get).sum()
     }
 
     /// Counts a sequence that ended without finishing.
@@ -189,6 +234,23 @@ impl HandoffCounters {
         store(&self.stale, stats.stale);
         store(&self.violations, stats.violations);
         store(&self.malformed, stats.malformed);
+    }
+}
+
+/// [`PlanStats`] where a scrape can see them.
+#[derive(Clone, Debug)]
+pub(crate) struct PlanCounters {
+    memory_pauses: Counter,
+    underestimated: Counter,
+    overestimated: Counter,
+}
+
+impl PlanCounters {
+    pub(crate) fn store(&self, stats: &PlanStats) {
+        let store = |counter: &Counter, total| counter.inner().store(total, Ordering::Relaxed);
+        store(&self.memory_pauses, stats.memory_pauses);
+        store(&self.underestimated, stats.underestimated_tokens);
+        store(&self.overestimated, stats.overestimated_tokens);
     }
 }
 

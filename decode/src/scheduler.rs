@@ -2,16 +2,22 @@
 //! (state, event, now).
 //!
 //! ```text
-//!            admit            HandedOff              Sampled (rule ends it)
-//!  request ────────► waiting ───────────► running ─────────────────────────► finished ──► released
-//!                       │   for its KV       │ ▲ Sampled                         ▲
-//!                       │                    └─┘                                 │
-//!                       └── Cancelled, Failed, deadline, stalled reader ─────────┘ (from running too)
+//!          submit         admit_next         HandedOff            Sampled (rule ends it)
+//!  request ──────► queued ───────────► waiting ─────────► running ────────────────────────► finished ──► released
+//!                    │     gets blocks    │   for its KV    │ ▲ Sampled                         ▲
+//!                    │                    │                 └─┘                                 │
+//!                    └────────────────────┴── Cancelled, Failed, deadline, stalled reader ──────┘ (from running too)
 //! ```
 //!
-//! A sequence is admitted only with blocks for its whole life, prompt and `max_tokens`: it can never be evicted, run
-//! out of memory half-way, or wait for another one's end. It holds them until [`Scheduler::release`], which comes after
-//! its ticket is revoked; so a finished sequence's memory still has an owner while a push to it may be in the air.
+//! Blocks are taken as a sequence grows: those of its prompt when it is admitted, one more each time that its tokens fill
+//! the last. **No sequence is ever evicted, and none ever needs a block that cannot be had**: every admission and every
+//! growth must leave a state from which all can reach their worst case, prompt and `max_tokens`, one after another
+//! ([`banker`] has the argument). One whose next block would not pauses for the step and keeps what it has, and
+//! while somebody does, nobody is admitted. That pauses are rare is admission's business, which plans with the
+//! lengths that completions had of late ([`room`], [`length_estimate`]).
+//!
+//! Memory stays with a sequence until [`Scheduler::release`], which comes after its ticket is revoked; so a finished
+//! sequence's memory still has an owner while a push to it may be in the air.
 //!
 //! Blocks are findable once every row in them is there: those of a prompt from its hand-off on, those of a completion as
 //! they fill. What is found of a prompt at admission is shared, and only the rest is handed over; so the next turn of
@@ -21,26 +27,45 @@
 //! [`Scheduler::check_invariants`] says it all.
 //! Deliberately absent: clocks, threads, the engine, and what happens to a sampled token besides ending its sequence.
 
+mod banker;
+mod forecast;
 mod invariants;
+mod length_estimate;
+mod room;
 mod sequence;
+mod turns;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use engine::{BlockPool, Reservation};
+use engine::BlockPool;
 use model::TokenId;
+use proto::share::{FairQueue, Priority};
 use proto::ticket::TicketId;
 
+use self::banker::Banker;
+use self::forecast::Outlook;
+use self::length_estimate::LengthEstimate;
 use self::sequence::State;
 pub use self::sequence::{Admission, End, Event, Sequence, SequenceId};
+use self::turns::Turns;
 use crate::error::Failure;
+use crate::finish::Finish;
+
+/// How long a batch request that waits for memory may go behind every interactive one.
+pub const BATCH_AGING_MAX: Duration = Duration::from_secs(5);
+
 /// Bounds on what the scheduler holds.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Sequences held at once, in any state.
+    /// Sequences that hold blocks at once.
     pub sequences_max: usize,
+    /// Sequences that wait for blocks.
+    pub queue_max: usize,
     /// Sequences in one step.
     pub batch_max: usize,
+    /// Rows of one sequence in a step: its last token and what is drafted behind it. At least 1.
+    pub step_rows_max: usize,
     /// Blocks in the pool.
     pub kv_blocks: usize,
     /// Tokens in a block.
@@ -59,10 +84,10 @@ pub enum NotAdmitted {
         /// Blocks in the pool.
         blocks_max: usize,
     },
-    /// Blocks or seats are taken at the moment.
-    NoRoom {
-        /// Blocks for prompt and completion.
-        blocks: usize,
+    /// As many wait for blocks as may.
+    QueueFull {
+        /// Sequences that wait.
+        queued: usize,
     },
 }
 
@@ -77,6 +102,17 @@ pub struct PrefixStats {
     pub evictions: u64,
 }
 
+/// What planning with estimates has led to since the start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PlanStats {
+    /// Turns that were passed over because no block was safe to give.
+    pub memory_pauses: u64,
+    /// Tokens by which completions that ended by themselves outlived what was expected of them.
+    pub underestimated_tokens: u64,
+    /// Tokens by which they stayed below it.
+    pub overestimated_tokens: u64,
+}
+
 /// Sequences, their blocks, and whose turn it is.
 #[derive(Debug)]
 pub struct Scheduler {
@@ -85,13 +121,30 @@ pub struct Scheduler {
     /// Ordered, so that a run is a function of its events alone.
     sequences: BTreeMap<SequenceId, Sequence>,
     tickets: HashMap<TicketId, SequenceId>,
-    /// Running sequences, the one that waited longest for a step first.
-    turns: VecDeque<SequenceId>,
-    /// Ended sequences that hold blocks, in order of their end.
+    /// Sequences without blocks, in the order in which they are admitted.
+    queue: FairQueue<SequenceId>,
+    /// The head that was found to have no room, until something gives blocks back.
+    refused: Option<SequenceId>,
+    turns: Turns,
+    /// Ended sequences that are not released yet, in order of their end.
     finished: VecDeque<SequenceId>,
+    /// Running sequences whose reader is behind.
     paused: usize,
+    /// Running sequences that are short of a block.
+    short: usize,
+    /// The last step was empty although somebody could have been stepped: all were short.
+    starved: bool,
+    /// Sequences that hold blocks, in any state.
+    holders: usize,
+    /// Blocks that all of them together may still ask for.
+    owed: usize,
+    banker: Banker,
+    lengths: LengthEstimate,
+    /// Reused from forecast to forecast.
+    outlooks: Vec<Outlook>,
     next_id: u64,
     prefix: PrefixStats,
+    plan: PlanStats,
 }
 
 impl Scheduler {
@@ -102,58 +155,27 @@ impl Scheduler {
             blocks: BlockPool::new(limits.kv_blocks, limits.block_tokens),
             sequences: BTreeMap::new(),
             tickets: HashMap::with_capacity(limits.sequences_max),
-            turns: VecDeque::with_capacity(limits.sequences_max),
+            queue: FairQueue::new(BATCH_AGING_MAX),
+            refused: None,
+            turns: Turns::new(),
             finished: VecDeque::with_capacity(limits.sequences_max),
             paused: 0,
+            short: 0,
+            starved: false,
+            holders: 0,
+            owed: 0,
+            banker: Banker::new(limits.kv_blocks, limits.sequences_max),
+            lengths: LengthEstimate::new(),
+            outlooks: Vec::with_capacity(limits.sequences_max),
             next_id: 0,
             prefix: PrefixStats::default(),
+            plan: PlanStats::default(),
         }
     }
 
     /// The bounds it was made with.
     pub fn limits(&self) -> &Limits {
         &self.limits
-    }
-
-    /// Takes a request in with blocks for its whole life, those that hold its prompt's KV already first; it waits for the
-    /// rest of its KV from here on.
-    pub fn admit(&mut self, admission: Admission) -> Result<SequenceId, NotAdmitted> {
-        let Admission { prompt, cache_salt, rule, deadline } = admission;
-        let prompt_tokens = prompt.len();
-        let life_tokens = prompt_tokens + rule.tokens_max() as usize;
-        let blocks = life_tokens.div_ceil(self.limits.block_tokens);
-        if blocks > self.limits.kv_blocks {
-            return Err(NotAdmitted::NeverFits { blocks, blocks_max: self.limits.kv_blocks });
-        }
-        if self.sequences.len() >= self.limits.sequences_max {
-            return Err(NotAdmitted::NoRoom { blocks });
-        }
-        let reservation = Reservation {
-            salt: cache_salt,
-            prompt: &prompt,
-            // Also the last block, when it is full: the first row that is computed here lies behind the prompt.
-            shared_max: prompt_tokens / self.limits.block_tokens,
-            blocks,
-        };
-        let table = self.blocks.reserve(reservation).ok_or(NotAdmitted::NoRoom { blocks })?;
-        self.prefix.tokens += prompt_tokens as u64;
-        self.prefix.hit_tokens += (table.shared() * self.limits.block_tokens) as u64;
-        let mut tokens = Vec::with_capacity(life_tokens);
-        tokens.extend_from_slice(&prompt);
-        let id = SequenceId(self.next_id);
-        self.next_id += 1;
-        let sequence = Sequence {
-            state: State::Waiting,
-            table,
-            tokens,
-            prompt_tokens,
-            generated: 0,
-            rule,
-            deadline,
-            ticket: None,
-        };
-        self.sequences.insert(id, sequence);
-        Ok(id)
     }
 
     /// Tells what happened to a sequence. What no longer matters to its state is ignored: a cancel, a deadline, an
@@ -168,25 +190,35 @@ impl Scheduler {
             }
             (State::Waiting, Event::HandedOff(first)) => {
                 sequence.state = State::Running { last: first, paused: None };
-                self.blocks.commit(&mut sequence.table, &sequence.tokens);
-                self.turns.push_back(id);
+                if let Some(table) = &mut sequence.table {
+                    self.blocks.commit(table, &sequence.tokens);
+                }
+                self.turns.join(id, sequence.share);
                 self.accept(id, first);
             }
             (State::Running { .. }, Event::Sampled(token)) => {
                 // The step that sampled it computed the row of the token before it.
-                self.blocks.commit(&mut sequence.table, &sequence.tokens);
+                if let Some(table) = &mut sequence.table {
+                    self.blocks.commit(table, &sequence.tokens);
+                }
                 self.accept(id, token);
             }
             (State::Running { paused: paused @ None, .. }, Event::ReaderFull) => {
                 *paused = Some(now);
                 self.paused += 1;
+                // Nobody is kept waiting for a block that it could not use now.
+                self.short -= usize::from(std::mem::take(&mut sequence.short));
             }
             (State::Running { paused: paused @ Some(_), .. }, Event::ReaderReady) => {
                 *paused = None;
                 self.paused -= 1;
             }
             (_, Event::Failed(failure)) => self.end(id, End::Failed(failure)),
-            (State::Waiting, Event::Sampled(_) | Event::ReaderFull | Event::ReaderReady)
+            (State::Waiting | State::Running { .. }, Event::Stopped) => {
+                self.end(id, End::Finished(Finish::StopString))
+            }
+            (State::Queued { .. }, _)
+            | (State::Waiting, Event::Sampled(_) | Event::ReaderFull | Event::ReaderReady)
             | (
                 State::Running { .. },
                 Event::Armed(_) | Event::HandedOff(_) | Event::ReaderFull | Event::ReaderReady,
@@ -209,22 +241,41 @@ impl Scheduler {
         }
     }
 
-    /// Forms the next step into `batch`, which is cleared first; empty when there is nothing to run.
+    /// Ends what has no blocks yet: it fares better elsewhere.
+    pub fn fail_queued(&mut self, failure: &Failure) {
+        let ids: Vec<_> = self.queue.iter().copied().collect();
+        for id in ids {
+            self.end(id, End::Failed(failure.clone()));
+        }
+    }
+
+    /// Forms the next step into `batch`, which is cleared first, and sees to the blocks that it needs; empty when there is
+    /// nothing to run.
     ///
-    /// Up to `batch_max` sequences in the order in which they last had a turn, so that more of them than fit take turns.
-    /// Which sequences share a step changes none of their bits.
+    /// Where more sequences run than `batch_max`, tenants take turns by their weights. A sequence without a block for its
+    /// next token is passed over. Which sequences share a step changes none of their bits.
     pub fn schedule(&mut self, batch: &mut Vec<SequenceId>) {
         batch.clear();
-        for _ in 0..self.turns.len() {
-            if batch.len() == self.limits.batch_max {
-                break;
-            }
-            self.turns.rotate_left(1);
-            let Some(&id) = self.turns.back() else { break };
-            if matches!(self.sequences[&id].state, State::Running { paused: None, .. }) {
-                batch.push(id);
-            }
+        let mut turns = std::mem::replace(&mut self.turns, Turns::new());
+        let contended = turns.len() - self.paused > self.limits.batch_max;
+        turns.begin();
+        while batch.len() < self.limits.batch_max {
+            let Some(id) = turns.next(contended, |id| self.can_step(id)) else { break };
+            batch.push(id);
         }
+        self.turns = turns;
+        self.starved = batch.is_empty() && self.turns.len() > self.paused;
+    }
+
+    /// Whether a running sequence can take its turn, with a block for it if it needs one.
+    fn can_step(&mut self, id: SequenceId) -> bool {
+        let reads = |sequence: &Sequence| matches!(sequence.state, State::Running { paused: None, .. });
+        if !self.sequences.get(&id).is_some_and(reads) {
+            return false;
+        }
+        let fed = self.grow_for_step(id);
+        self.plan.memory_pauses += u64::from(!fed);
+        fed
     }
 
     /// The sequence that ended longest ago and still holds its blocks.
@@ -243,10 +294,15 @@ impl Scheduler {
         if let Some(ticket) = sequence.ticket {
             self.tickets.remove(&ticket);
         }
-        self.blocks.release(sequence.table);
+        if let Some(table) = sequence.table {
+            self.blocks.release(table);
+            self.holders -= 1;
+            self.refused = None;
+            self.starved = false;
+        }
         match sequence.state {
             State::Finished(end) => Some(end),
-            State::Waiting | State::Running { .. } => None,
+            State::Queued { .. } | State::Waiting | State::Running { .. } => None,
         }
     }
 
@@ -265,9 +321,14 @@ impl Scheduler {
         self.sequences.values().filter_map(|sequence| self.due(sequence)).map(|(at, _)| at).min()
     }
 
+    /// Sequences without blocks, of one class.
+    pub fn queued(&self, priority: Priority) -> usize {
+        self.queue.len_of(priority)
+    }
+
     /// Sequences whose KV is on the way.
     pub fn waiting(&self) -> usize {
-        self.sequences.len() - self.turns.len() - self.finished.len()
+        self.sequences.len() - self.queue.len() - self.turns.len() - self.finished.len()
     }
 
     /// Sequences that take part in steps, paused ones included.
@@ -275,9 +336,15 @@ impl Scheduler {
         self.turns.len()
     }
 
-    /// Sequences that the next step could run.
+    /// Sequences that the next step could run. None while all that read are short of a block: they wait for a hand-off's
+    /// or a reader's end and owe no step.
     pub fn runnable(&self) -> usize {
-        self.turns.len() - self.paused
+        if self.starved { 0 } else { self.turns.len() - self.paused }
+    }
+
+    /// Running sequences that are short of a block.
+    pub fn short(&self) -> usize {
+        self.short
     }
 
     /// Whether no sequence is held in any state.
@@ -300,14 +367,14 @@ impl Scheduler {
         PrefixStats { evictions: self.blocks.evictions(), ..self.prefix }
     }
 
-    /// Sequences that could still be held.
-    pub fn free_seats(&self) -> usize {
-        self.limits.sequences_max - self.sequences.len()
+    /// What planning with estimates has led to since the start.
+    pub fn plan_stats(&self) -> PlanStats {
+        self.plan
     }
 
     /// Steps until the first running sequence reaches its `max_tokens`: the latest moment at which room appears.
     pub fn steps_until_room(&self) -> Option<u32> {
-        let running = self.turns.iter().map(|id| &self.sequences[id]);
+        let running = self.turns.iter().map(|id| &self.sequences[&id]);
         running.map(|sequence| sequence.rule.tokens_max() - sequence.generated).min()
     }
 
@@ -330,9 +397,22 @@ impl Scheduler {
             State::Finished(_) => return,
             State::Running { paused, .. } => {
                 self.paused -= usize::from(paused.is_some());
-                self.turns.retain(|&running| running != id);
+                self.turns.leave(id, sequence.share);
             }
             State::Waiting => {}
+            State::Queued { .. } => self.queue.remove(|&queued| queued == id),
+        }
+        self.owed -= sequence.owed_blocks();
+        self.short -= usize::from(std::mem::take(&mut sequence.short));
+        // What ends before its first token says nothing about lengths.
+        if sequence.generated > 0 {
+            let by_itself = matches!(&end, End::Finished(finish) if *finish != Finish::Length);
+            self.lengths.observe(sequence.generated, by_itself);
+            if by_itself {
+                let (expected, generated) = (sequence.expected_tokens, sequence.generated);
+                self.plan.underestimated_tokens += u64::from(generated.saturating_sub(expected));
+                self.plan.overestimated_tokens += u64::from(expected.saturating_sub(generated));
+            }
         }
         sequence.state = State::Finished(end);
         self.finished.push_back(id);
@@ -352,7 +432,7 @@ impl Scheduler {
             State::Running { paused: Some(since), .. } => {
                 Some((since + stall_max, Failure::ReaderStalled(stall_max)))
             }
-            State::Waiting | State::Running { paused: None, .. } => None,
+            State::Queued { .. } | State::Waiting | State::Running { paused: None, .. } => None,
         };
         let deadline = sequence.deadline.map(|at| (at, Failure::DeadlineExceeded));
         deadline.into_iter().chain(stalled).min_by_key(|(at, _)| *at)

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Sender, TrySendError};
 use engine::Sampled;
 use proto::control::Consequence;
+use proto::ticket::TicketId;
 use proto::v1;
 use proto::v1::decode_event::Event;
 use proto::v1::decode_server::Decode;
@@ -31,6 +32,9 @@ use crate::outbox::{self, Doorbell, Inbox, SequenceEvent};
 pub(crate) struct DecodeService {
     pub(crate) intake: Arc<Intake>,
     pub(crate) submissions: Sender<Submission>,
+    /// Sequences whose text has ended, by ticket.
+    pub(crate) finishes: Sender<TicketId>,
+    pub(crate) incarnation: u64,
     pub(crate) doorbell: Doorbell,
     pub(crate) metrics: Metrics,
     pub(crate) events_queued_max: usize,
@@ -66,6 +70,18 @@ impl Decode for DecodeService {
             }
             None => Err(self.refuse(Refusal::Draining)),
         }
+    }
+
+    async fn finish(
+        &self,
+        request: Request<v1::FinishRequest>,
+    ) -> Result<Response<v1::FinishResponse>, Status> {
+        let v1::FinishRequest { incarnation, ticket_id } = request.into_inner();
+        // Only of this process' sequences. A full queue costs nothing but the reason: the router drops the stream next.
+        if incarnation == self.incarnation && self.finishes.try_send(TicketId(ticket_id)).is_ok() {
+            self.doorbell.ring();
+        }
+        Ok(Response::new(v1::FinishResponse {}))
     }
 }
 
@@ -129,7 +145,7 @@ fn to_wire(event: SequenceEvent, logprobs: bool) -> Result<v1::DecodeEvent, Stat
         }
         SequenceEvent::Finished { finish, first_step, decode } => {
             let (reason, stop_token_id) = match finish {
-                Finish::EndOfSequence => (v1::FinishReason::Stop, None),
+                Finish::EndOfSequence | Finish::StopString => (v1::FinishReason::Stop, None),
                 Finish::StopToken(token) => (v1::FinishReason::Stop, Some(token.0)),
                 Finish::Length => (v1::FinishReason::Length, None),
             };

@@ -10,6 +10,7 @@ use engine::Engine;
 use kvtransfer::Receiver;
 use proto::membership::{Announcement, announce};
 use proto::security::Identity;
+use proto::ticket::TicketId;
 use proto::v1;
 use proto::v1::decode_server::DecodeServer;
 use tokio::net::TcpListener;
@@ -87,6 +88,8 @@ pub async fn start(config: Config, node: Node) -> Result<Handle, Error> {
         intake,
         submissions: device.submissions,
         doorbell: device.doorbell,
+        finishes: device.finishes,
+        incarnation: node.incarnation,
         metrics: metrics.clone(),
         events_queued_max: config.events_queued_max,
     };
@@ -129,7 +132,8 @@ pub async fn start(config: Config, node: Node) -> Result<Handle, Error> {
 fn tls_server(config: &Config, identity: &Identity) -> Result<Server, Error> {
     // One stream a sequence, and enough beyond that for one too many to be refused here instead of waiting unseen in
     // the router's connection, which is what the default of 200 would do.
-    let streams_max = u32::try_from(config.sequences_max + config.submissions_queued_max).unwrap_or(u32::MAX);
+    let streams_max = u32::try_from(config.sequences_max + config.queue_max + config.submissions_queued_max)
+        .unwrap_or(u32::MAX);
     let server = Server::builder()
         .max_concurrent_streams(Some(streams_max))
         .http2_keepalive_interval(Some(KEEP_ALIVE_INTERVAL))
@@ -159,6 +163,7 @@ fn info(node: &Node, control_address: SocketAddr) -> v1::WorkerInfo {
 /// The ways to the device thread.
 struct Device {
     submissions: Sender<Submission>,
+    finishes: Sender<TicketId>,
     doorbell: Doorbell,
     drain: Sender<Instant>,
     ended: watch::Receiver<()>,
@@ -172,24 +177,28 @@ fn start_device(
     metrics: Metrics,
 ) -> Result<Device, Error> {
     let (submissions, submitted) = bounded(config.submissions_queued_max);
+    // One for each sequence that could end so between two rounds.
+    let (finishes, finished) = bounded(config.sequences_max);
     let (doorbell, heard) = Doorbell::new();
     let (drain, drain_by) = bounded(1);
     let (alive, ended) = watch::channel(());
     let scheduler = Scheduler::new(Limits {
         sequences_max: config.sequences_max,
+        queue_max: config.queue_max,
         batch_max: config.batch_max,
+        step_rows_max: 1,
         kv_blocks: engine.kv().blocks(),
         block_tokens: engine.kv_layout().block_tokens,
         reader_stall_max: config.reader_stall_max(),
     });
-    let inputs = Inputs { submissions: submitted, doorbell: heard, drain: drain_by };
+    let inputs = Inputs { submissions: submitted, finishes: finished, doorbell: heard, drain: drain_by };
     let worker = Worker::new(Parts { engine, scheduler, receiver, intake, inputs, metrics });
     let run = move || {
         let _alive = alive;
         worker.run();
     };
     std::thread::Builder::new().name("decode-device".to_owned()).spawn(run).map_err(Error::Thread)?;
-    Ok(Device { submissions, doorbell, drain, ended })
+    Ok(Device { submissions, finishes, doorbell, drain, ended })
 }
 
 impl Handle {
@@ -237,7 +246,8 @@ impl Report {
             incarnation: self.info.incarnation,
             steps_total: self.metrics.steps.get(),
             running: count(self.metrics.running.get()),
-            waiting: count(self.metrics.waiting.get()),
+            waiting: count(self.metrics.waiting.get().saturating_add(self.metrics.queued_total())),
+            queued: count(self.metrics.queued_total()),
             waiting_tokens: 0,
             runnable: count(self.metrics.runnable.get()),
             kv_blocks_free: count(self.metrics.blocks_free.get()),

@@ -15,11 +15,12 @@ use crossbeam_channel::{Receiver as Channel, Select, TryRecvError};
 use engine::{Engine, KvPool, LogitsWanted, Sampled, SequenceInput, SequenceSampler, StepError};
 use kvtransfer::{BlockSink, Receiver, ReceiverEvent};
 use model::{BlockId, TokenId};
+use proto::share::Priority;
 use proto::ticket::TicketId;
 use tracing::Span;
 
 use crate::error::{Failure, Refusal};
-use crate::intake::{Intake, Submission, reserve};
+use crate::intake::{Intake, Submission, arm, queue};
 use crate::metrics::{Metrics, as_gauge};
 use crate::outbox::{Outbox, SequenceEvent};
 use crate::scheduler::{End, Event, Scheduler, SequenceId};
@@ -31,6 +32,8 @@ const IDLE_MAX: Duration = Duration::from_millis(100);
 pub(crate) struct Inputs {
     /// Checked requests.
     pub(crate) submissions: Channel<Submission>,
+    /// Sequences whose text has ended.
+    pub(crate) finishes: Channel<TicketId>,
     /// Rings when a stream was dropped or made room.
     pub(crate) doorbell: Channel<()>,
     /// The moment by which running sequences must have ended. Disconnected: now.
@@ -72,8 +75,10 @@ pub(crate) struct Worker {
 struct Seat {
     request_id: Arc<str>,
     trace_id: String,
+    priority: Priority,
     outbox: Outbox,
     sampler: SequenceSampler,
+    /// When it was submitted, and from its ticket on when that was issued.
     issued_at: Instant,
     committed_at: Option<Instant>,
     first_step_at: Option<Instant>,
@@ -127,12 +132,22 @@ impl Worker {
                 self.submit(submission, now);
             }
         }
+        for _ in 0..self.inputs.finishes.len() {
+            if let Some(id) = self.inputs.finishes.try_recv().ok().and_then(|at| self.scheduler.by_ticket(at))
+            {
+                self.scheduler.apply(id, Event::Stopped, now);
+            }
+        }
         self.poll_receiver(now);
         self.look_at_readers(now);
         self.scheduler.tick(now);
+        if self.drain_by.is_some() {
+            self.scheduler.fail_queued(&Failure::Stopping);
+        }
         if self.drain_by.is_some_and(|by| by <= now) {
             self.scheduler.fail_all(&Failure::Stopping);
         }
+        self.admit(now);
         self.drain_by.is_none() || !self.scheduler.is_empty()
     }
 
@@ -168,19 +183,18 @@ impl Worker {
     }
 
     fn submit(&mut self, submission: Submission, now: Instant) {
-        let reserved = if self.drain_by.is_some() {
+        let queued = if self.drain_by.is_some() {
             Err(Refusal::Draining)
         } else {
-            reserve(&mut self.scheduler, &mut self.receiver, &submission, self.step_time, now)
+            queue(&mut self.scheduler, &submission, self.step_time, now)
         };
-        let Submission { request_id, trace_id, outbox, sampler, .. } = submission;
-        match reserved {
-            Ok((id, ticket)) => {
-                self.metrics.admitted.inc();
-                outbox.send(SequenceEvent::Ticket(Box::new(ticket)));
+        let Submission { request_id, trace_id, admission, outbox, sampler } = submission;
+        match queued {
+            Ok(id) => {
                 let seat = Seat {
                     request_id,
                     trace_id,
+                    priority: admission.share.priority,
                     outbox,
                     sampler,
                     issued_at: now,
@@ -193,6 +207,27 @@ impl Worker {
             Err(refusal) => {
                 self.metrics.refused(refusal.kind());
                 outbox.send(SequenceEvent::Refused(refusal));
+            }
+        }
+    }
+
+    /// Gives blocks and tickets to those that wait for them, as far as there is room.
+    fn admit(&mut self, now: Instant) {
+        while let Some((id, queued)) = self.scheduler.admit_next(now) {
+            let armed = arm(&mut self.scheduler, &mut self.receiver, id, now);
+            let Some(seat) = self.seats.get_mut(&id) else { continue };
+            match armed {
+                Ok(ticket) => {
+                    self.metrics.admitted.inc();
+                    self.metrics.queued_for(seat.priority, queued);
+                    seat.issued_at = now;
+                    seat.outbox.send(SequenceEvent::Ticket(Box::new(ticket)));
+                }
+                Err(refusal) => {
+                    self.metrics.refused(refusal.kind());
+                    seat.outbox.send(SequenceEvent::Refused(refusal));
+                    self.seats.remove(&id);
+                }
             }
         }
     }
@@ -295,6 +330,8 @@ impl Worker {
         while let Some(id) = self.scheduler.next_finished() {
             self.release(id, now);
         }
+        // What they gave back may be what somebody waits for, and there may be no other reason to go round again.
+        self.admit(now);
         self.publish();
     }
 
@@ -358,6 +395,11 @@ impl Worker {
         self.metrics.running.set(as_gauge(self.scheduler.running()));
         self.metrics.runnable.set(as_gauge(self.scheduler.runnable()));
         self.metrics.waiting.set(as_gauge(self.scheduler.waiting()));
+        for priority in Priority::ALL {
+            self.metrics.queued[priority as usize].set(as_gauge(self.scheduler.queued(priority)));
+        }
+        self.metrics.short.set(as_gauge(self.scheduler.short()));
+        self.metrics.plan.store(&self.scheduler.plan_stats());
         self.metrics.blocks_free.set(as_gauge(self.scheduler.free_blocks()));
         self.metrics.blocks_cached.set(as_gauge(self.scheduler.cached_blocks()));
         self.metrics.prefix.store(&self.scheduler.prefix_stats());

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use engine::BlockTable;
 use model::{BlockId, TokenId};
+use proto::share::Share;
 use proto::ticket::TicketId;
 
 use crate::error::Failure;
@@ -23,6 +24,8 @@ pub struct Admission {
     pub prompt: Arc<[TokenId]>,
     /// Whose cached prefixes it may share.
     pub cache_salt: u64,
+    /// Whose turns it takes.
+    pub share: Share,
     /// When it ends.
     pub rule: FinishRule,
     /// When nobody wants the answer any more.
@@ -42,6 +45,8 @@ pub enum Event {
     ReaderFull,
     /// Its event queue has room again.
     ReaderReady,
+    /// Its text has reached its end, says the router: only there is text.
+    Stopped,
     /// It ends here, whatever it was doing.
     Failed(Failure),
 }
@@ -55,17 +60,24 @@ pub enum End {
     Failed(Failure),
 }
 
-/// One sequence that holds blocks.
+/// One sequence, from its admission queue to its release.
 #[derive(Debug)]
 pub struct Sequence {
     pub(super) state: State,
-    /// Covers prompt and completion.
-    pub(super) table: BlockTable,
+    /// Covers what is computed and the next step. `None` while it is queued.
+    pub(super) table: Option<BlockTable>,
     /// Prompt and completion so far; made for the whole life.
     pub(super) tokens: Vec<TokenId>,
     pub(super) prompt_tokens: usize,
     /// Tokens of the completion, the first one included.
     pub(super) generated: u32,
+    /// What the completion was expected to be when it got its blocks.
+    pub(super) expected_tokens: u32,
+    /// Blocks for prompt and `max_tokens`: what it may need at worst.
+    pub(super) life_blocks: usize,
+    /// The last time it had a turn, there was no block for it that was safe to give.
+    pub(super) short: bool,
+    pub(super) share: Share,
     pub(super) rule: FinishRule,
     pub(super) deadline: Option<Instant>,
     /// Issued for these blocks: must be revoked before they are freed. Kept past the hand-off, because its name answers
@@ -75,6 +87,8 @@ pub struct Sequence {
 
 #[derive(Debug)]
 pub(super) enum State {
+    /// It holds nothing yet.
+    Queued { prompt: Arc<[TokenId]>, cache_salt: u64, since: Instant },
     /// Its KV is on the way.
     Waiting,
     /// `last` is sampled, its KV is not computed yet. `paused` since its reader fell behind.
@@ -86,19 +100,46 @@ pub(super) enum State {
 impl Sequence {
     /// The blocks in order of position.
     pub fn block_table(&self) -> &[BlockId] {
-        self.table.blocks()
+        self.table.as_ref().map_or(&[], BlockTable::blocks)
     }
 
     /// Blocks at the prompt's start that were here at admission: the first that a hand-off may write to is behind them.
     pub fn shared_blocks(&self) -> usize {
-        self.table.shared()
+        self.table.as_ref().map_or(0, BlockTable::shared)
+    }
+
+    /// Tokens of the prompt.
+    pub fn prompt_tokens(&self) -> usize {
+        self.prompt_tokens
+    }
+
+    /// Rows that its blocks have room for in the next step, the one for the last token included. At least one for a
+    /// scheduled sequence; as many as [`Limits::step_rows_max`](super::Limits) unless its life or the memory ends
+    /// before. Rows behind those that stand stay its own and are written again.
+    pub fn rows_max(&self, block_tokens: usize) -> usize {
+        // The last token of a life is sampled and never computed.
+        let life_rows = self.prompt_tokens + self.rule.tokens_max() as usize - 1;
+        let rows = (self.block_table().len() * block_tokens).min(life_rows);
+        (rows + 1).saturating_sub(self.length())
+    }
+
+    /// Blocks that it may still ask for.
+    pub(super) fn owed_blocks(&self) -> usize {
+        match self.state {
+            State::Queued { .. } | State::Finished(_) => 0,
+            State::Waiting | State::Running { .. } => self.life_blocks - self.block_table().len(),
+        }
+    }
+
+    pub(super) fn is_queued(&self) -> bool {
+        matches!(self.state, State::Queued { .. })
     }
 
     /// What the next step computes: the last token and its position. `None` unless running.
     pub fn step_input(&self) -> Option<(&TokenId, usize)> {
         match &self.state {
             State::Running { last, .. } => Some((last, self.length() - 1)),
-            State::Waiting | State::Finished(_) => None,
+            State::Queued { .. } | State::Waiting | State::Finished(_) => None,
         }
     }
 

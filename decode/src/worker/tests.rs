@@ -22,6 +22,7 @@ mod support;
 /// Enough for a whole completion in these tests.
 const EVENTS_MAX: usize = 64;
 const BATCH_MAX: usize = 4;
+const QUEUE_MAX: usize = 8;
 const LEASE: Duration = Duration::from_secs(3600);
 
 /// Experts that fail while told to.
@@ -51,6 +52,7 @@ struct Rig {
     worker: Worker,
     prefill: Prefill,
     submit: Sender<Submission>,
+    finish: Sender<TicketId>,
     doorbell: Doorbell,
     drain: Sender<Instant>,
     failing: Arc<AtomicBool>,
@@ -69,7 +71,9 @@ impl Rig {
         let prefill = Prefill::new(end("prefill-0", 8));
         let limits = Limits {
             sequences_max: 8,
+            queue_max: QUEUE_MAX,
             batch_max: BATCH_MAX,
+            step_rows_max: 1,
             kv_blocks: KV_BLOCKS,
             block_tokens: engine.kv_layout().block_tokens,
             reader_stall_max: Duration::from_secs(3600),
@@ -78,11 +82,12 @@ impl Rig {
         let (submit, submissions) = bounded(16);
         let (doorbell, heard) = Doorbell::new();
         let (drain, drain_by) = bounded(1);
-        let inputs = Inputs { submissions, doorbell: heard, drain: drain_by };
+        let (finish, finishes) = bounded(16);
+        let inputs = Inputs { submissions, finishes, doorbell: heard, drain: drain_by };
         let metrics = Metrics::new(KV_BLOCKS);
         let scheduler = Scheduler::new(limits);
         let worker = Worker::new(Parts { engine, scheduler, receiver, intake, inputs, metrics });
-        Self { worker, prefill, submit, doorbell, drain, failing }
+        Self { worker, prefill, submit, finish, doorbell, drain, failing }
     }
 
     /// One round; what it leaves behind is consistent.
@@ -369,22 +374,49 @@ fn a_first_token_outside_the_vocabulary_fails_its_own_sequence_only() {
 }
 
 #[test]
-fn no_room_is_refused_with_a_hint_and_nothing_held() {
+fn without_room_a_request_waits_and_one_too_many_is_refused_with_a_hint() {
     let mut rig = Rig::new();
-    // 23 of 24 blocks.
+    // 23 of 24 blocks, at worst.
     let sequence = request(&rig.prefill.engine, 8, 100, 23 * 64 - 100);
     let (large, _) = rig.reserve(&sequence, EVENTS_MAX);
-    let mut refused = rig.submit(&request(&rig.prefill.engine, 9, 64, 1), EVENTS_MAX);
+    let small = request(&rig.prefill.engine, 9, 64 * 23, 1);
+    let mut waiting: Vec<_> = (0..QUEUE_MAX).map(|_| rig.submit(&small, EVENTS_MAX)).collect();
+    rig.round();
+    assert!(waiting.iter_mut().all(|inbox| next(inbox).is_none()), "they wait");
+    let mut refused = rig.submit(&small, EVENTS_MAX);
     rig.round();
     let refusal = match next(&mut refused) {
         Some(SequenceEvent::Refused(refusal)) => refusal,
         other => panic!("{other:?} instead of a refusal"),
     };
-    assert!(matches!(refusal, Refusal::NoRoom { blocks: 2, blocks_free: 1, .. }), "{refusal:?}");
+    assert!(matches!(refusal, Refusal::NoRoom { queued: QUEUE_MAX, .. }), "{refusal:?}");
     assert!(Status::from(refusal).metadata().contains_key(crate::RETRY_AFTER_METADATA));
     drop(large);
+    // One round sees that nobody reads any more, and what it frees is given on before the next.
     rig.round();
-    rig.assert_baseline();
+    assert!(matches!(next(&mut waiting[0]), Some(SequenceEvent::Ticket(_))));
+    assert!(next(&mut waiting[1]).is_none());
+    drop(waiting);
+    rig.rounds_until_empty();
+}
+
+#[test]
+fn text_that_has_ended_is_a_finish_and_no_failure() {
+    let mut rig = Rig::new();
+    let sequence = request(&rig.prefill.engine, 8, 10, 40);
+    let (mut inbox, ticket) = rig.reserve(&sequence, EVENTS_MAX);
+    let id = ticket.ticket_id;
+    rig.prefill.push(&sequence, ticket);
+    rig.round();
+    rig.finish.try_send(id).expect("room");
+    rig.rounds_until_empty();
+    let (_, end) = drain(&mut inbox);
+    assert!(matches!(end, SequenceEvent::Finished { finish: Finish::StopString, .. }), "{end:?}");
+    let text = rig.worker.metrics.text();
+    assert!(text.contains("decode_finished_total 1") && !text.contains("decode_failures_total{"), "{text}");
+    // Late, twice, of nobody: nothing to do.
+    rig.finish.try_send(id).expect("room");
+    rig.round();
 }
 
 #[test]

@@ -61,6 +61,7 @@ pub fn request(engine: &Engine, seed: u64, prompt_tokens: usize, max_tokens: u32
         deadline: None,
         fingerprint: engine.fingerprint().clone(),
         cache_salt: 0,
+        share: proto::share::Share::default(),
     }
 }
 
