@@ -3,9 +3,11 @@
 //! Every bound of the router stands here; a relation between two of them is asserted in
 //! [`Config::validate`], next to both.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use proto::share::WEIGHT_MAX;
 use serde::{Deserialize, Serialize};
 
 /// The most choices of one prompt (`n`): the public protocol states it.
@@ -23,6 +25,9 @@ pub struct Config {
     pub control_listen: SocketAddr,
     /// SHA-256 of each accepted API key, 64 hexadecimal digits. Empty: no key is asked for.
     pub api_keys_sha256: Vec<String>,
+    /// Parts that keys have of what is contended for, relative to each other: an entry of `api_keys_sha256` and 1 to 1000.
+    /// A key without a weight has 1.
+    pub tenant_weights: BTreeMap<String, u32>,
     /// Connections to each public door at once; more wait in the kernel's backlog.
     pub connections_max: usize,
     /// Milliseconds in which an HTTP client must have sent a request's head; also how long a kept-alive connection may
@@ -59,6 +64,7 @@ impl Default for Config {
             grpc_listen: SocketAddr::from(([127, 0, 0, 1], 8001)),
             control_listen: SocketAddr::from(([127, 0, 0, 1], 8002)),
             api_keys_sha256: Vec::new(),
+            tenant_weights: BTreeMap::new(),
             connections_max: 4096,
             head_wait_ms_max: 60_000,
             body_bytes_max: 16 << 20,
@@ -101,6 +107,15 @@ impl Config {
             .iter()
             .all(|hash| hash.len() == 64 && hash.bytes().all(|digit| digit.is_ascii_hexdigit()));
         check(hashes_hold, "api_keys_sha256", "each must be the 64 hexadecimal digits of a SHA-256")?;
+        let weights_hold = self
+            .tenant_weights
+            .iter()
+            .all(|(hash, weight)| self.api_keys_sha256.contains(hash) && (1..=WEIGHT_MAX).contains(weight));
+        check(
+            weights_hold,
+            "tenant_weights",
+            "each must name an entry of api_keys_sha256 and lie in 1..=1000",
+        )?;
         check(self.connections_max > 0, "connections_max", "must be at least 1")?;
         check(
             (100..=3_600_000).contains(&self.head_wait_ms_max),

@@ -9,6 +9,8 @@ use model::{ChatMessage, TokenId};
 use proto::trace::TraceContext;
 use proto::v1;
 
+use crate::http::Tenant;
+
 /// A request, parsed; nothing in it is checked against the model yet.
 #[derive(Debug)]
 pub(crate) struct Generate {
@@ -63,8 +65,8 @@ pub(crate) struct RequestContext {
     pub trace: TraceContext,
     /// When the request's head was read.
     pub received: Instant,
-    /// Whose cached prefixes it may share; 0 where nobody has to say who they are.
-    pub cache_salt: u64,
+    /// On whose behalf, and in which class of service.
+    pub tenant: Tenant,
 }
 
 /// Longest request id we echo, characters.
@@ -84,6 +86,6 @@ impl RequestContext {
             Some(clients) => clients.child(),
             None => TraceContext::root(),
         };
-        Self { door, request_id, trace, received: Instant::now(), cache_salt: 0 }
+        Self { door, request_id, trace, received: Instant::now(), tenant: Tenant::default() }
     }
 }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use futures::{Stream, stream};
 use model::{ChatMessage, TokenId};
+use proto::share::Priority;
 use proto::v1;
 use proto::v1::inference_server::{Inference, InferenceServer};
 use proto::v1::{generate_request, tokenize_request};
@@ -23,7 +24,7 @@ use tracing::{Instrument, info_span};
 use crate::connections::BoundedListener;
 use crate::error::{FieldProblem, RequestError, StartError};
 use crate::generate::{Chat, Generate, Prompt, REQUEST_ID_MAX, RequestContext};
-use crate::http::{ApiKeys, health};
+use crate::http::{ApiKeys, Tenant, health};
 use crate::service::Service;
 use crate::session::{Delta, Event, FinishReason, Session, StopCause};
 
@@ -48,13 +49,13 @@ pub(crate) async fn router(service: Arc<Service>) -> Result<tonic::transport::se
     };
     let v1 = reflection().build_v1().map_err(StartError::Reflection)?;
     let v1alpha = reflection().build_v1alpha().map_err(StartError::Reflection)?;
-    let keys = Arc::new(ApiKeys::new(&service.config.api_keys_sha256));
+    let keys = Arc::new(ApiKeys::new(&service.config));
     let bytes_max = service.config.body_bytes_max;
     let inference = InferenceServer::new(InferenceService { service }).max_decoding_message_size(bytes_max);
     let require_key = move |mut request: Request<()>| {
         let authorization = request.metadata().get("authorization").map(|value| value.as_encoded_bytes());
-        let salt = keys.accept(authorization).ok_or_else(|| errors::status(&RequestError::Unauthorized))?;
-        request.extensions_mut().insert(CacheSalt(salt));
+        let tenant = keys.accept(authorization).ok_or_else(|| errors::status(&RequestError::Unauthorized))?;
+        request.extensions_mut().insert(tenant);
         Ok(request)
     };
     Ok(tonic::transport::Server::builder()
@@ -93,10 +94,6 @@ async fn set_health(reporter: &HealthReporter, status: ServingStatus) {
     reporter.set_service_status(SERVICE, status).await;
 }
 
-/// What the key's check learns of the tenant, on its way to the call.
-#[derive(Clone, Copy)]
-struct CacheSalt(u64);
-
 struct InferenceService {
     service: Arc<Service>,
 }
@@ -113,8 +110,9 @@ impl Inference for InferenceService {
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let (metadata, extensions, request) = request.into_parts();
         let mut context = context(&metadata, &request.request_id);
-        if let Some(&CacheSalt(salt)) = extensions.get() {
-            context.cache_salt = salt;
+        // What the key's check has learnt.
+        if let Some(&tenant) = extensions.get::<Tenant>() {
+            context.tenant = tenant;
         }
         let request_id = context.request_id.clone();
         let span = info_span!("grpc", hop = 1, %request_id, trace_id = %context.trace.trace_id());
@@ -179,8 +177,10 @@ fn context(metadata: &MetadataMap, request_id: &str) -> RequestContext {
     RequestContext::new("grpc", request_id, text("traceparent"))
 }
 
-fn parse(context: RequestContext, request: v1::GenerateRequest) -> Result<Generate, RequestError> {
-    let v1::GenerateRequest { model, prompt, sampling, stopping, n, deadline_ms, request_id } = request;
+fn parse(mut context: RequestContext, request: v1::GenerateRequest) -> Result<Generate, RequestError> {
+    let v1::GenerateRequest { model, prompt, sampling, stopping, n, deadline_ms, request_id, priority } =
+        request;
+    context.tenant.share.priority = Priority::from_wire(priority)?;
     if request_id.len() > REQUEST_ID_MAX {
         let allowed = format!("at most {REQUEST_ID_MAX} characters are allowed");
         return Err(RequestError::out_of_range(

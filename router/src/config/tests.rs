@@ -16,6 +16,7 @@ fn defaults_hold() {
 #[test]
 fn unusable_values_are_named() {
     refused(|c| c.api_keys_sha256 = vec!["secret".into()], "api_keys_sha256");
+    refused(|c| c.tenant_weights = [("00".repeat(32), 2)].into(), "tenant_weights");
     refused(|c| c.connections_max = 0, "connections_max");
     refused(|c| c.head_wait_ms_max = 0, "head_wait_ms_max");
     refused(|c| c.body_bytes_max = 1, "body_bytes_max");

@@ -32,7 +32,7 @@ use crate::error::RequestError;
 use crate::generate::RequestContext;
 use crate::service::Service;
 
-pub(crate) use self::auth::ApiKeys;
+pub(crate) use self::auth::{ApiKeys, Tenant};
 pub(crate) use self::health::health;
 
 const REQUEST_ID: &str = "x-request-id";
@@ -70,7 +70,7 @@ pub(crate) async fn serve(
 }
 
 fn routes(service: Arc<Service>) -> axum::Router {
-    let keys = Arc::new(ApiKeys::new(&service.config.api_keys_sha256));
+    let keys = Arc::new(ApiKeys::new(&service.config));
     let guarded = axum::Router::new()
         .route("/v1/chat/completions", post(openai::chat_completions))
         .route("/v1/completions", post(openai::completions))

@@ -101,7 +101,10 @@ async fn read(
             .await
             .unwrap_or(Err(RequestError::Internal))?,
     };
-    let Parameters { model, n, sampling, stopping, max_tokens_default, deadline, answer } = parameters;
+    let Parameters { model, n, sampling, stopping, max_tokens_default, deadline, priority, answer } =
+        parameters;
+    let mut context = context;
+    context.tenant.share.priority = priority;
     let generate = Generate {
         context,
         model: Some(model),

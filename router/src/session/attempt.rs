@@ -96,6 +96,7 @@ impl Attempt<'_> {
         let (tokens, ticket) = self.reserve(decode.worker()).await?;
         let reserve = reserving.elapsed();
         self.metrics.hop("reserve", reserve);
+        let end = v1::FinishRequest { incarnation: ticket.incarnation, ticket_id: ticket.ticket_id };
         let first_tokens = self.prefill(prefill.worker(), ticket).await?;
         let mut streams = Streams {
             attempt: self,
@@ -107,13 +108,16 @@ impl Attempt<'_> {
         };
         let decode_here = self.pass_on(&mut streams, prefill, output).await?;
         let mut timings = streams.merge.timings();
+        let cached_tokens = streams.merge.cached_tokens();
         timings.reserve_us = micros(reserve);
         timings.ttft_us = micros(output.ttft());
         if let Some(decode_here) = decode_here {
             timings.decode_us = micros(decode_here);
         }
+        if decode_here.is_some() {
+            streams.text_ended(end);
+        }
         self.observe(&timings);
-        let cached_tokens = streams.merge.cached_tokens();
         Ok(ChoiceReport { completion_tokens: output.tokens(), cached_tokens, timings })
     }
 
@@ -219,7 +223,8 @@ impl Attempt<'_> {
             // 0 would mean none.
             deadline_ms: left.max(1),
             fingerprint: worker.fingerprint.as_deref().map(proto::fingerprint::to_wire),
-            cache_salt: self.admitted.context.cache_salt,
+            cache_salt: self.admitted.context.tenant.cache_salt,
+            share: Some(self.admitted.context.tenant.share.to_wire()),
         }
     }
 

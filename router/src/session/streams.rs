@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proto::v1;
+use proto::v1::decode_client::DecodeClient;
 use tonic::{Status, Streaming};
 
 use super::attempt::{Attempt, Failure};
@@ -16,6 +17,9 @@ use crate::worker::Worker;
 
 /// How long a finished choice waits for prefill to close its stream: a receipt crosses the network in less.
 const PREFILL_END_MAX: Duration = Duration::from_millis(100);
+
+/// How long a sequence that a stop string has ended may go on while its worker is told.
+const FINISH_MAX: Duration = Duration::from_millis(500);
 
 /// A choice's two streams.
 pub(super) struct Streams<'a> {
@@ -58,6 +62,18 @@ impl Streams<'_> {
                 }
             }
         }
+    }
+
+    /// A stop string has ended the choice, which decode cannot know: tells it why before hanging up, so that it counts a
+    /// finished sequence. Nobody waits for that, and where it fails the sequence counts as cancelled.
+    pub fn text_ended(self, end: v1::FinishRequest) {
+        let Some(channel) = self.decode.channel.clone() else { return };
+        let (tokens, first_tokens) = (self.tokens, self.first_tokens);
+        tokio::spawn(async move {
+            let mut decode = DecodeClient::new(channel);
+            let _ = tokio::time::timeout(FINISH_MAX, decode.finish(end)).await;
+            drop((tokens, first_tokens));
+        });
     }
 
     /// A short answer is over while decode's receipt is still on its way to prefill: hanging up now would

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use proto::share::Priority;
 use proto::v1;
 use serde_json::Value;
 
@@ -16,7 +17,6 @@ const IGNORED: &[&str] = &[
     "prompt_cache_key",
     "prompt_cache_retention",
     "safety_identifier",
-    "service_tier",
     "store",
     "user",
 ];
@@ -47,6 +47,8 @@ pub(super) struct Parameters {
     /// Tokens to generate where `stopping` does not say; `None`: what the context leaves.
     pub max_tokens_default: Option<u32>,
     pub deadline: Option<Duration>,
+    /// From `service_tier`.
+    pub priority: Priority,
     pub answer: AnswerOptions,
 }
 
@@ -93,6 +95,7 @@ impl Parameters {
             stopping: stopping(fields)?,
             max_tokens_default: None,
             deadline,
+            priority: priority(fields)?,
             answer,
         })
     }
@@ -113,6 +116,18 @@ fn sampling(fields: &mut Fields) -> Result<v1::Sampling, RequestError> {
         // The two endpoints spell it differently.
         logprobs: None,
     })
+}
+
+/// OpenAI's tiers, of which `flex` is the one that trades time for price.
+fn priority(fields: &mut Fields) -> Result<Priority, RequestError> {
+    let tier: Option<String> = fields.take("service_tier", "a string")?;
+    match tier.as_deref() {
+        None | Some("auto" | "default" | "priority" | "scale") => Ok(Priority::Interactive),
+        Some("flex" | "batch") => Ok(Priority::Batch),
+        Some(other) => {
+            Err(RequestError::out_of_range("service_tier", other, "must be auto, default, priority or flex"))
+        }
+    }
 }
 
 /// vLLM's -1 means what 0 means: keep every token.

@@ -115,6 +115,7 @@ pub struct FakeWorker {
 struct Seen {
     requests: watch::Sender<Vec<v1::SequenceRequest>>,
     cancelled: watch::Sender<usize>,
+    finished: watch::Sender<usize>,
     report: Mutex<v1::WorkerReport>,
 }
 
@@ -160,6 +161,7 @@ impl FakeWorker {
         let seen = Arc::new(Seen {
             requests: watch::Sender::new(Vec::new()),
             cancelled: watch::Sender::new(0),
+            finished: watch::Sender::new(0),
             report: Mutex::new(v1::WorkerReport {
                 incarnation: info.incarnation,
                 kv_blocks_free: options.kv_blocks_max,
@@ -376,6 +378,15 @@ impl Decode for Fake {
         handoffs().lock().expect("lock").insert(ticket.ticket_id, handoff);
         tokio::spawn(decode(self.script.clone(), sequence, ticket, handed_over, sender));
         Ok(Response::new(self.watched(events)))
+    }
+
+    async fn finish(
+        &self,
+        request: Request<v1::FinishRequest>,
+    ) -> Result<Response<v1::FinishResponse>, Status> {
+        assert_eq!(request.into_inner().incarnation, self.info.incarnation);
+        self.seen.finished.send_modify(|finished| *finished += 1);
+        Ok(Response::new(v1::FinishResponse {}))
     }
 }
 
