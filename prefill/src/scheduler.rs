@@ -8,7 +8,7 @@
 //! off for ever. Blocks stay with a sequence until its hand-off has ended.
 //!
 //! What the prefix cache holds of a prompt is looked up when the prompt is admitted, the latest moment at which it
-//! matters; its chunks begin behind that. A prompt's blocks are findable as soon as the step that fills them has ended.
+//! matters; its chunks begin behind that, or one token earlier ([`Limits::rerun_tokens`]). A prompt's blocks are findable as soon as the step that fills them has ended.
 //!
 //! Deliberately absent: clocks, threads, tokio, and the engine's step.
 
@@ -39,6 +39,9 @@ pub struct Limits {
     pub block_tokens: usize,
     /// Blocks in the pool.
     pub kv_blocks: usize,
+    /// Tokens before the end of a found prefix that are run again: 1 where an MTP module's cache is kept, whose rows behind
+    /// the prefix begin with the hidden state before them; otherwise 0.
+    pub rerun_tokens: usize,
 }
 
 /// A prompt that wants to be computed.
@@ -358,12 +361,12 @@ impl Scheduler {
             return false;
         };
         sequence.cached = table.shared() * self.limits.block_tokens;
-        sequence.computed = sequence.cached;
+        sequence.computed = sequence.cached.saturating_sub(self.limits.rerun_tokens);
         sequence.table = Some(table);
         sequence.queued = None;
         self.prefix.tokens += prompt_tokens as u64;
         self.prefix.hit_tokens += sequence.cached as u64;
-        self.uncomputed_tokens -= sequence.cached;
+        self.uncomputed_tokens -= sequence.computed;
         self.waiting.pop_front();
         self.queued_tokens -= prompt_tokens;
         self.running.push_back(id);
@@ -389,7 +392,8 @@ impl Scheduler {
                 assert_eq!(table.blocks().len(), blocks, "{id:?} holds its whole prompt's blocks");
                 let shared = table.shared() * self.limits.block_tokens;
                 assert_eq!(sequence.cached, shared, "{id:?} skips what it found");
-                assert!(shared <= sequence.computed, "{id:?} starts behind what it found");
+                let rerun = self.limits.rerun_tokens;
+                assert!(shared <= sequence.computed + rerun, "{id:?} starts behind what it found");
                 assert!(shared < sequence.prompt.len(), "{id:?} computes its last token");
             }
         }

@@ -182,6 +182,7 @@ fn limits(config: &Config, engine: &Engine) -> Limits {
         step_tokens_max: config.step_tokens_max.min(engine.step_tokens_max()),
         block_tokens: engine.kv_layout().block_tokens,
         kv_blocks: engine.kv().blocks(),
+        rerun_tokens: usize::from(engine.has_mtp()),
     }
 }
 

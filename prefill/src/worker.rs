@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver as Channel, Select, TryRecvError};
-use engine::{Engine, LogitsWanted, Sampled, SequenceInput, SequenceSampler, StepError};
+use engine::{Engine, FollowedInput, LogitsWanted, Sampled, SequenceInput, SequenceSampler, StepError};
 use model::BlockId;
 use proto::v1::{GeneratedToken, TokenLogprob};
 use tracing::Span;
@@ -69,6 +69,9 @@ struct Request {
     outbox: Outbox,
     arrived: Instant,
     started: Option<Instant>,
+    /// With an MTP module: the hidden state of the last token that was computed, which the module's next row begins with.
+    /// Empty before the first chunk.
+    state: Vec<f32>,
     span: Span,
 }
 
@@ -152,7 +155,8 @@ impl Worker {
         match queued {
             Ok(()) => {
                 outbox.send(RequestEvent::Queued);
-                self.requests.insert(id, Request { checked, outbox, arrived, started: None, span });
+                self.requests
+                    .insert(id, Request { checked, outbox, arrived, started: None, state: Vec::new(), span });
             }
             Err(refusal) => {
                 self.metrics.refused(refusal.kind());
@@ -227,17 +231,25 @@ impl Worker {
         }
         for chunk in &self.step {
             if let Some(request) = self.requests.get(&chunk.id) {
-                batch.push(request.input(chunk, self.scheduler.block_table(chunk.id)));
+                let sequence = request.input(chunk, self.scheduler.block_table(chunk.id));
+                batch.push(FollowedInput { sequence, before: &request.state });
             }
         }
         // What the step does for all its sequences together is shown under the first.
         let _hop = hops.first().map(Span::enter);
         let mut observer = self.handoff.during(&self.scheduler, &self.step);
-        let vocab_size = self.engine.config().vocab_size;
-        let output = self.engine.step(&batch, &mut observer)?;
+        let (vocab_size, hidden_size) = (self.engine.config().vocab_size, self.engine.config().hidden_size);
+        let logits = if self.engine.has_mtp() {
+            let output = self.engine.step_with_mtp(&batch, &mut observer)?;
+            keep_states(&mut self.requests, &self.step, output.hidden, hidden_size);
+            output.logits
+        } else {
+            let batch: Vec<_> = batch.iter().map(|input| input.sequence).collect();
+            self.engine.step(&batch, &mut observer)?.logits
+        };
         let mut first_tokens = Vec::new();
         let last_chunks = self.step.iter().filter(|chunk| chunk.last);
-        for (chunk, logits) in last_chunks.zip(output.logits.chunks_exact(vocab_size)) {
+        for (chunk, logits) in last_chunks.zip(logits.chunks_exact(vocab_size)) {
             let Some(request) = self.requests.get(&chunk.id) else { continue };
             self.logits.clear();
             self.logits.extend_from_slice(logits);
@@ -339,6 +351,23 @@ impl Request {
             position: chunk.start,
             block_table,
             logits: if chunk.last { LogitsWanted::Last } else { LogitsWanted::None },
+        }
+    }
+}
+
+/// The state of each chunk's last token, from `hidden` `[rows, hidden]`, for the chunk that may follow.
+fn keep_states(
+    requests: &mut HashMap<SequenceId, Request>,
+    step: &[Chunk],
+    hidden: &[f32],
+    hidden_size: usize,
+) {
+    let mut end = 0;
+    for chunk in step {
+        end += chunk.tokens * hidden_size;
+        if let Some(request) = requests.get_mut(&chunk.id) {
+            request.state.clear();
+            request.state.extend_from_slice(&hidden[end - hidden_size..end]);
         }
     }
 }

@@ -81,12 +81,33 @@ pub struct EngineSection {
     pub kv_blocks_max: usize,
     /// Tokens in one forward step at most; sizes the workspace.
     pub step_tokens_max: usize,
+    /// Whether workers keep the cache of the checkpoint's MTP module, so that decode can draft tokens with it. It is part of
+    /// the KV layout: all workers of a cluster must agree.
+    pub mtp: Mtp,
+}
+
+/// `engine.mtp`
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Mtp {
+    /// Where the checkpoint has the module.
+    #[default]
+    Auto,
+    /// Never: its memory and its share of the KV cache are saved.
+    Off,
+}
+
+impl Mtp {
+    /// Whether the module is used with this model.
+    pub fn applies_to(self, model: &ModelConfig) -> bool {
+        self == Self::Auto && model.num_nextn_predict_layers > 0
+    }
 }
 
 impl Default for EngineSection {
     fn default() -> Self {
         // 2,048 blocks are 131,072 tokens: 32 sequences of the demo model at its full context.
-        Self { kv_blocks_max: 2048, step_tokens_max: 512 }
+        Self { kv_blocks_max: 2048, step_tokens_max: 512, mtp: Mtp::Auto }
     }
 }
 

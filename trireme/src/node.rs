@@ -14,7 +14,9 @@ use engine::{Engine, EngineOptions, ExpertBank, Experts, LocalExperts};
 use expert::{Placement, RemoteExperts, RemoteOptions, WireFormats};
 use fabric::{Fabric, QuicOptions};
 use kvtransfer::{Receiver, ReceiverOptions};
-use model::{ChatTemplate, Checkpoint, Device, ExecutionFingerprint, GenerationDefaults, Tokenizer};
+use model::{
+    ChatTemplate, Checkpoint, Device, ExecutionFingerprint, GenerationDefaults, ModelConfig, Tokenizer,
+};
 use proto::{security::Identity, ticket::LEASE_MAX};
 use router::ServedModel;
 
@@ -245,7 +247,9 @@ pub fn quic(worker: &Worker, incarnation: u64, identity: &Identity) -> anyhow::R
 /// The static placement: contiguous shares, one for each expert worker.
 fn placement(surroundings: &Surroundings) -> anyhow::Result<Placement> {
     let model = surroundings.checkpoint.config();
-    let layers: Vec<usize> = model.moe_layers().filter(|&layer| layer < model.num_hidden_layers).collect();
+    // One module drafts, however many the checkpoint has.
+    let end = model.num_hidden_layers + usize::from(surroundings.config.engine.mtp.applies_to(model));
+    let layers: Vec<usize> = model.moe_layers().filter(|&layer| layer < end).collect();
     Ok(Placement::contiguous(layers, model.n_routed_experts, surroundings.experts.len())?)
 }
 
@@ -253,11 +257,16 @@ fn placement(surroundings: &Surroundings) -> anyhow::Result<Placement> {
 pub fn open_checkpoint(config: &Config) -> anyhow::Result<Arc<Checkpoint>> {
     let checkpoint = Checkpoint::open(&config.model.path)?;
     config.validate_for(checkpoint.config())?;
-    engine_options(config, Device::Cpu, 1).kv_layout(checkpoint.config())?;
+    engine_options(config, checkpoint.config(), Device::Cpu, 1).kv_layout(checkpoint.config())?;
     Ok(Arc::new(checkpoint))
 }
 
-fn engine_options(config: &Config, device: Device, threads: usize) -> EngineOptions {
+fn engine_options(
+    config: &Config,
+    checkpoint: &ModelConfig,
+    device: Device,
+    threads: usize,
+) -> EngineOptions {
     let Config { model, engine, .. } = config;
     EngineOptions {
         device,
@@ -266,7 +275,7 @@ fn engine_options(config: &Config, device: Device, threads: usize) -> EngineOpti
         kv_blocks_max: engine.kv_blocks_max,
         threads,
         step_tokens_max: engine.step_tokens_max,
-        mtp: false,
+        mtp: engine.mtp.applies_to(checkpoint),
     }
 }
 
@@ -278,9 +287,10 @@ fn load_engine(
 ) -> anyhow::Result<Engine> {
     let Surroundings { config, checkpoint, experts, .. } = surroundings;
     let numerics = config.model.numerics;
+    let options = engine_options(config, checkpoint.config(), worker.device, worker.threads);
     let experts: Box<dyn Experts> = if experts.is_empty() {
         let bar = progress::Weights::new(&worker.id, "experts", surroundings.supervised);
-        Box::new(LocalExperts::new(ExpertBank::load_all(checkpoint, numerics, false, &mut |d, t| {
+        Box::new(LocalExperts::new(ExpertBank::load_all(checkpoint, numerics, options.mtp, &mut |d, t| {
             bar.at(d, t)
         })?))
     } else {
@@ -294,12 +304,7 @@ fn load_engine(
         Box::new(RemoteExperts::new(fabric.clone(), options)?)
     };
     let bar = progress::Weights::new(&worker.id, "weights", surroundings.supervised);
-    Ok(Engine::load(
-        checkpoint,
-        &engine_options(config, worker.device, worker.threads),
-        experts,
-        &mut |d, t| bar.at(d, t),
-    )?)
+    Ok(Engine::load(checkpoint, &options, experts, &mut |d, t| bar.at(d, t))?)
 }
 
 type ExpertParts = (ExpertBank, Placement, usize, Cpu, ExecutionFingerprint);
@@ -316,7 +321,8 @@ fn load_experts(surroundings: &Surroundings, worker: &Worker) -> anyhow::Result<
         bar.at(d, t)
     })?;
     let cpu = Cpu::new(worker.threads);
-    let layout = engine_options(config, worker.device, worker.threads).kv_layout(checkpoint.config())?;
+    let options = engine_options(config, checkpoint.config(), worker.device, worker.threads);
+    let layout = options.kv_layout(checkpoint.config())?;
     let fingerprint = engine::execution_fingerprint(checkpoint, &layout, config.model.numerics, &cpu);
     Ok((bank, placement, rank, cpu, fingerprint))
 }

@@ -18,7 +18,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use crate::{
     answer,
     cluster::{self, Cluster},
-    config::{Config, ModelSection, Role, Worker},
+    config::{Config, ModelSection, Mtp, Role, Worker},
     identity, node, progress, ready,
     supervisor::{ProcessSpec, Supervisor},
 };
@@ -58,6 +58,9 @@ pub struct Shape {
     /// KV blocks of 64 tokens in each pool.
     #[arg(long)]
     pub kv_blocks_max: Option<usize>,
+    /// Whether decode drafts tokens with the checkpoint's MTP module: answers are the same, sooner.
+    #[arg(long, value_enum, default_value_t = Mtp::Auto)]
+    pub mtp: Mtp,
 }
 
 /// Flags of `trireme up`.
@@ -125,6 +128,7 @@ impl Shape {
             expert: Default::default(),
             workers: Vec::new(),
         };
+        config.engine.mtp = self.mtp;
         if let Some(blocks) = self.kv_blocks_max {
             config.engine.kv_blocks_max = blocks;
         }

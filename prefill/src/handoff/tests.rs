@@ -84,6 +84,7 @@ impl Scene {
             step_tokens_max,
             block_tokens: layout.block_tokens,
             kv_blocks: KV_BLOCKS,
+            rerun_tokens: 0,
         });
         let id = SequenceId(0);
         scheduler

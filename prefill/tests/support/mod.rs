@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use engine::{
-    Engine, EngineOptions, ExpertBank, ExpertBatch, Experts, ExpertsError, LocalExperts, LogitsWanted,
-    Sampled, SequenceInput, SequenceSampler,
+    Engine, EngineOptions, ExpertBank, ExpertBatch, Experts, ExpertsError, FollowedInput, LocalExperts,
+    LogitsWanted, Sampled, SequenceInput, SequenceSampler,
 };
 use fabric::{Fabric, Hub, Limits};
 use kvtransfer::{BlockSink, Receiver, ReceiverEvent, ReceiverOptions, Reservation, Sender};
@@ -28,9 +28,10 @@ use tonic::{Status, Streaming};
 
 /// Blocks of every pool in these tests: a few prompts of a few blocks.
 pub const KV_BLOCKS: usize = 6;
-const CHECKPOINT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/v3_fp8_aligned");
+const CHECKPOINT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/v3_fp8_mtp");
 
-/// An engine with all experts in place, in the numerics that serves.
+/// An engine with all experts in place, in the numerics that serves, with an MTP module: what holds of its cache holds of
+/// the others.
 pub fn engine() -> Engine {
     engine_with(|experts| Box::new(experts))
 }
@@ -45,7 +46,7 @@ pub fn engine_with(wrap: impl FnOnce(LocalExperts) -> Box<dyn Experts>) -> Engin
         kv_blocks_max: KV_BLOCKS,
         threads: 1,
         step_tokens_max: 256,
-        mtp: false,
+        mtp: true,
     };
     let mut progress = |_, _| {};
     let bank =
@@ -212,7 +213,9 @@ impl Scene {
         let prompt = &sequence.prompt;
         let input =
             SequenceInput { tokens: prompt, position: 0, block_table: &blocks, logits: LogitsWanted::Last };
-        let mut logits = self.oracle.step(&[input], &mut ()).expect("a step").logits.to_vec();
+        let input = FollowedInput { sequence: input, before: &[] };
+        let output = self.oracle.step_with_mtp(&[input], &mut ());
+        let mut logits = output.expect("a step").logits.to_vec();
         let mut sampler = SequenceSampler::new(&sequence.sampling, sequence.choice, prompt);
         let first = sampler.sample(&mut logits, prompt.len(), &[]);
         let layout = self.oracle.kv_layout();
