@@ -35,6 +35,8 @@ pub struct Metrics {
     pub(crate) cancelled: Counter,
     /// Prompts waiting for their first chunk.
     pub(crate) waiting: Gauge,
+    /// Those of one class.
+    pub(crate) waiting_of: [Gauge; 2],
     /// Prompts that hold blocks.
     pub(crate) active: Gauge,
     /// Prompt tokens queued and not yet computed.
@@ -83,6 +85,10 @@ impl Metrics {
             gauge
         };
         let waiting = gauge("waiting", "Prompts waiting for their first chunk");
+        let waiting_of = [
+            gauge("waiting_interactive", "Interactive prompts waiting for their first chunk"),
+            gauge("waiting_batch", "Batch prompts waiting for their first chunk"),
+        ];
         let active = gauge("active", "Prompts that hold blocks");
         let waiting_tokens = gauge("waiting_tokens", "Prompt tokens queued and not yet computed");
         let blocks_free = gauge("kv_blocks_free", "KV blocks that no sequence holds, cached ones included");
@@ -111,6 +117,7 @@ impl Metrics {
             finished,
             cancelled,
             waiting,
+            waiting_of,
             active,
             waiting_tokens,
             blocks_free,

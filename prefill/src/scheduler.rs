@@ -1,28 +1,35 @@
 //! Which prompt tokens run in the next step: a synchronous function of (state, event, now).
 //!
-//! Hop 6, second half. Prompts wait in one bounded first-in-first-out queue. The head of the queue
+//! Hop 6, second half. Prompts wait in one bounded queue in which tenants take turns by their weights, counted in prompt
+//! tokens, and interactive goes before batch until batch has aged. The head of the queue
 //! is admitted once the pool holds blocks for its *whole* prompt, so an admitted sequence never
-//! waits for memory and two half-computed prompts can not starve each other. A step takes chunks
-//! of admitted sequences in their order of arrival until its token budget is spent; nobody
+//! waits for memory and two half-computed prompts can not starve each other; nobody
 //! overtakes a head that lacks blocks, because a stream of short prompts would then hold a long one
-//! off for ever. Blocks stay with a sequence until its hand-off has ended.
+//! off for ever. A step takes chunks of admitted sequences until its token budget is spent; [`step`] says whose. Blocks
+//! stay with a sequence until its hand-off has ended.
 //!
 //! What the prefix cache holds of a prompt is looked up when the prompt is admitted, the latest moment at which it
 //! matters; its chunks begin behind that, or one token earlier ([`Limits::rerun_tokens`]). A prompt's blocks are findable as soon as the step that fills them has ended.
 //!
 //! Deliberately absent: clocks, threads, tokio, and the engine's step.
 
+mod step;
+
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use engine::{BlockPool, BlockTable, Reservation};
+use engine::{BlockPool, BlockTable};
 use model::{BlockId, TokenId};
+use proto::share::{FairQueue, Priority, Share};
 use tracing::Span;
 
 /// A sequence within this worker; numbers are never used twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SequenceId(pub u64);
+
+/// How long a batch prompt that waits may go behind every interactive one.
+pub const BATCH_AGING_MAX: Duration = Duration::from_secs(5);
 
 /// Bounds on what the scheduler holds.
 #[derive(Debug, Clone, Copy)]
@@ -53,6 +60,8 @@ pub struct Arrival {
     pub request_id: Arc<str>,
     /// Whose cached prefixes it may share.
     pub cache_salt: u64,
+    /// Whose turns it takes.
+    pub share: Share,
     /// Tokens to compute, at least one.
     pub prompt: Arc<[TokenId]>,
     /// When nobody wants the answer any more.
@@ -117,9 +126,9 @@ pub struct Scheduler {
     limits: Limits,
     blocks: BlockPool,
     sequences: HashMap<SequenceId, Sequence>,
-    /// Not started, in order of arrival.
-    waiting: VecDeque<SequenceId>,
-    /// Admitted and not computed to the end, in order of arrival.
+    /// Not started, in the order in which they are admitted.
+    waiting: FairQueue<SequenceId>,
+    /// Admitted and not computed to the end, in order of admission.
     running: VecDeque<SequenceId>,
     /// Prompt tokens of `waiting`.
     queued_tokens: usize,
@@ -154,7 +163,7 @@ impl Scheduler {
             limits,
             blocks: BlockPool::new(limits.kv_blocks, limits.block_tokens),
             sequences: HashMap::new(),
-            waiting: VecDeque::new(),
+            waiting: FairQueue::new(BATCH_AGING_MAX),
             running: VecDeque::new(),
             queued_tokens: 0,
             uncomputed_tokens: 0,
@@ -163,8 +172,8 @@ impl Scheduler {
     }
 
     /// Queues a prompt. `arrival.id` must be new.
-    pub fn submit(&mut self, arrival: Arrival) -> Result<(), Refusal> {
-        let Arrival { id, request_id, cache_salt, prompt, deadline } = arrival;
+    pub fn submit(&mut self, arrival: Arrival, now: Instant) -> Result<(), Refusal> {
+        let Arrival { id, request_id, cache_salt, share, prompt, deadline } = arrival;
         let prompt_tokens = prompt.len();
         debug_assert!(!self.sequences.contains_key(&id), "sequence ids are unique");
         if prompt_tokens == 0 {
@@ -197,7 +206,7 @@ impl Scheduler {
                 queued: Some(queued),
             },
         );
-        self.waiting.push_back(id);
+        self.waiting.push(share, prompt_tokens as u64, id, now);
         self.queued_tokens += prompt_tokens;
         self.uncomputed_tokens += prompt_tokens;
         Ok(())
@@ -208,29 +217,6 @@ impl Scheduler {
         let late = |sequence: &Sequence| sequence.deadline.is_some_and(|deadline| deadline <= now);
         let overdue = self.sequences.iter().filter(|(_, sequence)| late(sequence));
         overdue.map(|(&id, _)| id).collect()
-    }
-
-    /// Forms the next step into `step`, which is cleared first; empty when there is nothing to run.
-    /// Each non-empty step must be ended by [`Self::complete`] before the next is formed.
-    pub fn schedule(&mut self, step: &mut Vec<Chunk>) {
-        step.clear();
-        let mut budget = self.limits.step_tokens_max;
-        let mut next = 0;
-        while budget > 0 {
-            if next == self.running.len() && !self.admit_head() {
-                break;
-            }
-            let id = self.running[next];
-            next += 1;
-            let Some(sequence) = self.sequences.get_mut(&id) else {
-                continue;
-            };
-            let remaining = sequence.prompt.len() - sequence.computed;
-            let tokens = remaining.min(budget);
-            budget -= tokens;
-            sequence.in_step = true;
-            step.push(Chunk { id, start: sequence.computed, tokens, last: tokens == remaining });
-        }
     }
 
     /// Ends a step whose KV is computed: prompts move on, the blocks that it filled can be found, and sequences that were
@@ -287,7 +273,7 @@ impl Scheduler {
             self.running.retain(|&running| running != id);
         } else {
             self.queued_tokens -= sequence.prompt.len();
-            self.waiting.retain(|&waiting| waiting != id);
+            self.waiting.remove(|&waiting| waiting == id);
         }
     }
 
@@ -305,6 +291,11 @@ impl Scheduler {
     /// Sequences waiting for their first chunk.
     pub fn waiting(&self) -> usize {
         self.waiting.len()
+    }
+
+    /// Sequences of one class waiting for their first chunk.
+    pub fn waiting_of(&self, priority: Priority) -> usize {
+        self.waiting.len_of(priority)
     }
 
     /// Sequences that hold blocks: being computed or being handed off.
@@ -336,48 +327,11 @@ impl Scheduler {
         tokens.div_ceil(self.limits.block_tokens)
     }
 
-    /// Moves the head of the queue to `running` when there is room and memory for it.
-    fn admit_head(&mut self) -> bool {
-        let Some(&id) = self.waiting.front() else {
-            return false;
-        };
-        if self.active() >= self.limits.active_max {
-            return false;
-        }
-        let Some(sequence) = self.sequences.get_mut(&id) else {
-            return false;
-        };
-        let prompt_tokens = sequence.prompt.len();
-        let reserved = self.blocks.reserve(Reservation {
-            salt: sequence.cache_salt,
-            prompt: &sequence.prompt,
-            // The last token is computed in any case: the first token comes from its logits.
-            shared_max: (prompt_tokens - 1) / self.limits.block_tokens,
-            blocks: prompt_tokens.div_ceil(self.limits.block_tokens),
-            // A prompt does not grow.
-            blocks_max: prompt_tokens.div_ceil(self.limits.block_tokens),
-        });
-        let Some(table) = reserved else {
-            return false;
-        };
-        sequence.cached = table.shared() * self.limits.block_tokens;
-        sequence.computed = sequence.cached.saturating_sub(self.limits.rerun_tokens);
-        sequence.table = Some(table);
-        sequence.queued = None;
-        self.prefix.tokens += prompt_tokens as u64;
-        self.prefix.hit_tokens += sequence.cached as u64;
-        self.uncomputed_tokens -= sequence.computed;
-        self.waiting.pop_front();
-        self.queued_tokens -= prompt_tokens;
-        self.running.push_back(id);
-        true
-    }
-
     /// Panics when the books do not balance. For tests and simulation; costs a walk over everything.
     pub fn check_invariants(&self) {
         self.blocks.check_invariants(self.sequences.values().filter_map(|sequence| sequence.table.as_ref()));
         for (id, sequence) in &self.sequences {
-            let waits = self.waiting.contains(id);
+            let waits = self.waiting.iter().any(|waiting| waiting == id);
             let runs = self.running.contains(id);
             assert!(!(waits && runs), "{id:?} waits and runs");
             assert_eq!(waits, sequence.table.is_none(), "{id:?} waits without blocks");
@@ -399,12 +353,12 @@ impl Scheduler {
         }
         assert!(self.waiting.len() <= self.limits.queue_requests_max);
         assert!(self.active() <= self.limits.active_max);
-        let tokens = |ids: &VecDeque<SequenceId>| -> usize {
-            let sequences = ids.iter().map(|id| &self.sequences[id]);
-            sequences.map(|s| s.prompt.len() - s.computed).sum()
-        };
-        assert_eq!(self.queued_tokens, tokens(&self.waiting));
-        assert_eq!(self.uncomputed_tokens, tokens(&self.waiting) + tokens(&self.running));
+        self.waiting.check_invariants();
+        let uncomputed = |id: &SequenceId| self.sequences[id].prompt.len() - self.sequences[id].computed;
+        let waiting: usize = self.waiting.iter().map(uncomputed).sum();
+        let running: usize = self.running.iter().map(uncomputed).sum();
+        assert_eq!(self.queued_tokens, waiting);
+        assert_eq!(self.uncomputed_tokens, waiting + running);
         assert!(
             self.waiting.len() <= 1 || self.queued_tokens <= self.limits.queue_tokens_max,
             "queued tokens are bounded"

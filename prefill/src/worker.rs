@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver as Channel, Select, TryRecvError};
 use engine::{Engine, FollowedInput, LogitsWanted, Sampled, SequenceInput, SequenceSampler, StepError};
 use model::BlockId;
+use proto::share::Priority;
 use proto::v1::{GeneratedToken, TokenLogprob};
 use tracing::Span;
 
@@ -100,7 +101,7 @@ impl Worker {
     /// Runs until drained.
     pub(crate) fn run(mut self) {
         while self.receive() {
-            self.scheduler.schedule(&mut self.step);
+            self.scheduler.schedule(&mut self.step, Instant::now());
             let outcome = self.step();
             self.postprocess(outcome);
         }
@@ -172,13 +173,15 @@ impl Worker {
         if checked.deadline.is_some_and(|deadline| deadline <= now) {
             return Err(Refusal::DeadlineExceeded);
         }
-        self.scheduler.submit(Arrival {
+        let arrival = Arrival {
             id,
             request_id: Arc::clone(&checked.request_id),
             cache_salt: checked.sequence.cache_salt,
+            share: checked.sequence.share,
             prompt: Arc::from(checked.sequence.prompt.as_slice()),
             deadline: checked.deadline,
-        })?;
+        };
+        self.scheduler.submit(arrival, now)?;
         self.handoff.begin(id, &checked.request_id, &checked.ticket, now).map_err(|error| {
             self.scheduler.remove(id);
             Refusal::Transfer(error)
@@ -324,6 +327,9 @@ impl Worker {
 
     fn publish(&self) {
         self.metrics.waiting.set(as_gauge(self.scheduler.waiting()));
+        for priority in Priority::ALL {
+            self.metrics.waiting_of[priority as usize].set(as_gauge(self.scheduler.waiting_of(priority)));
+        }
         self.metrics.active.set(as_gauge(self.scheduler.active()));
         self.metrics.waiting_tokens.set(as_gauge(self.scheduler.uncomputed_tokens()));
         self.metrics.blocks_free.set(as_gauge(self.scheduler.free_blocks()));

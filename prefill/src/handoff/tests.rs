@@ -88,13 +88,17 @@ impl Scene {
         });
         let id = SequenceId(0);
         scheduler
-            .submit(Arrival {
-                id,
-                request_id: "request".into(),
-                cache_salt: 0,
-                prompt: (0..prompt_tokens as u32).map(TokenId).collect(),
-                deadline: None,
-            })
+            .submit(
+                Arrival {
+                    id,
+                    request_id: "request".into(),
+                    cache_salt: 0,
+                    share: proto::share::Share::default(),
+                    prompt: (0..prompt_tokens as u32).map(TokenId).collect(),
+                    deadline: None,
+                },
+                now,
+            )
             .expect("room");
         let mut handoff = Handoff::new(Sender::new(ours), &layout);
         handoff.begin(id, "request", &ticket, now).expect("begun");
@@ -106,7 +110,7 @@ impl Scene {
     /// "Computes" the next chunk: rows appear in the pool layer by layer, and the observer hears of each.
     fn step(&mut self) -> bool {
         let mut step = Vec::new();
-        self.scheduler.schedule(&mut step);
+        self.scheduler.schedule(&mut step, Instant::now());
         let Some(&chunk) = step.first() else { return false };
         for layer in 0..self.layout.layers {
             for position in chunk.start..chunk.start + chunk.tokens {

@@ -22,7 +22,8 @@ fn arrival(id: u64, prompt_tokens: usize) -> Arrival {
 
 fn prompt(id: u64, prompt: Vec<TokenId>) -> Arrival {
     let request_id = format!("request-{id}").into();
-    Arrival { id: SequenceId(id), request_id, cache_salt: 0, prompt: prompt.into(), deadline: None }
+    let share = Share::default();
+    Arrival { id: SequenceId(id), request_id, cache_salt: 0, share, prompt: prompt.into(), deadline: None }
 }
 
 /// What can happen to a scheduler, in any order.
@@ -71,7 +72,6 @@ struct World {
     computed: HashMap<(u64, u32), usize>,
     families: HashMap<SequenceId, (u64, u32)>,
     submitted: Vec<SequenceId>,
-    started: Vec<SequenceId>,
 }
 
 impl World {
@@ -85,7 +85,6 @@ impl World {
             computed: HashMap::new(),
             families: HashMap::new(),
             submitted: Vec::new(),
-            started: Vec::new(),
         }
     }
 
@@ -128,10 +127,12 @@ impl World {
     fn submit(&mut self, family: (u64, u32), prompt_tokens: usize, deadline_ms: Option<u64>) {
         let id = SequenceId(self.submitted.len() as u64);
         let tokens = (0..prompt_tokens as u32).map(|token| TokenId(1000 * family.1 + token));
-        let mut arrival = Arrival { cache_salt: family.0, ..prompt(id.0, tokens.collect()) };
+        let priority = Priority::ALL[family.1 as usize % 2];
+        let share = Share { tenant: family.0, weight: 1 + family.1, priority };
+        let mut arrival = Arrival { cache_salt: family.0, share, ..prompt(id.0, tokens.collect()) };
         self.families.insert(id, family);
         arrival.deadline = deadline_ms.map(|ms| self.now + Duration::from_millis(ms));
-        let outcome = self.scheduler.submit(arrival);
+        let outcome = self.scheduler.submit(arrival, self.now);
         self.submitted.push(id);
         match outcome {
             Ok(()) => drop(self.known.insert(id, (prompt_tokens, 0))),
@@ -144,7 +145,7 @@ impl World {
     }
 
     fn form_step(&mut self) {
-        self.scheduler.schedule(&mut self.step);
+        self.scheduler.schedule(&mut self.step, self.now);
         let tokens: usize = self.step.iter().map(|chunk| chunk.tokens).sum();
         assert!(tokens <= LIMITS.step_tokens_max);
         for chunk in &self.step {
@@ -159,11 +160,16 @@ impl World {
             assert!(chunk.tokens > 0);
             assert_eq!(chunk.start, *computed, "each token is computed once, in order");
             assert_eq!(chunk.last, chunk.start + chunk.tokens == *prompt_tokens);
-            if first {
-                let earlier = self.started.last().is_some_and(|&id| id > chunk.id);
-                assert!(!earlier, "first chunks come in order of arrival");
-                self.started.push(chunk.id);
-            }
+        }
+        // Within a tenant's class prompts are admitted in order of arrival.
+        for (id, family) in &self.families {
+            let waits =
+                |id: &SequenceId| self.known.contains_key(id) && self.scheduler.block_table(*id).is_empty();
+            let class = |(tenant, family): (u64, u32)| (tenant, family % 2);
+            let earlier = |(other, whose): (&SequenceId, &(u64, u32))| {
+                class(*whose) == class(*family) && other < id && waits(other)
+            };
+            assert!(waits(id) || !self.known.contains_key(id) || !self.families.iter().any(earlier));
         }
     }
 
@@ -208,7 +214,7 @@ proptest! {
 
 fn step_of(scheduler: &mut Scheduler) -> Vec<(u64, usize, usize, bool)> {
     let mut step = Vec::new();
-    scheduler.schedule(&mut step);
+    scheduler.schedule(&mut step, Instant::now());
     scheduler.complete(&step);
     let row = |chunk: &Chunk| (chunk.id.0, chunk.start, chunk.tokens, chunk.last);
     step.iter().map(row).collect()
@@ -218,22 +224,90 @@ fn step_of(scheduler: &mut Scheduler) -> Vec<(u64, usize, usize, bool)> {
 fn a_step_is_filled_across_sequences_in_order_of_arrival() {
     let mut scheduler = Scheduler::new(LIMITS);
     for (id, prompt_tokens) in [(0, 130), (1, 20), (2, 100)] {
-        scheduler.submit(arrival(id, prompt_tokens)).expect("room");
+        scheduler.submit(arrival(id, prompt_tokens), Instant::now()).expect("room");
     }
-    assert_eq!(step_of(&mut scheduler), [(0, 0, 100, false)]);
-    assert_eq!(step_of(&mut scheduler), [(0, 100, 30, true), (1, 0, 20, true), (2, 0, 50, false)]);
+    // The second is less than half of the first and goes beside it; the third is not.
+    assert_eq!(step_of(&mut scheduler), [(0, 0, 80, false), (1, 0, 20, true)]);
+    assert_eq!(step_of(&mut scheduler), [(0, 80, 50, true), (2, 0, 50, false)]);
     assert_eq!(step_of(&mut scheduler), [(2, 50, 50, true)]);
     assert_eq!(step_of(&mut scheduler), []);
 }
 
 #[test]
+fn a_long_prompt_keeps_half_of_every_step_and_short_ones_get_the_other() {
+    let mut scheduler = Scheduler::new(Limits { kv_blocks: 40, queue_tokens_max: 3000, ..LIMITS });
+    scheduler.submit(arrival(0, 1000), Instant::now()).expect("room");
+    let mut next = 1;
+    let mut steps = 0;
+    while scheduler.block_table(SequenceId(0)).is_empty() || scheduler.remaining(SequenceId(0)) > 0 {
+        // Short ones without end, more of them than half a step takes.
+        while scheduler.waiting() < 4 {
+            scheduler.submit(arrival(next, 30), Instant::now()).expect("room");
+            next += 1;
+        }
+        let step = step_of(&mut scheduler);
+        scheduler.check_invariants();
+        assert_eq!(step.iter().map(|&(.., tokens, _)| tokens).sum::<usize>(), 100);
+        assert!((step[0].0, step[0].2) >= (0, 50), "{step:?}");
+        for &(id, .., last) in step.iter().filter(|row| row.0 != 0) {
+            if last {
+                scheduler.remove(SequenceId(id));
+            }
+        }
+        steps += 1;
+    }
+    assert!(next > 15, "{next} short ones went by");
+    assert!(steps <= 20, "twice as long as alone, not {steps} steps");
+}
+
+#[test]
+fn tenants_share_by_prompt_tokens_and_batch_waits_until_it_has_aged() {
+    let start = Instant::now();
+    let limits = Limits { queue_requests_max: 100, queue_tokens_max: 100_000, kv_blocks: 100, ..LIMITS };
+    let mut scheduler = Scheduler::new(limits);
+    let mut id = 0;
+    let mut submit = |scheduler: &mut Scheduler, share, prompt_tokens, now| {
+        scheduler.submit(Arrival { share, ..arrival(id, prompt_tokens) }, now).expect("room");
+        id += 1;
+        id - 1
+    };
+    let of = |tenant, priority| Share { tenant, weight: 1, priority };
+    // One tenant asks for much at once, one for little, one in batch.
+    let batch: Vec<_> = (0..5).map(|_| submit(&mut scheduler, of(3, Priority::Batch), 100, start)).collect();
+    let heavy: Vec<_> =
+        (0..20).map(|_| submit(&mut scheduler, of(1, Priority::Interactive), 100, start)).collect();
+    let light: Vec<_> =
+        (0..20).map(|_| submit(&mut scheduler, of(2, Priority::Interactive), 50, start)).collect();
+    let mut run = |now| {
+        let mut step = Vec::new();
+        scheduler.schedule(&mut step, now);
+        scheduler.complete(&step);
+        for chunk in step.iter().filter(|chunk| chunk.last) {
+            scheduler.remove(chunk.id);
+        }
+        scheduler.check_invariants();
+        let tokens = |ids: &[u64]| -> usize {
+            step.iter().filter(|chunk| ids.contains(&chunk.id.0)).map(|chunk| chunk.tokens).sum()
+        };
+        [tokens(&heavy), tokens(&light), tokens(&batch)]
+    };
+    let sum =
+        |steps: Vec<[usize; 3]>| steps.iter().fold([0; 3], |a, b| [a[0] + b[0], a[1] + b[1], a[2] + b[2]]);
+    let before = sum((0..8).map(|_| run(start)).collect());
+    assert_eq!(before[2], 0, "batch has not aged");
+    assert!(before[0].abs_diff(before[1]) <= 150, "{before:?}");
+    let after = sum((0..8).map(|_| run(start + BATCH_AGING_MAX)).collect());
+    assert!((150..=300).contains(&after[2]), "a quarter is batch's: {after:?}");
+}
+
+#[test]
 fn nobody_overtakes_a_head_that_lacks_blocks() {
     let mut scheduler = Scheduler::new(LIMITS);
-    scheduler.submit(arrival(0, 100)).expect("room");
+    scheduler.submit(arrival(0, 100), Instant::now()).expect("room");
     step_of(&mut scheduler);
     // 12 blocks needed, 10 free: sequence 0 is computed but not handed off yet.
-    scheduler.submit(arrival(1, 768)).expect("room");
-    scheduler.submit(arrival(2, 10)).expect("room");
+    scheduler.submit(arrival(1, 768), Instant::now()).expect("room");
+    scheduler.submit(arrival(2, 10), Instant::now()).expect("room");
     assert_eq!(step_of(&mut scheduler), []);
     scheduler.remove(SequenceId(0));
     assert_eq!(step_of(&mut scheduler), [(1, 0, 100, false)]);
@@ -242,9 +316,9 @@ fn nobody_overtakes_a_head_that_lacks_blocks() {
 #[test]
 fn blocks_of_a_running_step_are_freed_only_when_it_ends() {
     let mut scheduler = Scheduler::new(LIMITS);
-    scheduler.submit(arrival(0, 200)).expect("room");
+    scheduler.submit(arrival(0, 200), Instant::now()).expect("room");
     let mut step = Vec::new();
-    scheduler.schedule(&mut step);
+    scheduler.schedule(&mut step, Instant::now());
     scheduler.remove(SequenceId(0));
     assert_eq!(scheduler.free_blocks(), LIMITS.kv_blocks - 4);
     scheduler.complete(&step);
@@ -255,17 +329,17 @@ fn blocks_of_a_running_step_are_freed_only_when_it_ends() {
 #[test]
 fn bounds_refuse_with_their_reason() {
     let mut scheduler = Scheduler::new(LIMITS);
-    assert_eq!(scheduler.submit(arrival(0, 0)), Err(Refusal::Empty));
+    assert_eq!(scheduler.submit(arrival(0, 0), Instant::now()), Err(Refusal::Empty));
     let too_long = Refusal::TooLong { prompt_tokens: 769, pool_tokens: 768 };
-    assert_eq!(scheduler.submit(arrival(1, 769)), Err(too_long));
-    scheduler.submit(arrival(2, 700)).expect("room");
+    assert_eq!(scheduler.submit(arrival(1, 769), Instant::now()), Err(too_long));
+    scheduler.submit(arrival(2, 700), Instant::now()).expect("room");
     let full = Refusal::QueueTokens { waiting: 700 };
-    assert_eq!(scheduler.submit(arrival(3, 201)), Err(full));
+    assert_eq!(scheduler.submit(arrival(3, 201), Instant::now()), Err(full));
     for id in 4..9 {
-        scheduler.submit(arrival(id, 1)).expect("room");
+        scheduler.submit(arrival(id, 1), Instant::now()).expect("room");
     }
     let full = Refusal::QueueRequests { waiting: 6 };
-    assert_eq!(scheduler.submit(arrival(9, 1)), Err(full));
+    assert_eq!(scheduler.submit(arrival(9, 1), Instant::now()), Err(full));
 }
 
 #[test]
@@ -273,7 +347,9 @@ fn a_cached_prefix_is_not_computed_again() {
     let mut scheduler = Scheduler::new(LIMITS);
     let tokens: Vec<TokenId> = (0..130).map(TokenId).collect();
     let mut ask = |id, tokens: &[TokenId], salt| {
-        scheduler.submit(Arrival { cache_salt: salt, ..prompt(id, tokens.to_vec()) }).expect("room");
+        scheduler
+            .submit(Arrival { cache_salt: salt, ..prompt(id, tokens.to_vec()) }, Instant::now())
+            .expect("room");
         let mut chunks = Vec::new();
         loop {
             let step = step_of(&mut scheduler);
