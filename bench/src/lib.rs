@@ -1,9 +1,10 @@
 //! Everything that measures or predicts, as `trireme bench …`.
 //!
 //! [`serve`] loads a running server from outside, through its OpenAI endpoint, and so measures other servers alike;
-//! [`ops`] times the operators that a step is made of and holds them against what the machine can do. [`engine`] runs a model's steps in this
-//! process, without anything around them. [`perplexity`] and
-//! [`niah`] ask whether what is served is still the model: how well it predicts a text, how far back it remembers.
+//! [`simulate`] loads the workers' schedulers in simulated time, with the same requests ([`workload`]). [`ops`] times the
+//! operators that a step is made of and holds them against what the machine can do. [`engine`] runs a model's steps in this
+//! process, without anything around them. [`perplexity`] and [`niah`] ask whether what is served is still the model: how
+//! well it predicts a text, how far back it remembers.
 //! Deliberately absent: anything that a worker needs to run.
 
 pub mod client;
@@ -15,6 +16,7 @@ pub mod peak;
 pub mod perplexity;
 mod plot;
 pub mod serve;
+pub mod simulate;
 pub mod sse;
 mod table;
 pub mod workload;
@@ -24,6 +26,8 @@ pub mod workload;
 pub enum BenchCommand {
     /// Load an OpenAI-compatible server: latencies, throughput, goodput, and where a request's time goes.
     Serve(Box<serve::Args>),
+    /// Load the workers' schedulers in simulated time: what overload does, counted exactly.
+    Simulate(Box<simulate::Args>),
     /// Time every operator at a model's shapes: GB/s, GFLOP/s, and the share of what this machine can do.
     Ops(ops::Args),
     /// What one process makes of a model: prompt and generation tokens per second, and where a step's time goes.
@@ -41,6 +45,7 @@ pub enum BenchCommand {
 pub async fn run(command: BenchCommand) -> anyhow::Result<()> {
     match command {
         BenchCommand::Serve(args) => serve::run(&args).await,
+        BenchCommand::Simulate(args) => simulate::run(&args),
         BenchCommand::Ops(args) => ops::run(&args),
         BenchCommand::Engine(args) => engine::run(&args),
         BenchCommand::Perplexity(args) => perplexity::run(&args),

@@ -6,7 +6,7 @@
 
 use serde::Serialize;
 
-/// Goodput of less than this share of the rate means that the server no longer keeps up.
+/// Goodput of less than this share of what came means that the server no longer keeps up.
 const KEEPS_UP: f64 = 0.9;
 /// Steps of the search between the two rates: 1.5 becomes 1.03.
 const HALVINGS: u32 = 4;
@@ -16,15 +16,17 @@ const GROWTHS_MAX: u32 = 40;
 /// One rate that was tried.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Probe {
-    /// Requests per second offered.
+    /// Requests per second asked for.
     pub rate: f64,
+    /// Requests per second that came: chance makes them more or fewer.
+    pub offered: f64,
     /// Requests per second answered within the goal.
     pub goodput: f64,
 }
 
 impl Probe {
     fn kept_up(&self) -> bool {
-        self.goodput >= KEEPS_UP * self.rate
+        self.goodput >= KEEPS_UP * self.offered
     }
 }
 
@@ -67,9 +69,15 @@ impl PeakSearch {
         self.probes.push(probe);
     }
 
-    /// The largest goodput seen.
+    /// The largest goodput seen. Of several noisy probes the largest flatters: where time does not matter, measure
+    /// [`Self::rate`] again.
     pub fn peak(&self) -> f64 {
         self.probes.iter().map(|probe| probe.goodput).fold(0.0, f64::max)
+    }
+
+    /// The rate at which it was seen.
+    pub fn rate(&self) -> f64 {
+        self.probes.iter().max_by(|a, b| a.goodput.total_cmp(&b.goodput)).map_or(0.0, |probe| probe.rate)
     }
 }
 
@@ -81,7 +89,7 @@ mod tests {
         let mut search = PeakSearch::new(from);
         while let Some(rate) = search.next_rate() {
             assert!(search.probes.len() < 100, "the search ends");
-            search.record(Probe { rate, goodput: goodput(rate) });
+            search.record(Probe { rate, offered: rate, goodput: goodput(rate) });
         }
         search
     }

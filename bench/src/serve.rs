@@ -11,7 +11,7 @@ pub mod load;
 pub mod memory;
 pub mod request;
 pub mod summary;
-mod table;
+pub(crate) mod table;
 pub mod timeline;
 
 use std::fs::File;
@@ -187,7 +187,8 @@ impl Run<'_> {
         let mut search = PeakSearch::new(self.args.peak_from);
         while let Some(rate) = search.next_rate() {
             let summary = self.point(Load::Open { requests_per_s: rate }, step).await;
-            search.record(Probe { rate, goodput: summary.goodput() });
+            let (offered, goodput) = (summary.offered_per_s, summary.goodput());
+            search.record(Probe { rate, offered, goodput });
         }
         search
     }

@@ -25,6 +25,9 @@ pub use trace::{Trace, TraceError, TraceRequest};
 /// Below these ids tokenizers keep their special tokens.
 pub const TOKEN_ID_MIN: u32 = 100;
 
+/// Requests in a row that have the distribution of all.
+const STRATA: u64 = 64;
+
 /// Which request of a run this is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RequestId {
@@ -115,9 +118,10 @@ impl Workload {
                 Plan { input: vec![own(*input_tokens)], output_tokens: *output_tokens }
             }
             Source::Published(published) => {
-                let mut rng = self.rng(key(Purpose::Lengths, id.point, id.index, turn.into()));
-                let input_tokens = scaled(published.input().at(rng.random()), self.scale.input);
-                let output_tokens = scaled(published.output().at(rng.random()), self.scale.output);
+                let number = u64::from(id.index) * u64::from(self.turns) + u64::from(turn);
+                let [input, output] = [0, 1].map(|which| self.share(id.point, number, which));
+                let input_tokens = scaled(published.input().at(input), self.scale.input);
+                let output_tokens = scaled(published.output().at(output), self.scale.output);
                 Plan { input: vec![own(input_tokens)], output_tokens }
             }
             Source::Trace(trace) => {
@@ -171,6 +175,20 @@ impl Workload {
             Segment { key: key(Purpose::Shared, point, round as u32, hash), tokens: end - bound(block) }
         });
         segments.filter(|segment| segment.tokens > 0).collect()
+    }
+
+    /// Where request `number` stands in a distribution, 0 to 1. Stratified: of [`STRATA`] requests in a row one falls into
+    /// each part of equal probability, in random order. Drawn freely, tails as long as these would let the mean of a
+    /// minute wander by more than what load points are compared for.
+    fn share(&self, point: u32, number: u64, which: u64) -> f64 {
+        let (round, place) = (number / STRATA, number % STRATA);
+        let mut rng = self.rng(key(Purpose::Lengths, point, round as u32, which));
+        let mut strata: [u64; STRATA as usize] = std::array::from_fn(|stratum| stratum as u64);
+        for last in (1..strata.len()).rev() {
+            strata.swap(last, rng.random_range(0..=last));
+        }
+        let within: f64 = rng.random();
+        (strata[place as usize] as f64 + within) / STRATA as f64
     }
 
     fn rng(&self, key: [u64; 3]) -> StdRng {

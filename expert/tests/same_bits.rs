@@ -56,16 +56,15 @@ fn local_and_remote_agree_in_process() {
 }
 
 #[test]
-fn local_and_remote_agree_between_processes() {
+fn local_and_remote_agree_over_quic() {
     let runtime = runtime();
     let _runtime = runtime.enter();
-    for network in [Network::quic(), Network::shared()] {
-        for fixture in FIXTURES {
-            let checkpoint = checkpoint(fixture);
-            for numerics in NUMERICS {
-                for workers in 1..=3 {
-                    compare(&checkpoint, numerics, workers, &network);
-                }
+    let network = Network::quic();
+    for fixture in FIXTURES {
+        let checkpoint = checkpoint(fixture);
+        for numerics in NUMERICS {
+            for workers in 1..=3 {
+                compare(&checkpoint, numerics, workers, &network);
             }
         }
     }

@@ -4,7 +4,6 @@ use std::fmt;
 
 use bytes::Bytes;
 
-use crate::body::Body;
 use crate::frame::ProtocolError;
 
 /// One connection to a worker. Never reused within a [`Fabric`](crate::Fabric): a worker that comes back is another peer.
@@ -38,7 +37,7 @@ pub enum Event {
         /// Its head.
         head: Bytes,
         /// Its body, in one piece; counted against the receive budget until dropped.
-        body: Body,
+        body: Bytes,
     },
     /// A connection stands. Comes before the peer's first frame.
     PeerUp {
@@ -62,9 +61,6 @@ pub enum LossReason {
     /// The other end closed.
     #[error("closed by the peer")]
     Closed,
-    /// Its process is gone: the kernel closed what the two shared.
-    #[error("its process ended")]
-    Died,
     /// Nothing heard for longer than the idle time: killed, stopped, or cut off.
     #[error("silent for too long")]
     Silent,

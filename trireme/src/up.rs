@@ -122,7 +122,6 @@ impl Shape {
             },
             security: None,
             engine: Default::default(),
-            fabric: Default::default(),
             router: Default::default(),
             prefill: Default::default(),
             decode: Default::default(),

@@ -63,7 +63,7 @@ pub struct Reuse {
 impl Reuse {
     /// For a prompt of `prompt` tokens, of which the first `earlier` are the last turn's prompt and the next `answer` its
     /// answer. The last token said was never computed, and the prompt's own last one always is.
-    fn new(prompt: u64, earlier: u64, answer: u64, block_tokens: u64, found: u64) -> Self {
+    pub fn new(prompt: u64, earlier: u64, answer: u64, block_tokens: u64, found: u64) -> Self {
         let whole = |tokens: u64| tokens.min(prompt.saturating_sub(1)) / block_tokens * block_tokens;
         Self { reusable: whole((earlier + answer).saturating_sub(1)), of_prompts: whole(earlier), found }
     }

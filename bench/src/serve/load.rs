@@ -101,9 +101,14 @@ pub async fn run(target: Arc<Target>, load: Load, bounds: Bounds, point: u32) ->
     };
     let window = match bounds.extent {
         Extent::Requests { .. } => start..Instant::now(),
-        Extent::Time(time) => start + time / SETTLING..start + time,
+        Extent::Time(time) => settled(start, time),
     };
     Measured { outcomes, start, window }
+}
+
+/// What rates of a timed load point are taken over.
+pub fn settled(start: Instant, time: Duration) -> Range<Instant> {
+    start + time / SETTLING..start + time
 }
 
 async fn closed(

@@ -37,6 +37,8 @@ pub struct Summary {
     pub completed: u64,
     /// The others, by kind: `connect`, `timeout`, `http_429`, `cut_off`, …
     pub errors: BTreeMap<String, u64>,
+    /// Requests due per second.
+    pub offered_per_s: f64,
     /// Answers of 429, those to requests that were answered later included.
     pub refused: u64,
     /// Completed requests per second.
@@ -92,9 +94,11 @@ impl Summary {
         let [mut ttft, mut itl, mut tpot, mut latency] = std::array::from_fn(|_| Distribution::new());
         let (mut completed, mut refused, mut inside) = (0_u64, 0_u64, Inside::default());
         let mut timings = Vec::new();
+        let mut offered = 0_u64;
         let mut reuse: Option<Reuse> = None;
         for outcome in &measured.outcomes {
             refused += u64::from(outcome.refused);
+            offered += u64::from(measured.window.contains(&outcome.due));
             if let Some(turn) = outcome.reuse {
                 reuse.get_or_insert_default().add(turn);
             }
@@ -129,6 +133,7 @@ impl Summary {
             window_s,
             completed,
             errors,
+            offered_per_s: per_s(offered),
             refused,
             requests_per_s: per_s(inside.completed),
             prompt_tokens_per_s: per_s(inside.prompt_tokens),

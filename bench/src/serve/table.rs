@@ -15,8 +15,14 @@ pub(super) fn render(report: &Report) -> String {
     if let Some(search) = &report.peak {
         text.push_str(&ramp(search));
     }
-    text.push_str(&latencies(report));
-    for point in &report.points {
+    text.push_str(&points(&report.points.iter().collect::<Vec<_>>()));
+    text
+}
+
+/// Everything about the load points.
+pub(crate) fn points(points: &[&Summary]) -> String {
+    let mut text = latencies(points);
+    for point in points {
         if point.failed() > 0 {
             let kinds: Vec<_> = point.errors.iter().map(|(kind, count)| format!("{kind} {count}")).collect();
             let _ = writeln!(text, "{}: errors: {}", point.load, kinds.join(", "));
@@ -28,8 +34,8 @@ pub(super) fn render(report: &Report) -> String {
             let share = |of: u64| 100.0 * reuse.found as f64 / of.max(1) as f64;
             let _ = writeln!(
                 text,
-                "{}: later turns found {} tokens in the prefix cache: {:.1} % of the {} that earlier turns left, {:.1} % of \
-                 the {} of their prompts",
+                "{}: later turns found {} tokens in prefill's cache: {:.1} % of the {} that earlier turns left in the \
+                 cluster, {:.1} % of the {} of their prompts",
                 point.load,
                 reuse.found,
                 share(reuse.reusable),
@@ -39,23 +45,24 @@ pub(super) fn render(report: &Report) -> String {
             );
         }
     }
-    if report.points.iter().any(|point| !point.hops.is_empty()) {
+    if points.iter().any(|point| !point.hops.is_empty()) {
         text.push_str("\nwhere a request's time goes, mean / p99 in ms\n\n");
-        text.push_str(&hops(&report.points));
+        text.push_str(&hops(points));
     }
-    for point in report.points.iter().filter(|point| matches!(point.load, Load::Open { .. })) {
+    for point in points.iter().filter(|point| matches!(point.load, Load::Open { .. })) {
         let good: Vec<_> = point.timeline.iter().map(|s| (number(s.from_s), s.good_per_s)).collect();
         let _ =
             write!(text, "\n{}: goodput per second from second … on\n\n{}", point.load, plot::bars(&good));
     }
-    for point in report.points.iter().filter(|point| !point.memory.is_empty()) {
+    for point in points.iter().filter(|point| !point.memory.is_empty()) {
         let _ =
             write!(text, "\n{}: resident memory in MiB, mapped files aside\n\n{}", point.load, memory(point));
     }
     text
 }
 
-fn ramp(search: &PeakSearch) -> String {
+/// The search for the peak.
+pub(crate) fn ramp(search: &PeakSearch) -> String {
     let mut probes = search.probes.clone();
     probes.sort_by(|a, b| a.rate.total_cmp(&b.rate));
     let bars: Vec<_> = probes.iter().map(|p| (format!("{} requests/s", number(p.rate)), p.goodput)).collect();
@@ -73,19 +80,19 @@ fn memory(point: &Summary) -> String {
     aligned(&[header].into_iter().chain(rows).collect::<Vec<_>>())
 }
 
-fn latencies(report: &Report) -> String {
-    let first = match report.points.first().map(|point| point.load) {
+fn latencies(points: &[&Summary]) -> String {
+    let first = match points.first().map(|point| point.load) {
         Some(Load::Open { .. }) => "requests/s",
         _ => "concurrency",
     };
-    let goodput = report.points.iter().any(|point| point.goodput_per_s.is_some());
+    let goodput = points.iter().any(|point| point.goodput_per_s.is_some());
     let mut header = vec![first, "done", "failed", "req/s", "in tok/s", "out tok/s"];
     header.extend(["TTFT p50", "p99", "ITL p50", "p99", "TPOT p50", "p99", "latency p50", "p99 ms"]);
     if goodput {
         header.push("goodput/s");
     }
     let mut rows = vec![header.into_iter().map(str::to_owned).collect::<Vec<_>>()];
-    for point in &report.points {
+    for point in points {
         let label = match point.load {
             Load::Closed { clients } => clients.to_string(),
             Load::Open { requests_per_s } => number(requests_per_s),
@@ -106,7 +113,7 @@ fn latencies(report: &Report) -> String {
     aligned(&rows)
 }
 
-fn hops(points: &[Summary]) -> String {
+fn hops(points: &[&Summary]) -> String {
     let mut header = vec!["hop".to_owned()];
     header.extend(points.iter().map(|point| point.load.to_string()));
     let mut rows = vec![header];

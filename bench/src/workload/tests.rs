@@ -38,6 +38,20 @@ fn a_request_is_a_function_of_its_name_and_the_seed() {
 }
 
 #[test]
+fn any_stretch_of_requests_has_the_distribution() {
+    let load = workload(&["--lengths", "mooncake"]).expect("flags");
+    let mean = |range: std::ops::Range<u32>| {
+        let count = f64::from(range.end - range.start);
+        range.map(|index| f64::from(load.plan(id(0, index), 0).input_tokens())).sum::<f64>() / count
+    };
+    let all = mean(0..6400);
+    for start in (0..6400).step_by(640) {
+        let stretch = mean(start..start + 640);
+        assert!((stretch / all - 1.0).abs() < 0.03, "{stretch} from {start} on, {all} of all, seed {SEED}");
+    }
+}
+
+#[test]
 fn lengths_are_scaled_into_their_bounds_and_keep_their_distribution() {
     for published in ["azure-conv", "azure-code", "mooncake"] {
         let flags = ["--lengths", published, "--max-input", "2000", "--max-output", "300"];

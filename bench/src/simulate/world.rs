@@ -1,0 +1,405 @@
+//! The simulated cluster: events in order of time, each told to the router or a worker, which schedule others.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use model::TokenId;
+use serde::Serialize;
+use serde_json::json;
+
+use super::decode_worker::{DecodeWorker, END, Wanted};
+use super::prefill_worker::PrefillWorker;
+use super::router::{Door, Router, RouterLimits};
+use super::step_time::{HandoffTime, StepTime};
+use crate::client::Streamed;
+use crate::serve::conversation::{Outcome, Reuse};
+use crate::serve::load::{Measured, settled};
+use crate::workload::{Arrivals, RequestId, Workload};
+
+/// Tokens in a KV block, as everywhere.
+const BLOCK_TOKENS: usize = 64;
+
+/// What is simulated.
+#[derive(Debug, Clone, Serialize)]
+pub struct Shape {
+    /// Prefill workers.
+    pub prefill_workers: usize,
+    /// Decode workers.
+    pub decode_workers: usize,
+    /// Blocks in each pool.
+    pub kv_blocks: usize,
+    /// Sequences in a decode step.
+    pub batch_max: usize,
+    /// `max_tokens` of every request, where it is not the answer's length.
+    pub declare_max_tokens: Option<u32>,
+    /// The door's bounds.
+    pub router: RouterLimits,
+    /// A prefill step's time.
+    pub prefill_step: StepTime,
+    /// A decode step's time.
+    pub decode_step: StepTime,
+    /// A hand-off's time.
+    pub handoff: HandoffTime,
+}
+
+/// What only a simulator can count. The first four are what the design promises.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Counts {
+    /// Sequences that got blocks.
+    pub admitted: u64,
+    /// Those that ended by their own rule.
+    pub ended_by_rule: u64,
+    /// Those that ended in any other way: evicted, out of blocks, failed.
+    pub ended_otherwise: u64,
+    /// Requests that workers refused for good.
+    pub refused_by_workers: u64,
+    /// Longest queues: at the router, in front of a prefill and of a decode worker.
+    pub router_queue_max: usize,
+    /// See there.
+    pub prefill_queue_max: usize,
+    /// See there.
+    pub decode_queue_max: usize,
+    /// Most sequences in a decode step.
+    pub decode_batch_max: usize,
+    /// Turns for which no block was safe to give: the sequence keeps what it has and waits for a step.
+    pub memory_pauses: u64,
+    /// Later turns: tokens that decode found, of those that an ideal cache of earlier turns holds.
+    pub decode_reuse: Option<(u64, u64)>,
+    /// Events in all.
+    pub events: u64,
+}
+
+struct Request {
+    id: RequestId,
+    turn: u32,
+    due: Duration,
+    prompt: Arc<[TokenId]>,
+    output_tokens: u32,
+    /// The last turn's prompt and answer, tokens.
+    earlier: Option<(u64, u64)>,
+    prefill: usize,
+    decode: usize,
+    shared_blocks: usize,
+    cached_tokens: usize,
+    answer: Vec<TokenId>,
+    /// Of each token, from `due` on.
+    arrivals: Vec<Duration>,
+}
+
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum What {
+    Arrival(usize),
+    Impatient(usize),
+    PrefillStep(usize),
+    HandedOff(usize),
+    DecodeStep(usize),
+}
+
+/// A cluster at a moment.
+pub struct World<'a> {
+    shape: &'a Shape,
+    workload: &'a Workload,
+    point: u32,
+    /// Where the simulated clock begins; only differences count.
+    epoch: Instant,
+    now: Duration,
+    events: BinaryHeap<Reverse<(Duration, u64, What)>>,
+    /// Events planned so far.
+    planned: u64,
+    requests: Vec<Request>,
+    router: Router,
+    prefills: Vec<PrefillWorker>,
+    decodes: Vec<DecodeWorker>,
+    outcomes: Vec<Outcome>,
+    counts: Counts,
+}
+
+impl<'a> World<'a> {
+    /// An idle cluster. `point` tells its requests from other points'.
+    pub fn new(shape: &'a Shape, workload: &'a Workload, point: u32) -> Self {
+        let prefill = |_| PrefillWorker::new(shape.kv_blocks, BLOCK_TOKENS, shape.prefill_step);
+        let decode = |_| DecodeWorker::new(shape.kv_blocks, BLOCK_TOKENS, shape.batch_max, shape.decode_step);
+        Self {
+            shape,
+            workload,
+            point,
+            epoch: Instant::now(),
+            now: Duration::ZERO,
+            events: BinaryHeap::new(),
+            planned: 0,
+            requests: Vec::new(),
+            router: Router::new(shape.router),
+            prefills: (0..shape.prefill_workers).map(prefill).collect(),
+            decodes: (0..shape.decode_workers).map(decode).collect(),
+            outcomes: Vec::new(),
+            counts: Counts::default(),
+        }
+    }
+
+    /// Lets requests arrive for `time` and runs until the last has ended.
+    ///
+    /// # Panics
+    /// Where a scheduler's books do not balance; looked at after each `check_every` events, never where that is 0.
+    pub fn run(&mut self, arrivals: Arrivals<'_>, time: Duration, check_every: u64) -> Measured {
+        let mut arrivals = (0u32..).zip(arrivals.take_while(|at| *at < time));
+        let mut next = |world: &mut Self| {
+            if let Some((index, at)) = arrivals.next() {
+                let id = RequestId { point: world.point, index };
+                world.expect(id, 0, at, Vec::new(), None);
+            }
+        };
+        next(self);
+        while let Some(Reverse((at, _, what))) = self.events.pop() {
+            self.now = at;
+            self.counts.events += 1;
+            if let What::Arrival(request) = what
+                && self.requests[request].turn == 0
+            {
+                next(self);
+            }
+            self.happen(what);
+            if check_every > 0 && self.counts.events.is_multiple_of(check_every) {
+                self.prefills.iter().for_each(PrefillWorker::check);
+                self.decodes.iter().for_each(DecodeWorker::check);
+            }
+        }
+        let start = self.epoch.into();
+        Measured { outcomes: std::mem::take(&mut self.outcomes), start, window: settled(start, time) }
+    }
+
+    /// What was counted.
+    pub fn counts(&self) -> Counts {
+        let longest = |queues: &mut dyn Iterator<Item = usize>| queues.max().unwrap_or(0);
+        Counts {
+            router_queue_max: self.router.queue_seen_max(),
+            prefill_queue_max: longest(&mut self.prefills.iter().map(PrefillWorker::waiting_max)),
+            decode_queue_max: longest(&mut self.decodes.iter().map(DecodeWorker::queue_seen_max)),
+            decode_batch_max: longest(&mut self.decodes.iter().map(DecodeWorker::batch_seen_max)),
+            memory_pauses: self.decodes.iter().map(DecodeWorker::memory_pauses).sum(),
+            ..self.counts
+        }
+    }
+
+    /// Plans turn `turn` of conversation `id` behind what was `said`.
+    fn expect(
+        &mut self,
+        id: RequestId,
+        turn: u32,
+        due: Duration,
+        said: Vec<TokenId>,
+        earlier: Option<(u64, u64)>,
+    ) {
+        let plan = self.workload.plan(id, turn);
+        let mut prompt = said;
+        prompt.extend(self.workload.tokens(&plan.input).into_iter().map(TokenId));
+        let number = self.requests.len();
+        self.requests.push(Request {
+            id,
+            turn,
+            due,
+            prompt: prompt.into(),
+            output_tokens: plan.output_tokens,
+            earlier,
+            prefill: 0,
+            decode: 0,
+            shared_blocks: 0,
+            cached_tokens: 0,
+            answer: Vec::new(),
+            arrivals: Vec::new(),
+        });
+        self.at(due, What::Arrival(number));
+    }
+
+    fn at(&mut self, at: Duration, what: What) {
+        // Numbered, so that what falls on one moment happens in the order in which it was planned.
+        self.planned += 1;
+        self.events.push(Reverse((at, self.planned, what)));
+    }
+
+    fn clock(&self) -> Instant {
+        self.epoch + self.now
+    }
+
+    fn happen(&mut self, what: What) {
+        match what {
+            What::Arrival(request) => match self.router.arrive(request, self.now) {
+                Door::Open => self.place(request),
+                Door::Waits(until) => self.at(until, What::Impatient(request)),
+                Door::Shut => self.lose(request, "http_429"),
+            },
+            What::Impatient(request) => {
+                if self.router.give_up(request) {
+                    self.lose(request, "http_429");
+                }
+            }
+            What::PrefillStep(worker) => {
+                for (request, cached_tokens) in self.prefills[worker].end_step() {
+                    self.first_token(request, cached_tokens);
+                }
+                self.start_prefill(worker);
+            }
+            What::HandedOff(request) => {
+                let Request { prefill, decode, .. } = self.requests[request];
+                self.prefills[prefill].release(request);
+                self.start_prefill(prefill);
+                let (now, first) = (self.clock(), self.requests[request].answer[0]);
+                self.decodes[decode].hand_off(request, first, now);
+                self.go_round(decode);
+            }
+            What::DecodeStep(worker) => {
+                let (now, clock) = (self.now, self.clock());
+                let requests = &mut self.requests;
+                self.decodes[worker].end_step(clock, |request| requests[request].sample(now));
+                self.go_round(worker);
+            }
+        }
+    }
+
+    /// Placement's two keys, each tier's least loaded worker.
+    fn place(&mut self, request: usize) {
+        let prefill =
+            (0..self.prefills.len()).min_by_key(|&worker| self.prefills[worker].load()).unwrap_or(0);
+        let decode = (0..self.decodes.len()).min_by_key(|&worker| self.decodes[worker].load()).unwrap_or(0);
+        let tokens_max = self.requests[request].output_tokens.max(self.shape.declare_max_tokens.unwrap_or(0));
+        let now = self.clock();
+        let Request { prompt, .. } = &self.requests[request];
+        let wanted = Wanted { request, prompt: Arc::clone(prompt), tokens_max };
+        (self.requests[request].prefill, self.requests[request].decode) = (prefill, decode);
+        if self.decodes[decode].submit(wanted, now) {
+            self.go_round(decode);
+        } else {
+            self.counts.refused_by_workers += 1;
+            self.lose(request, "http_429");
+            self.leave();
+        }
+    }
+
+    /// A round of a decode worker between two steps: ends, admissions, the next step.
+    fn go_round(&mut self, worker: usize) {
+        let now = self.clock();
+        while let Some(ended) = self.decodes[worker].reap() {
+            if ended.by_itself {
+                self.counts.ended_by_rule += 1;
+            } else {
+                self.counts.ended_otherwise += 1;
+            }
+            self.finish(ended.request, ended.by_itself);
+        }
+        while let Some((request, shared_blocks)) = self.decodes[worker].admit(now) {
+            self.counts.admitted += 1;
+            self.note_decode_reuse(request, shared_blocks);
+            let Request { prefill, prompt, .. } = &self.requests[request];
+            let (prefill, prompt) = (*prefill, Arc::clone(prompt));
+            if self.prefills[prefill].submit(request, prompt, now).is_err() {
+                self.counts.refused_by_workers += 1;
+                self.decodes[worker].fail(request, now);
+            }
+            self.start_prefill(prefill);
+        }
+        if let Some(took) = self.decodes[worker].start() {
+            self.at(self.now + took, What::DecodeStep(worker));
+        }
+    }
+
+    fn start_prefill(&mut self, worker: usize) {
+        let now = self.clock();
+        if let Some(took) = self.prefills[worker].start(now) {
+            self.at(self.now + took, What::PrefillStep(worker));
+        }
+    }
+
+    fn first_token(&mut self, number: usize, cached_tokens: usize) {
+        let now = self.now;
+        let request = &mut self.requests[number];
+        request.cached_tokens = cached_tokens;
+        request.sample(now);
+        let blocks = request.prompt.len().div_ceil(BLOCK_TOKENS) - request.shared_blocks;
+        self.at(now + self.shape.handoff.of(blocks), What::HandedOff(number));
+    }
+
+    /// Tells the client, starts the next turn, and lets the next request in.
+    fn finish(&mut self, number: usize, by_itself: bool) {
+        if by_itself {
+            let outcome = self.requests[number].outcome(self.epoch, self.now);
+            self.outcomes.push(outcome);
+            let request = &mut self.requests[number];
+            let (id, turn) = (request.id, request.turn + 1);
+            let earlier = Some((request.prompt.len() as u64, request.answer.len() as u64));
+            let mut said = request.prompt.to_vec();
+            request.prompt = Arc::from([]);
+            said.append(&mut request.answer);
+            if turn < self.workload.turns {
+                self.expect(id, turn, self.now, said, earlier);
+            }
+        } else {
+            self.lose(number, "failed");
+        }
+        self.leave();
+    }
+
+    fn leave(&mut self) {
+        if let Some(next) = self.router.leave() {
+            self.place(next);
+        }
+    }
+
+    fn lose(&mut self, request: usize, kind: &'static str) {
+        let due = self.epoch + self.requests[request].due;
+        let refused = u32::from(kind == "http_429");
+        let ended = self.clock().into();
+        self.outcomes.push(Outcome {
+            due: due.into(),
+            ended,
+            refused,
+            reuse: None,
+            answer: Err(kind.into()),
+        });
+    }
+
+    fn note_decode_reuse(&mut self, number: usize, shared_blocks: usize) {
+        let request = &mut self.requests[number];
+        request.shared_blocks = shared_blocks;
+        if let Some((prompt, answer)) = request.earlier {
+            // Decode computes no row of the prompt: a block that ends with it can be found, too.
+            let (found, held) = self.counts.decode_reuse.get_or_insert_default();
+            let computed = (prompt + answer - 1).min(request.prompt.len() as u64);
+            *found += (shared_blocks * BLOCK_TOKENS) as u64;
+            *held += computed / BLOCK_TOKENS as u64 * BLOCK_TOKENS as u64;
+        }
+    }
+}
+
+impl Request {
+    /// Draws the next token: the end where the answer's length says so, else one that no other request has there.
+    fn sample(&mut self, now: Duration) -> TokenId {
+        self.arrivals.push(now.saturating_sub(self.due));
+        let last = self.arrivals.len() >= self.output_tokens as usize;
+        let of_its_own = self.id.index.wrapping_mul(2_654_435_761).wrapping_add(self.arrivals.len() as u32);
+        let token = if last { END } else { TokenId(2 + of_its_own % 100_000) };
+        self.answer.push(token);
+        token
+    }
+
+    fn outcome(&mut self, epoch: Instant, now: Duration) -> Outcome {
+        let (prompt, cached) = (self.prompt.len() as u64, self.cached_tokens as u64);
+        let reuse = self
+            .earlier
+            .map(|(earlier, answer)| Reuse::new(prompt, earlier, answer, BLOCK_TOKENS as u64, cached));
+        let arrivals = std::mem::take(&mut self.arrivals);
+        let answer = Streamed {
+            ttft: arrivals.first().copied(),
+            total: now.saturating_sub(self.due),
+            usage: Some(json!({
+                "prompt_tokens": prompt,
+                "completion_tokens": arrivals.len(),
+                "prompt_tokens_details": { "cached_tokens": cached },
+            })),
+            arrivals,
+            timings: None,
+        };
+        let (due, ended) = ((epoch + self.due).into(), (epoch + now).into());
+        Outcome { due, ended, refused: 0, reuse, answer: Ok(answer) }
+    }
+}
