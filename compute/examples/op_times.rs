@@ -7,8 +7,8 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use compute::{
-    ActivationFormat, Activations, Cpu, KvFormat, KvGeometry, KvSlot, KvView, KvViewMut, Matrix, MlaRow,
-    MlaShape, ScaleFormat,
+    ActivationFormat, Activations, Arena, Cpu, KvFormat, KvGeometry, KvSlot, KvView, KvViewMut, Matrix,
+    MlaRow, MlaShape, ScaleFormat,
 };
 
 /// Bytes of weights that a round goes through.
@@ -28,14 +28,16 @@ fn main() {
 }
 
 fn linear(cpu: &Cpu, n: usize, k: usize) {
+    let mut arena = Arena::new();
     let matrices: Vec<Matrix> = (0..ROUND_BYTES / (n * k))
         .map(|i| {
             let codes: Vec<u8> = (0..n * k).map(|j| ((i * 31 + j * 7) % 0x77) as u8).collect();
             let scales = vec![1e-3; n.div_ceil(128) * k.div_ceil(128)];
-            Matrix::fp8(n, k, codes.into(), scales).expect("lengths fit")
+            let matrix = Matrix::fp8(n, k, codes.into(), scales).expect("lengths fit");
+            matrix.arranged(&mut arena).expect("memory")
         })
         .collect();
-    for m in [1, 8, 16, 256] {
+    for m in [1, 2, 4, 8, 16, 32, 256] {
         let x: Vec<f32> = (0..m * k).map(|i| ((i * 13 % 101) as f32 - 50.0) / 10.0).collect();
         let mut activations = Activations::new();
         let format = ActivationFormat::Fp8(ScaleFormat::F32);

@@ -250,5 +250,11 @@ impl Activations {
         self.codes.resize(if fp8 { m * k } else { 0 }, 0);
         self.scales.clear();
         self.scales.resize(if fp8 { m * k.div_ceil(BLOCK) } else { 0 }, 0.0);
+        // Products take two channels at a time: behind an odd last one there is a zero.
+        if k % 2 == 1 {
+            let stride = self.stride();
+            self.f32.iter_mut().skip(k).step_by(stride).for_each(|value| *value = 0.0);
+            self.bf16.iter_mut().skip(k).step_by(stride).for_each(|value| *value = 0);
+        }
     }
 }

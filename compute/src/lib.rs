@@ -13,11 +13,13 @@
 
 mod activations;
 mod aligned;
+mod arena;
 pub mod cpu;
 pub mod cuda;
 pub mod fp8;
 mod kv;
 mod matrix;
+mod panels;
 pub mod reference;
 mod rope;
 mod routing;
@@ -26,7 +28,8 @@ mod routing;
 mod samples;
 
 pub use activations::{ActivationFormat, Activations, WireError};
-pub use cpu::{Cpu, Isa, ThreadPool};
+pub use arena::Arena;
+pub use cpu::{Cpu, InputRows, Isa, LinearJob, ThreadPool};
 pub use fp8::ScaleFormat;
 pub use kv::{KvFormat, KvGeometry, KvSlot, KvView, KvViewMut, MlaRow, MlaShape};
 pub use matrix::{HeadMatrices, Matrix, MatrixError, WeightFormat};

@@ -1,14 +1,17 @@
 //! Weights in the formats they are stored in.
 //!
 //! A [`Matrix`] is `[rows, cols]` = `[out, in]`, row-major, as checkpoints have it. FP8 and BF16 weights stay where
-//! they are (a slice of the mapped file, possibly unaligned); nothing is repacked at load, so a model starts at once
-//! and processes on one host share its pages.
+//! they are (a slice of the mapped file, possibly unaligned) until [`Matrix::arranged`] copies them into the order that
+//! the CPU's products read fastest.
 
 use std::fmt;
 
 use bytes::Bytes;
 
+use crate::Isa;
+use crate::arena::Arena;
 use crate::fp8::{self, BLOCK};
+use crate::panels::{PanelFormat, Panels};
 
 /// How a matrix's weights are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -56,7 +59,15 @@ pub enum MatrixError {
 pub(crate) enum Storage {
     F32(Vec<f32>),
     Bf16(Bytes),
-    Fp8 { codes: Bytes, scales: Vec<f32> },
+    Fp8 {
+        codes: Bytes,
+        scales: Vec<f32>,
+    },
+    /// Rearranged; no scales for BF16.
+    Panels {
+        panels: Panels,
+        scales: Vec<f32>,
+    },
 }
 
 /// A weight matrix `[rows, cols]` = `[out, in]`, row-major.
@@ -103,11 +114,37 @@ impl Matrix {
 
     /// How the weights are stored.
     pub fn format(&self) -> WeightFormat {
-        match self.storage {
+        match &self.storage {
             Storage::F32(_) => WeightFormat::F32,
             Storage::Bf16(_) => WeightFormat::Bf16,
             Storage::Fp8 { .. } => WeightFormat::Fp8,
+            Storage::Panels { panels, .. } => match panels.format {
+                PanelFormat::Bf16 => WeightFormat::Bf16,
+                PanelFormat::Fp8 => WeightFormat::Fp8,
+            },
         }
+    }
+
+    /// The same matrix in the order that the products of [`crate::Cpu::new`] read fastest, in memory of `arena`; as it is
+    /// where there is no better one. A result's bits do not depend on it.
+    ///
+    /// # Errors
+    /// The system has no memory left.
+    pub fn arranged(self, arena: &mut Arena) -> std::io::Result<Self> {
+        let Self { rows, cols, storage } = self;
+        let size = [1, rows, cols];
+        let storage = match storage {
+            storage if Isa::detect() != Isa::Avx512 => storage,
+            Storage::Bf16(weights) => {
+                let panels = Panels::new(PanelFormat::Bf16, size, &weights, arena)?;
+                Storage::Panels { panels, scales: Vec::new() }
+            }
+            Storage::Fp8 { codes, scales } => {
+                Storage::Panels { panels: Panels::new(PanelFormat::Fp8, size, &codes, arena)?, scales }
+            }
+            storage => storage,
+        };
+        Ok(Self { rows, cols, storage })
     }
 
     /// Bytes that weights and scales take.
@@ -116,6 +153,7 @@ impl Matrix {
             Storage::F32(weights) => weights.len() * 4,
             Storage::Bf16(weights) => weights.len(),
             Storage::Fp8 { codes, scales } => codes.len() + scales.len() * 4,
+            Storage::Panels { panels, scales } => panels.values.len() + scales.len() * 4,
         }
     }
 
@@ -142,6 +180,13 @@ impl Matrix {
                     for (out, &code) in out.iter_mut().zip(codes) {
                         *out = fp8::decode(code) * scale;
                     }
+                }
+            }
+            Storage::Panels { panels, scales } => {
+                let scales = scales.get(row / BLOCK * self.cols.div_ceil(BLOCK)..).unwrap_or(&[]);
+                for (col, out) in out.iter_mut().enumerate() {
+                    let value = panels.value([self.rows, self.cols], 0, row, col);
+                    *out = scales.get(col / BLOCK).map_or(value, |scale| value * scale);
                 }
             }
         }
@@ -190,13 +235,24 @@ pub(crate) enum HeadStorage {
     F32(Vec<f32>),
     /// Little endian, as [`Storage::Bf16`].
     Bf16(Vec<u8>),
+    /// As [`Storage::Fp8`], scales `[heads, ceil(out/128), ceil(in/128)]`.
+    Fp8 {
+        codes: Vec<u8>,
+        scales: Vec<f32>,
+    },
+    /// Rearranged; no scales for BF16.
+    Panels {
+        panels: Panels,
+        scales: Vec<f32>,
+    },
 }
 
 impl HeadMatrices {
     /// From f32 values `[heads, out_dim, in_dim]`. They are kept as bf16 when that loses nothing: half the bytes to
     /// read, the same products.
     pub fn new(heads: usize, out_dim: usize, in_dim: usize, weights: Vec<f32>) -> Result<Self, MatrixError> {
-        let exact = weights.iter().all(|w| w.to_bits() & 0xFFFF == 0);
+        // The kernel for bf16 takes two inputs at a time.
+        let exact = in_dim.is_multiple_of(2) && weights.iter().all(|w| w.to_bits() & 0xFFFF == 0);
         Self::check(heads, out_dim, in_dim, weights.len())?;
         let storage = if exact {
             HeadStorage::Bf16(weights.iter().flat_map(|&w| fp8::to_bf16(w).to_le_bytes()).collect())
@@ -215,8 +271,52 @@ impl HeadMatrices {
         weights: &[f32],
     ) -> Result<Self, MatrixError> {
         Self::check(heads, out_dim, in_dim, weights.len())?;
-        let storage =
-            HeadStorage::Bf16(weights.iter().flat_map(|&w| fp8::to_bf16(w).to_le_bytes()).collect());
+        let storage = if in_dim.is_multiple_of(2) {
+            HeadStorage::Bf16(weights.iter().flat_map(|&w| fp8::to_bf16(w).to_le_bytes()).collect())
+        } else {
+            HeadStorage::F32(weights.iter().map(|&w| fp8::from_bf16(fp8::to_bf16(w))).collect())
+        };
+        Ok(Self { heads, out_dim, in_dim, storage })
+    }
+
+    /// From E4M3 codes `[heads, out_dim, in_dim]` and scales per 128×128 block of each head's matrix, `[heads,
+    /// ceil(out_dim/128), ceil(in_dim/128)]`; `in_dim` is even.
+    ///
+    /// # Panics
+    /// If `in_dim` is odd.
+    pub fn fp8(
+        [heads, out_dim, in_dim]: [usize; 3],
+        codes: Vec<u8>,
+        scales: Vec<f32>,
+    ) -> Result<Self, MatrixError> {
+        assert!(in_dim.is_multiple_of(2), "the kernel takes two inputs at a time");
+        Self::check(heads, out_dim, in_dim, codes.len())?;
+        let expected = heads * out_dim.div_ceil(BLOCK) * in_dim.div_ceil(BLOCK);
+        if scales.len() != expected {
+            let got = scales.len();
+            return Err(MatrixError::Scales { rows: heads * out_dim, cols: in_dim, expected, got });
+        }
+        Ok(Self { heads, out_dim, in_dim, storage: HeadStorage::Fp8 { codes, scales } })
+    }
+
+    /// As [`Matrix::arranged`].
+    ///
+    /// # Errors
+    /// The system has no memory left.
+    pub fn arranged(self, arena: &mut Arena) -> std::io::Result<Self> {
+        let Self { heads, out_dim, in_dim, storage } = self;
+        let size = [heads, out_dim, in_dim];
+        let storage = match storage {
+            storage if Isa::detect() != Isa::Avx512 => storage,
+            HeadStorage::Bf16(weights) => {
+                let panels = Panels::new(PanelFormat::Bf16, size, &weights, arena)?;
+                HeadStorage::Panels { panels, scales: Vec::new() }
+            }
+            HeadStorage::Fp8 { codes, scales } => {
+                HeadStorage::Panels { panels: Panels::new(PanelFormat::Fp8, size, &codes, arena)?, scales }
+            }
+            storage => storage,
+        };
         Ok(Self { heads, out_dim, in_dim, storage })
     }
 
@@ -248,7 +348,26 @@ impl HeadMatrices {
             HeadStorage::Bf16(weights) => {
                 fp8::from_bf16(u16::from_le_bytes([weights[2 * i], weights[2 * i + 1]]))
             }
+            HeadStorage::Fp8 { codes, scales } => {
+                fp8::decode(codes[i]) * scales[self.scale_index(head, row, col)]
+            }
+            HeadStorage::Panels { panels, scales } => {
+                let value = panels.value([self.out_dim, self.in_dim], head, row, col);
+                scales.get(self.scale_index(head, row, col)).map_or(value, |scale| value * scale)
+            }
         }
+    }
+
+    /// All weights multiplied out, `[heads, out, in]`.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let columns = |head, row| (0..self.in_dim).map(move |col| self.weight(head, row, col));
+        let rows = |head| (0..self.out_dim).flat_map(move |row| columns(head, row));
+        (0..self.heads).flat_map(rows).collect()
+    }
+
+    fn scale_index(&self, head: usize, row: usize, col: usize) -> usize {
+        let (rows, cols) = (self.out_dim.div_ceil(BLOCK), self.in_dim.div_ceil(BLOCK));
+        (head * rows + row / BLOCK) * cols + col / BLOCK
     }
 }
 

@@ -18,6 +18,7 @@ use std::ops::Range;
 
 pub(crate) use disjoint::Disjoint;
 pub use isa::Isa;
+pub use linear::{InputRows, LinearJob};
 pub use pool::ThreadPool;
 pub(crate) use quantise::ScaleRule;
 

@@ -1,6 +1,7 @@
 //! A fixed set of threads that run one indexed loop at a time.
 //!
-//! Task indices are handed out by an atomic counter, so a slow thread delays no others. A worker waits by spinning for
+//! Each thread has a range of the task indices of its own, in order, so that what it reads from memory is one stream; a
+//! thread that is through takes from the others' ranges, so that a slow one delays nobody. A worker waits by spinning for
 //! some 20 µs, since the next operator of a step usually follows within that time, and then parks: an idle process costs
 //! nothing. A loop waits for the workers that joined it, never for one to wake up: on a crowded machine the caller may
 //! have done all the work by then. `run` allocates nothing.
@@ -24,6 +25,11 @@ struct Job {
     tasks: usize,
 }
 
+/// The next task of a thread's range, in a cache line (two, as prefetchers take them) of its own.
+#[derive(Default)]
+#[repr(align(128))]
+struct Cursor(AtomicUsize);
+
 /// The gate's layout: workers inside in the low 32 bits, then a bit that lets them in, then the loop's number.
 const OPEN: u64 = 1 << 32;
 const INSIDE: u64 = OPEN - 1;
@@ -34,9 +40,17 @@ struct Shared {
     gate: AtomicU64,
     /// The current loop. Written only while the gate is closed and nobody is inside; read only from inside.
     job: UnsafeCell<Option<Job>>,
-    next: AtomicUsize,
+    /// One per thread; the caller's is the first.
+    cursors: Box<[Cursor]>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     stop: AtomicBool,
+}
+
+impl Shared {
+    /// First task of a thread's range, of `tasks`; of the thread after the last one, their end.
+    fn start(&self, tasks: usize, thread: usize) -> usize {
+        tasks / self.cursors.len() * thread + tasks % self.cursors.len() * thread / self.cursors.len()
+    }
 }
 
 // SAFETY: all but `job` is `Sync` by itself; `job` is guarded by the gate as its comment says, and what its pointer
@@ -60,14 +74,14 @@ impl ThreadPool {
         let shared = Arc::new(Shared {
             gate: AtomicU64::new(0),
             job: UnsafeCell::new(None),
-            next: AtomicUsize::new(0),
+            cursors: (0..threads.max(1)).map(|_| Cursor::default()).collect(),
             panic: Mutex::new(None),
             stop: AtomicBool::new(false),
         });
         let mut workers = Vec::new();
         for i in 1..threads.max(1) {
             let shared = Arc::clone(&shared);
-            match std::thread::Builder::new().name(format!("{name}-{i}")).spawn(move || work(&shared)) {
+            match std::thread::Builder::new().name(format!("{name}-{i}")).spawn(move || work(&shared, i)) {
                 Ok(worker) => workers.push(worker),
                 Err(error) => {
                     tracing::warn!(%error, asked = threads, got = i, "no more threads for the pool");
@@ -102,14 +116,16 @@ impl ThreadPool {
         let job = Job { body, tasks };
         // SAFETY: the gate is closed and nobody is inside: so the previous loop left it, and `turn` keeps others off.
         unsafe { *shared.job.get() = Some(job) };
-        shared.next.store(0, Ordering::Relaxed);
+        for (thread, cursor) in shared.cursors.iter().enumerate() {
+            cursor.0.store(shared.start(tasks, thread), Ordering::Relaxed);
+        }
         // Release: a worker that enters sees the stores above.
         let number = (shared.gate.load(Ordering::Relaxed) & !INSIDE).wrapping_add(NUMBER);
         shared.gate.store(number | OPEN, Ordering::Release);
         for worker in &self.workers {
             worker.thread().unpark();
         }
-        take_part(shared, job);
+        take_part(shared, job, 0);
         // Acquire, here and in the wait: what workers wrote is visible once they have left.
         shared.gate.fetch_and(!OPEN, Ordering::AcqRel);
         wait_until(|| shared.gate.load(Ordering::Acquire) & INSIDE == 0);
@@ -132,13 +148,13 @@ impl Drop for ThreadPool {
     }
 }
 
-fn work(shared: &Shared) {
+fn work(shared: &Shared, thread: usize) {
     let mut last = 0;
     while let Some(number) = enter(shared, last) {
         last = number;
         // SAFETY: this worker is inside, so nobody writes the job.
         if let Some(job) = unsafe { *shared.job.get() } {
-            take_part(shared, job);
+            take_part(shared, job, thread);
         }
         // Release: what the bodies wrote is visible to the caller that sees nobody inside.
         shared.gate.fetch_sub(1, Ordering::Release);
@@ -168,20 +184,28 @@ fn enter(shared: &Shared, last: u64) -> Option<u64> {
     }
 }
 
-/// Takes tasks until there are none left, or one panics.
-fn take_part(shared: &Shared, job: Job) {
+/// Takes tasks until there are none left, or one panics: first those of this thread's own range.
+fn take_part(shared: &Shared, job: Job, thread: usize) {
     // SAFETY: `run` keeps the body alive until every thread that calls this has left the loop.
     let body = unsafe { &*job.body };
-    loop {
-        let task = shared.next.fetch_add(1, Ordering::Relaxed);
-        if task >= job.tasks {
-            return;
-        }
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| body(task))) {
-            // Nobody needs the remaining tasks: the caller will not see a result.
-            shared.next.store(job.tasks, Ordering::Relaxed);
-            lock(&shared.panic).get_or_insert(panic);
-            return;
+    let threads = shared.cursors.len();
+    for owner in (thread..threads).chain(0..thread) {
+        let cursor = &shared.cursors[owner].0;
+        let end = shared.start(job.tasks, owner + 1);
+        // Looked at first: most ranges of others are at their end, and counting on would take the line from their owner.
+        while cursor.load(Ordering::Relaxed) < end {
+            let task = cursor.fetch_add(1, Ordering::Relaxed);
+            if task >= end {
+                break;
+            }
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| body(task))) {
+                // Nobody needs the remaining tasks: the caller will not see a result.
+                for cursor in shared.cursors.iter() {
+                    cursor.0.store(job.tasks, Ordering::Relaxed);
+                }
+                lock(&shared.panic).get_or_insert(panic);
+                return;
+            }
         }
     }
 }

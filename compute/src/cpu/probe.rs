@@ -22,19 +22,20 @@ const CHAINS: usize = 12;
 impl Cpu {
     /// Bytes per second that all threads together read from memory, in order.
     pub fn memory_read_bandwidth(&self) -> f64 {
-        let memory = vec![1.0f32; READ_BYTES / 4];
+        // On huge pages, as weights are.
+        let written = crate::Arena::new().take(READ_BYTES, |bytes| bytes.fill(0x3F));
+        let Ok(memory) = written else { return f64::NAN };
         let tasks = self.pool.threads() * 8;
-        let size = ROUND_BYTES / 4 / tasks;
+        let size = ROUND_BYTES / tasks;
         let seconds = best_of(|round| {
-            let memory =
-                &memory[super::part(round % (READ_BYTES / ROUND_BYTES), ROUND_BYTES / 4, memory.len())];
+            let memory = &memory[super::part(round % (READ_BYTES / ROUND_BYTES), ROUND_BYTES, memory.len())];
             self.pool.run(tasks, &|task| {
                 let mut sum = 0.0;
                 vector::run(self.isa, Read { memory: &memory[task * size..][..size], sum: &mut sum });
                 black_box(sum);
             });
         });
-        (tasks * size * 4) as f64 / seconds
+        (tasks * size) as f64 / seconds
     }
 
     /// Operations per second (a multiply-add is two) of all threads together in f32.
@@ -106,7 +107,7 @@ fn best_of(mut run: impl FnMut(usize)) -> f64 {
 }
 
 struct Read<'a> {
-    memory: &'a [f32],
+    memory: &'a [u8],
     sum: &'a mut f32,
 }
 
@@ -116,11 +117,12 @@ impl Operation for Read<'_> {
         // SAFETY: the machine has the instruction set; four whole vectors are left in the slice.
         unsafe {
             let mut sums = [V::splat(0.0); 4];
+            let memory = self.memory.as_ptr().cast::<f32>();
             let mut i = 0;
-            while i + 4 * V::LANES <= self.memory.len() {
+            while i + 4 * V::LANES <= self.memory.len() / 4 {
                 let mut j = 0;
                 while j < 4 {
-                    sums[j] = sums[j].max(V::load(self.memory.as_ptr().add(i + j * V::LANES)));
+                    sums[j] = sums[j].max(V::load(memory.add(i + j * V::LANES)));
                     j += 1;
                 }
                 i += 4 * V::LANES;

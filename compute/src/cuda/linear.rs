@@ -26,6 +26,7 @@ impl Matrix {
             Storage::F32(weights) => (upload_f32(device, weights)?, device.alloc(0)?),
             Storage::Bf16(weights) => (device.upload(weights)?, device.alloc(0)?),
             Storage::Fp8 { codes, scales } => (device.upload(codes)?, device.upload(scales)?),
+            Storage::Panels { .. } => unreachable!("only what the CPU multiplies is arranged for it"),
         };
         Ok(Self { rows: matrix.rows(), cols: matrix.cols(), format: matrix.format(), weights, scales })
     }
@@ -65,6 +66,9 @@ impl HeadMatrices {
         let (bf16, weights) = match &matrices.storage {
             HeadStorage::F32(weights) => (false, upload_f32(device, weights)?),
             HeadStorage::Bf16(weights) => (true, device.upload(weights)?),
+            HeadStorage::Fp8 { .. } | HeadStorage::Panels { .. } => {
+                (false, upload_f32(device, &matrices.to_f32())?)
+            }
         };
         let (heads, out_dim, in_dim) = (matrices.heads(), matrices.out_dim(), matrices.in_dim());
         Ok(Self { heads, out_dim, in_dim, bf16, weights })

@@ -18,7 +18,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 use std::sync::atomic::{Ordering, compiler_fence};
 
-use self::decode::{Arithmetic, Bf16FromBf16, Bf16FromFp8, Decode, F32FromBf16, F32FromF32, F32FromFp8};
+use self::decode::{Arithmetic, Decode, F32FromF32};
 use super::super::scratch;
 use super::{Inputs, Output, PREFETCH_BYTES, Product, TASK_OUTPUTS, TASK_ROWS, Weights};
 use crate::fp8::BLOCK;
@@ -38,30 +38,11 @@ const PANEL_K: usize = 1024;
 /// The machine has [`crate::Isa::Avx512`]; nobody else writes these outputs; every input row is inside `product.x`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16")]
 pub(super) unsafe fn compute(product: &Product<'_>, rows: Range<usize>, outputs: Range<usize>) {
+    let (Weights::F32(w), Inputs::F32(x)) = (product.weights, product.x) else {
+        unreachable!("other weights have a kernel of their own");
+    };
     // SAFETY: the caller's promises, handed on with the operands' start addresses, which belong together.
-    unsafe {
-        match (product.weights, product.x) {
-            (Weights::F32(w), Inputs::F32(x)) => {
-                Operands::new(F32FromF32, product, w.as_ptr().cast(), x.as_ptr().cast())
-                    .compute(rows, outputs)
-            }
-            (Weights::Bf16(w), Inputs::F32(x)) => {
-                Operands::new(F32FromBf16, product, w.as_ptr(), x.as_ptr().cast()).compute(rows, outputs)
-            }
-            (Weights::Fp8 { codes, .. }, Inputs::F32(x)) => {
-                Operands::new(F32FromFp8::new(), product, codes.as_ptr(), x.as_ptr().cast())
-                    .compute(rows, outputs)
-            }
-            (Weights::Bf16(w), Inputs::Bf16(x)) => {
-                Operands::new(Bf16FromBf16, product, w.as_ptr(), x.as_ptr().cast()).compute(rows, outputs)
-            }
-            (Weights::Fp8 { codes, .. }, Inputs::Fp8 { values, .. }) => {
-                Operands::new(Bf16FromFp8::new(), product, codes.as_ptr(), values.as_ptr().cast())
-                    .compute(rows, outputs)
-            }
-            _ => unreachable!("`matrix_product` pairs the formats"),
-        }
-    }
+    unsafe { Operands::new(F32FromF32, product, w.as_ptr().cast(), x.as_ptr().cast()).compute(rows, outputs) }
 }
 
 /// A product with its formats resolved.

@@ -56,7 +56,7 @@ impl Operation for Lanes<'_> {
                 (Weights::Fp8 { codes, .. }, Inputs::Fp8 { values, .. }) => {
                     self.compute::<V, E4m3, Bf16>(codes.as_ptr(), values.as_ptr().cast());
                 }
-                _ => unreachable!("`matrix_product` pairs the formats"),
+                _ => unreachable!("formats are paired by `Product::new`, and panels are AVX-512's"),
             }
         }
     }

@@ -1,6 +1,7 @@
 use crate::samples::{Samples, bits};
 use crate::{
-    ActivationFormat, Activations, Cpu, HeadMatrices, Isa, Matrix, ScaleFormat, WeightFormat, reference,
+    ActivationFormat, Activations, Arena, Cpu, HeadMatrices, InputRows, Isa, LinearJob, Matrix, ScaleFormat,
+    WeightFormat, reference,
 };
 
 const PAIRS: [(WeightFormat, ActivationFormat); 6] = [
@@ -156,6 +157,86 @@ fn heads() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn arranged_weights_give_the_same_bits() {
+    let mut samples = Samples::new(5);
+    let mut arena = Arena::new();
+    let cpu = Cpu::new(2);
+    for (m, n, k) in [
+        (1, 1, 1),
+        (2, 64, 128),
+        (3, 65, 131),
+        (5, 130, 257),
+        (9, 200, 1100),
+        (200, 70, 300),
+        (0, 4, 8),
+        (3, 0, 8),
+        (3, 5, 0),
+    ] {
+        for (weight_format, format) in PAIRS {
+            let w = samples.matrix(weight_format, n, k);
+            let arranged = w.clone().arranged(&mut arena).expect("memory");
+            assert_eq!(bits(&w.to_f32()), bits(&arranged.to_f32()), "{weight_format:?} [{n},{k}]");
+            assert_eq!(w.format(), arranged.format());
+            let x = activations(&cpu, &samples.floats(m * k), m, k, format);
+            assert_eq!(
+                bits(&product(&cpu, &w, &x)),
+                bits(&product(&cpu, &arranged, &x)),
+                "{weight_format:?}x{format:?} [{m},{n},{k}]"
+            );
+        }
+    }
+    for (m, heads, n, k) in [(1, 4, 64, 32), (3, 6, 128, 64), (7, 3, 48usize, 130usize), (5, 2, 35, 256)] {
+        let scales = (0..heads * n.div_ceil(128) * k.div_ceil(128)).map(|i| 1e-3 * (i + 1) as f32).collect();
+        let fp8 =
+            HeadMatrices::fp8([heads, n, k], samples.codes(heads * n * k), scales).expect("lengths fit");
+        let weights = samples.floats(heads * n * k);
+        let bf16 = HeadMatrices::rounded_to_bf16(heads, n, k, &weights).expect("lengths fit");
+        let x = samples.floats(m * heads * k);
+        for w in [fp8, bf16] {
+            let arranged = w.clone().arranged(&mut arena).expect("memory");
+            assert_eq!(bits(&w.to_f32()), bits(&arranged.to_f32()));
+            let mut y = [vec![f32::NAN; m * heads * n], vec![f32::NAN; m * heads * n]];
+            cpu.head_matmul(&w, &x, m, &mut y[0]);
+            cpu.head_matmul(&arranged, &x, m, &mut y[1]);
+            assert_eq!(bits(&y[0]), bits(&y[1]), "[{m},{heads},{n},{k}]");
+        }
+    }
+}
+
+/// Several products in one loop, more of them than a loop takes.
+#[test]
+fn products_do_not_see_each_other() {
+    let mut samples = Samples::new(6);
+    let cpu = Cpu::new(2);
+    let k = 256;
+    let x = activations(&cpu, &samples.floats(9 * k), 9, k, ActivationFormat::Fp8(ScaleFormat::F32));
+    let weights: Vec<Matrix> = (0..70).map(|i| samples.matrix(WeightFormat::Fp8, 30 + 7 * i, k)).collect();
+    let index = [8, 0, 3];
+    let rows = |i: usize| match i % 3 {
+        0 => (InputRows::All, 9),
+        1 => (InputRows::Range { first: i % 5, count: 4 }, 4),
+        _ => (InputRows::Index(&index), 3),
+    };
+    let mut out: Vec<Vec<f32>> =
+        weights.iter().enumerate().map(|(i, w)| vec![f32::NAN; rows(i).1 * w.rows()]).collect();
+    let jobs = weights.iter().zip(&mut out).enumerate();
+    let mut jobs: Vec<LinearJob<'_>> =
+        jobs.map(|(i, (weights, out))| LinearJob { weights, input: &x, rows: rows(i).0, out }).collect();
+    cpu.linear_all(&mut jobs);
+    for (i, (w, out)) in weights.iter().zip(&out).enumerate() {
+        let all = product(&cpu, w, &x);
+        let expected: Vec<f32> = match rows(i).0 {
+            InputRows::All => all,
+            InputRows::Range { first, count } => all[first * w.rows()..(first + count) * w.rows()].to_vec(),
+            InputRows::Index(rows) => {
+                rows.iter().flat_map(|&row| all[row as usize * w.rows()..][..w.rows()].to_vec()).collect()
+            }
+        };
+        assert_eq!(bits(out), bits(&expected), "product {i}");
     }
 }
 
