@@ -93,6 +93,32 @@ fn sums_and_rounding() {
 }
 
 #[test]
+fn gathered_and_weighted_rows() {
+    let mut rng = StdRng::seed_from_u64(19);
+    for isa in Isa::available() {
+        let cpu = Cpu::with_isa(2, isa);
+        for (rows, count, width) in [(1, 1, 1), (3, 4, 37), (70, 8, 512)] {
+            let (vectors, weights) = (floats(&mut rng, rows * count * width), floats(&mut rng, rows * count));
+            let before = floats(&mut rng, rows * width);
+            let mut out = before.clone();
+            cpu.add_weighted(&vectors, &weights, count, &mut out);
+            for (i, (out, before)) in out.iter().zip(&before).enumerate() {
+                let (row, column) = (i / width, i % width);
+                let terms = (0..count)
+                    .map(|j| weights[row * count + j] * vectors[(row * count + j) * width + column]);
+                let sum = terms.reduce(|sum, term| sum + term).expect("one term at least");
+                assert_eq!(out.to_bits(), (before + sum).to_bits(), "{isa:?}");
+            }
+            let index: Vec<u32> = (0..rows * count).rev().map(|row| row as u32).collect();
+            let mut gathered = vec![f32::NAN; vectors.len()];
+            cpu.gather_rows(&vectors, width, &index, &mut gathered);
+            assert!(gathered.chunks(width).eq(vectors.chunks(width).rev()));
+        }
+        cpu.add_weighted(&[], &[], 4, &mut []);
+    }
+}
+
+#[test]
 fn rope() {
     let mut rng = StdRng::seed_from_u64(13);
     let frequencies: Vec<f64> = (0..8).map(|i| 10000f64.powf(-2.0 * f64::from(i) / 16.0)).collect();

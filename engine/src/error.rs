@@ -18,6 +18,14 @@ pub enum EngineError {
         /// What the back end says.
         source: compute::MatrixError,
     },
+    /// There is no memory for the weights.
+    #[error("no memory for {tensor}")]
+    Memory {
+        /// The tensor's name in the checkpoint.
+        tensor: String,
+        /// What the system says.
+        source: std::io::Error,
+    },
     /// `reference` numerics keeps its cache in f32.
     #[error("kv_format {kv_format} does not go with {numerics} numerics")]
     KvFormat {

@@ -9,7 +9,7 @@
 mod bank;
 mod local;
 
-pub use bank::{ExpertBank, ExpertJob, ExpertScratch};
+pub use bank::{ExpertBank, ExpertGroup, ExpertJobs, ExpertScratch};
 pub use local::LocalExperts;
 
 use model::ExpertId;

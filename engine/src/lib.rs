@@ -23,7 +23,9 @@ mod step;
 pub use batch::{LogitsWanted, SequenceInput};
 pub use block_pool::{BlockPool, BlockTable, Reservation};
 pub use error::{EngineError, InvalidBatch, StepError};
-pub use experts::{ExpertBank, ExpertBatch, ExpertJob, ExpertScratch, Experts, ExpertsError, LocalExperts};
+pub use experts::{
+    ExpertBank, ExpertBatch, ExpertGroup, ExpertJobs, ExpertScratch, Experts, ExpertsError, LocalExperts,
+};
 pub use fingerprint::{ARITHMETIC_REVISION, execution_fingerprint};
 pub use kv_cache::KvPool;
 pub use options::{EngineOptions, ResultFormat, wire_activation_format};

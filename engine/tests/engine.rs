@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use compute::{Activations, Cpu};
 use engine::{
-    Engine, EngineError, EngineOptions, ExpertBank, ExpertBatch, ExpertJob, ExpertScratch, Experts,
-    ExpertsError, FollowedInput, InvalidBatch, LocalExperts, LogitsWanted, MtpInput, SequenceInput,
+    Engine, EngineError, EngineOptions, ExpertBank, ExpertBatch, ExpertGroup, ExpertJobs, ExpertScratch,
+    Experts, ExpertsError, FollowedInput, InvalidBatch, LocalExperts, LogitsWanted, MtpInput, SequenceInput,
     StepError,
 };
 use model::{BlockId, Checkpoint, Device, ExpertId, KvFormat, Numerics, TokenId};
@@ -128,8 +128,9 @@ fn experts_round_their_results_to_the_wire() {
         activations.prepare(&cpu, &x, 3, width, bank.activation_format());
         let forward = |rows: &[u32]| {
             let mut out = vec![0.0; rows.len() * width];
-            let job = ExpertJob { layer, expert: ExpertId(2), activations: &activations, rows };
-            bank.forward(&cpu, &mut ExpertScratch::default(), job, &mut out).expect("the expert is held");
+            let groups = &[ExpertGroup { expert: ExpertId(2), rows: rows.len() }];
+            let jobs = ExpertJobs { layer, activations: &activations, rows, groups };
+            bank.forward(&cpu, &mut ExpertScratch::default(), jobs, &mut out).expect("the expert is held");
             out
         };
         let all = forward(&[0, 1, 2]);

@@ -56,7 +56,57 @@ impl Cpu {
 
     /// Rounds every value to the nearest bf16: what a value suffers that goes over the wire as bf16.
     pub fn round_to_bf16(&self, x: &mut [f32]) {
-        vector::run(self.isa, RoundToBf16 { x });
+        let len = x.len();
+        let x = Disjoint::new(x);
+        self.divide(len.div_ceil(TASK_VALUES), len, &|task| {
+            // SAFETY: tasks have different ranges.
+            vector::run(self.isa, RoundToBf16 { x: unsafe { x.part(part(task, TASK_VALUES, len)) } });
+        });
+    }
+
+    /// `out[i] = from[index[i]]`, rows of `width` values.
+    ///
+    /// # Panics
+    /// If the lengths do not fit or an index is past the rows.
+    pub fn gather_rows(&self, from: &[f32], width: usize, index: &[u32], out: &mut [f32]) {
+        assert_eq!(out.len(), index.len() * width, "gathered rows");
+        let per_task = (TASK_VALUES / width.max(1)).max(1);
+        let values = out.len();
+        let out = Disjoint::new(out);
+        self.divide(index.len().div_ceil(per_task), values, &|task| {
+            for i in part(task, per_task, index.len()) {
+                // SAFETY: tasks have different rows.
+                let out = unsafe { out.part(i * width..(i + 1) * width) };
+                out.copy_from_slice(&from[index[i] as usize * width..][..width]);
+            }
+        });
+    }
+
+    /// `out[m] += Σ_j weights[m, j] · vectors[m, j]`, vectors as wide as a row of `out`, `count` of them for each. The
+    /// sum is taken first and in order, products and sums rounded separately: where and when a vector was computed cannot
+    /// change it.
+    ///
+    /// # Panics
+    /// If the lengths do not fit.
+    pub fn add_weighted(&self, vectors: &[f32], weights: &[f32], count: usize, out: &mut [f32]) {
+        if count == 0 || weights.is_empty() {
+            return;
+        }
+        let rows = weights.len() / count;
+        let width = out.len() / rows;
+        assert!(weights.len() == rows * count && out.len() == rows * width, "weights and rows");
+        assert_eq!(vectors.len(), count * out.len(), "vectors");
+        let per_task = (TASK_VALUES / (width * count).max(1)).max(1);
+        let out = Disjoint::new(out);
+        self.divide(rows.div_ceil(per_task), vectors.len(), &|task| {
+            for row in part(task, per_task, rows) {
+                let vectors = &vectors[row * count * width..][..count * width];
+                let weights = &weights[row * count..][..count];
+                // SAFETY: tasks have different rows.
+                let out = unsafe { out.part(row * width..(row + 1) * width) };
+                vector::run(self.isa, AddWeighted { vectors, weights, out });
+            }
+        });
     }
 
     /// Rotates pairs `(x[2i], x[2i+1])` in place; they stay interleaved. `x` holds
@@ -111,6 +161,36 @@ impl Operation for SiluMul<'_> {
                 let one = V::splat(1.0);
                 let silu = gate.div(one.add(V::splat(0.0).sub(gate).exp()));
                 silu.mul(up).store_partial(self.out.as_mut_ptr().add(i), len - i);
+            }
+            i += V::LANES;
+        }
+    }
+}
+
+struct AddWeighted<'a> {
+    vectors: &'a [f32],
+    weights: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl Operation for AddWeighted<'_> {
+    #[inline(always)]
+    unsafe fn run<V: Vector>(self) {
+        let len = self.out.len();
+        let mut i = 0;
+        while i < len {
+            // SAFETY: the machine has the instruction set; `len - i` values are left in each vector and the output.
+            unsafe {
+                let at = self.vectors.as_ptr().add(i);
+                let mut sum = V::load_partial(at, len - i).mul(V::splat(self.weights[0]));
+                let mut j = 1;
+                while j < self.weights.len() {
+                    let vector = V::load_partial(at.add(j * len), len - i);
+                    sum = sum.add(vector.mul(V::splat(self.weights[j])));
+                    j += 1;
+                }
+                let out = self.out.as_mut_ptr().add(i);
+                V::load_partial(out, len - i).add(sum).store_partial(out, len - i);
             }
             i += V::LANES;
         }

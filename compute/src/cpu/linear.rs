@@ -125,7 +125,7 @@ struct Product<'a> {
 }
 
 impl<'a> Product<'a> {
-    fn new(job: &'a mut LinearJob<'_>) -> Self {
+    fn new(job: LinearJob<'a>) -> Self {
         let LinearJob { weights: w, input: x, rows, out } = job;
         let (m, n, k) = (rows.count(x.rows()), w.rows(), w.cols());
         assert_eq!(x.channels(), k, "activations of another width than the matrix");
@@ -148,7 +148,7 @@ impl<'a> Product<'a> {
             (format, weights) => panic!("{format:?} activations do not go with {weights:?} weights"),
         };
         let y = Output { values: Disjoint::new(out), stride: n, first: 0 };
-        Product { weights, m, n, k, x: inputs, x_stride: x.stride(), rows: *rows, y }
+        Product { weights, m, n, k, x: inputs, x_stride: x.stride(), rows, y }
     }
 
     fn input_row(&self, m: usize) -> usize {
@@ -252,7 +252,8 @@ impl Cpu {
     /// # Panics
     /// If the formats do not go together or a length does not fit.
     pub fn linear(&self, w: &Matrix, x: &Activations, y: &mut [f32]) {
-        self.linear_all(&mut [LinearJob { weights: w, input: x, rows: InputRows::All, out: y }]);
+        let job = LinearJob { weights: w, input: x, rows: InputRows::All, out: y };
+        self.products(&[Some(Product::new(job))]);
     }
 
     /// As [`Self::linear`] for the rows `row_index` of `x`: row `i` of `y` `[row_index.len(), n]` has the bits that
@@ -262,25 +263,29 @@ impl Cpu {
     /// As [`Self::linear`], and if an index is past the rows.
     pub fn linear_rows(&self, w: &Matrix, x: &Activations, row_index: &[u32], y: &mut [f32]) {
         let rows = InputRows::Index(row_index);
-        self.linear_all(&mut [LinearJob { weights: w, input: x, rows, out: y }]);
+        self.products(&[Some(Product::new(LinearJob { weights: w, input: x, rows, out: y }))]);
+    }
+
+    /// Two products at a time, each as [`Self::linear`].
+    ///
+    /// # Panics
+    /// As [`Self::linear_rows`].
+    pub fn linear_pair(&self, jobs: [LinearJob<'_>; 2]) {
+        self.products(&jobs.map(|job| Some(Product::new(job))));
     }
 
     /// Several products at a time, each as [`Self::linear`].
     ///
     /// # Panics
     /// As [`Self::linear_rows`].
-    pub fn linear_all(&self, jobs: &mut [LinearJob<'_>]) {
-        match jobs {
-            [] => {}
-            [a] => self.products(&[Some(Product::new(a))]),
-            [a, b] => self.products(&[Some(Product::new(a)), Some(Product::new(b))]),
-            jobs => {
-                for jobs in jobs.chunks_mut(JOBS_MAX) {
-                    let mut jobs = jobs.iter_mut();
-                    let products: [_; JOBS_MAX] = std::array::from_fn(|_| jobs.next().map(Product::new));
-                    self.products(&products);
-                }
+    pub fn linear_all<'a>(&self, jobs: impl Iterator<Item = LinearJob<'a>>) {
+        let mut jobs = jobs.fuse();
+        loop {
+            let products: [_; JOBS_MAX] = std::array::from_fn(|_| jobs.next().map(Product::new));
+            if products[0].is_none() {
+                return;
             }
+            self.products(&products);
         }
     }
 

@@ -5,7 +5,7 @@
 //! all its tokens and then attends, so that a token reads itself and its chunk's earlier tokens exactly as any later
 //! step will: rounded as the cache format rounds.
 
-use compute::{Activations, HeadMatrices, MlaShape, RopeRows, RopeTable};
+use compute::{Activations, HeadMatrices, InputRows, MlaShape, RopeRows, RopeTable};
 use model::ModelConfig;
 use model::schema::{AttentionTensors, QueryTensors};
 
@@ -86,13 +86,27 @@ impl Attention {
         normed: &[f32],
         out: &mut [f32],
     ) {
-        self.store_rows(step, layer, workspace, normed);
+        self.prepare(step, workspace, normed);
+        let rows = step.batch.rows();
+        let first = self.query.first();
+        let AttentionWorkspace { activations, compressed, query_latents, queries, .. } = &mut *workspace;
+        let projected = match &self.query {
+            Query::Direct(_) => queries,
+            Query::LowRank { .. } => query_latents,
+        };
+        let compressed = &mut compressed[..rows * self.compress.width()];
+        step.cpu.linear_pair([
+            self.compress.job(activations, InputRows::All, compressed),
+            first.job(activations, InputRows::All, &mut projected[..rows * first.width()]),
+        ]);
+        step.observer.stage(Stage::Compress);
+        self.store(step, layer, workspace);
         self.project_queries(step, workspace);
         step.observer.stage(Stage::Queries);
         self.attend(step, layer, workspace, out);
     }
 
-    /// The first half of [`Self::forward`]: stores the rows' cache entries, which need no attention.
+    /// The part of [`Self::forward`] that stores the rows' cache entries, which need no attention.
     pub fn store_rows(
         &self,
         step: &mut StepContext<'_>,
@@ -100,29 +114,27 @@ impl Attention {
         workspace: &mut AttentionWorkspace,
         normed: &[f32],
     ) {
-        let rows = step.batch.rows();
-        workspace.activations.prepare(
-            step.cpu,
-            normed,
-            rows,
-            self.compress.input_width(),
-            self.compress.input_format(),
-        );
+        self.prepare(step, workspace, normed);
+        let compressed = &mut workspace.compressed[..step.batch.rows() * self.compress.width()];
+        self.compress.forward(step.cpu, &workspace.activations, compressed);
+        step.observer.stage(Stage::Compress);
         self.store(step, layer, workspace);
-        step.observer.stage(Stage::CacheRows);
-        step.observer.layer_done(layer, step.kv);
     }
 
-    /// Latent and rotated key of every row into the cache. Takes the prepared input in `workspace.activations`.
+    /// The hidden state as the projections want it.
+    fn prepare(&self, step: &StepContext<'_>, workspace: &mut AttentionWorkspace, normed: &[f32]) {
+        let (rows, width) = (step.batch.rows(), self.compress.input_width());
+        workspace.activations.prepare(step.cpu, normed, rows, width, self.compress.input_format());
+    }
+
+    /// Latent and rotated key of every row into the cache, from what is in `workspace.compressed`.
     fn store(&self, step: &mut StepContext<'_>, layer: usize, workspace: &mut AttentionWorkspace) {
         let MlaShape { latent, rope, .. } = self.shape;
         let rows = step.batch.rows();
-        let compressed = &mut workspace.compressed[..rows * (latent + rope)];
+        let compressed = &workspace.compressed[..rows * (latent + rope)];
         let latents = &mut workspace.latents[..rows * latent];
         let normed_latents = &mut workspace.normed_latents[..rows * latent];
         let keys = &mut workspace.keys[..rows * rope];
-        self.compress.forward(step.cpu, &workspace.activations, compressed);
-        step.observer.stage(Stage::Compress);
         split_rows(compressed, latent, latents, rope, keys);
         // The norm covers the latent alone, not the key.
         self.latent_norm.forward(step.cpu, latents, normed_latents);
@@ -133,9 +145,11 @@ impl Attention {
         for (&slot, (latent, key)) in step.batch.slots.iter().zip(entries) {
             step.cpu.kv_write(&mut cache, layer, slot, latent, key);
         }
+        step.observer.stage(Stage::CacheRows);
+        step.observer.layer_done(layer, step.kv);
     }
 
-    /// Rotated queries, split into the part taken into the latent space and the rotary part.
+    /// Rotated queries from what [`Self::forward`] projected, split into the part taken into the latent space and the rotary part.
     fn project_queries(&self, step: &StepContext<'_>, workspace: &mut AttentionWorkspace) {
         let MlaShape { heads, rope, .. } = self.shape;
         let rows = step.batch.rows();
@@ -150,11 +164,11 @@ impl Attention {
         } = workspace;
         let queries = &mut queries[..rows * heads * (self.nope + rope)];
         match &self.query {
-            Query::Direct(query) => query.forward(step.cpu, activations, queries),
+            // Already there: they are projected along with the latents.
+            Query::Direct(_) => {}
             Query::LowRank { down, norm, up } => {
-                let latents = &mut query_latents[..rows * down.width()];
+                let latents = &query_latents[..rows * down.width()];
                 let normed = &mut normed_query_latents[..rows * down.width()];
-                down.forward(step.cpu, activations, latents);
                 norm.forward(step.cpu, latents, normed);
                 activations.prepare(step.cpu, normed, rows, down.width(), up.input_format());
                 up.forward(step.cpu, activations, queries);

@@ -1,6 +1,6 @@
 //! The SwiGLU MLP: dense layers, shared experts and routed experts alike.
 
-use compute::{ActivationFormat, Activations, Cpu};
+use compute::{ActivationFormat, Activations, Cpu, InputRows, LinearJob};
 use model::schema::MlpTensors;
 
 use super::{Linear, Loader, expect_input_format};
@@ -35,6 +35,46 @@ impl GatedMlp {
         expect_input_format(&self.gate, &tensors.gate_proj, format)
     }
 
+    /// Inner width.
+    pub fn inner_width(&self) -> usize {
+        self.down.input_width()
+    }
+
+    /// What the inner values are rounded to.
+    pub fn inner_format(&self) -> ActivationFormat {
+        self.down.input_format()
+    }
+
+    /// The first half, as products to be run together: `gate` and `up` are `[rows, inner]`.
+    pub fn gate_job<'a>(
+        &'a self,
+        input: &'a Activations,
+        rows: InputRows<'a>,
+        gate: &'a mut [f32],
+    ) -> LinearJob<'a> {
+        self.gate.job(input, rows, gate)
+    }
+
+    /// As [`Self::gate_job`].
+    pub fn up_job<'a>(
+        &'a self,
+        input: &'a Activations,
+        rows: InputRows<'a>,
+        up: &'a mut [f32],
+    ) -> LinearJob<'a> {
+        self.up.job(input, rows, up)
+    }
+
+    /// The second half: `out[rows, hidden]` of rows of `inner` that [`GatedMlpWorkspace::activate`] made.
+    pub fn down_job<'a>(
+        &'a self,
+        inner: &'a Activations,
+        rows: InputRows<'a>,
+        out: &'a mut [f32],
+    ) -> LinearJob<'a> {
+        self.down.job(inner, rows, out)
+    }
+
     /// All rows of `input`: `out[m, hidden]`.
     pub fn forward(
         &self,
@@ -43,35 +83,11 @@ impl GatedMlp {
         input: &Activations,
         out: &mut [f32],
     ) {
-        let (gate, up) = workspace.gate_and_up(input.rows(), self.gate.width());
-        self.gate.forward(cpu, input, gate);
-        self.up.forward(cpu, input, up);
-        self.finish(cpu, workspace, input.rows(), out);
-    }
-
-    /// Some rows of `input`: `out[rows.len(), hidden]`. A row's result is the same as in [`Self::forward`].
-    pub fn forward_rows(
-        &self,
-        cpu: &Cpu,
-        workspace: &mut GatedMlpWorkspace,
-        input: &Activations,
-        rows: &[u32],
-        out: &mut [f32],
-    ) {
-        let (gate, up) = workspace.gate_and_up(rows.len(), self.gate.width());
-        self.gate.forward_rows(cpu, input, rows, gate);
-        self.up.forward_rows(cpu, input, rows, up);
-        self.finish(cpu, workspace, rows.len(), out);
-    }
-
-    /// From the two projections to the output.
-    fn finish(&self, cpu: &Cpu, workspace: &mut GatedMlpWorkspace, rows: usize, out: &mut [f32]) {
-        let width = self.down.input_width();
-        let GatedMlpWorkspace { gate, up, product, activations } = workspace;
-        let product = &mut product[..rows * width];
-        cpu.silu_mul(&gate[..rows * width], &up[..rows * width], product);
-        activations.prepare(cpu, product, rows, width, self.down.input_format());
-        self.down.forward(cpu, activations, out);
+        let width = self.inner_width();
+        let (gate, up) = workspace.gate_and_up(input.rows(), width);
+        cpu.linear_pair([self.gate_job(input, InputRows::All, gate), self.up_job(input, InputRows::All, up)]);
+        let inner = workspace.activate(cpu, input.rows(), width, self.inner_format());
+        self.down.forward(cpu, inner, out);
     }
 }
 
@@ -92,7 +108,8 @@ impl GatedMlpWorkspace {
         workspace
     }
 
-    fn gate_and_up(&mut self, rows: usize, width: usize) -> (&mut [f32], &mut [f32]) {
+    /// `[rows, width]` of gates, and as many of what they let through.
+    pub fn gate_and_up(&mut self, rows: usize, width: usize) -> (&mut [f32], &mut [f32]) {
         let size = rows * width;
         for buffer in [&mut self.gate, &mut self.up, &mut self.product] {
             if buffer.len() < size {
@@ -100,5 +117,20 @@ impl GatedMlpWorkspace {
             }
         }
         (&mut self.gate[..size], &mut self.up[..size])
+    }
+
+    /// `silu(gate) * up` of what is in the buffers, as the second half wants it.
+    pub fn activate(
+        &mut self,
+        cpu: &Cpu,
+        rows: usize,
+        width: usize,
+        format: ActivationFormat,
+    ) -> &Activations {
+        let Self { gate, up, product, activations } = self;
+        let product = &mut product[..rows * width];
+        cpu.silu_mul(&gate[..rows * width], &up[..rows * width], product);
+        activations.prepare(cpu, product, rows, width, format);
+        activations
     }
 }

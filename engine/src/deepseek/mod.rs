@@ -4,16 +4,18 @@
 //! a completion, and reads the cache as it is stored, the running chunk's rows included. Nothing here looks at how many
 //! rows a step has, so a position's bits do not depend on its company.
 
+mod absorb;
 mod attention;
 mod dense;
 mod moe;
 mod mtp;
 mod weights;
 
+pub(crate) use absorb::absorb;
 pub(crate) use attention::rope_table;
 pub(crate) use dense::{GatedMlp, GatedMlpWorkspace};
 pub(crate) use mtp::{MtpModule, MtpWorkspace};
-pub(crate) use weights::{Linear, Loader, RmsNorm, absorb, expect_input_format};
+pub(crate) use weights::{Linear, Loader, RmsNorm, expect_input_format};
 
 use attention::{Attention, AttentionWorkspace};
 use compute::{Activations, Cpu, Matrix, MlaRow, RopeTable};

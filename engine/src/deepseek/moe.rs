@@ -86,31 +86,9 @@ impl Moe {
         }
         step.observer.stage(Stage::SharedExpert);
         step.experts.combine(step.cpu, routed)?;
-        let tokens =
-            routed.chunks_exact_mut(self.rule.top_k * hidden_size).zip(weights.chunks_exact(self.rule.top_k));
-        for ((results, weights), out) in tokens.zip(out.chunks_exact_mut(hidden_size)) {
-            add_weighted(results, weights, out);
-        }
+        step.cpu.add_weighted(routed, weights, self.rule.top_k, out);
         step.observer.stage(Stage::Combine);
         Ok(())
-    }
-}
-
-/// `out += Σ weights[j] * results[j]`. The sum is taken first and in order, in the place of `results[0]`: where and when
-/// an expert was computed cannot change it.
-fn add_weighted(results: &mut [f32], weights: &[f32], out: &mut [f32]) {
-    let Some((first, weights)) = weights.split_first() else { return };
-    let (sum, rest) = results.split_at_mut(out.len());
-    for value in sum.iter_mut() {
-        *value *= first;
-    }
-    for (weight, result) in weights.iter().zip(rest.chunks_exact(out.len())) {
-        for (value, result) in sum.iter_mut().zip(result) {
-            *value += weight * result;
-        }
-    }
-    for (out, value) in out.iter_mut().zip(sum) {
-        *out += *value;
     }
 }
 

@@ -1,6 +1,11 @@
 //! From tensors on disk to operands: which numerics wants which matrix in which form.
 
-use compute::{ActivationFormat, Activations, Cpu, HeadMatrices, Matrix, MatrixError, WeightFormat};
+use std::ops::Deref;
+
+use compute::{
+    ActivationFormat, Activations, Arena, Cpu, HeadMatrices, InputRows, LinearJob, Matrix, MatrixError,
+    WeightFormat,
+};
 use model::schema::TensorSpec;
 use model::{Checkpoint, Dtype, ModelConfig, Numerics};
 
@@ -36,9 +41,14 @@ impl Linear {
         cpu.linear(&self.matrix, input, out);
     }
 
-    /// [`Self::forward`] for some rows of `input`: `out[rows.len(), width]`.
-    pub fn forward_rows(&self, cpu: &Cpu, input: &Activations, rows: &[u32], out: &mut [f32]) {
-        cpu.linear_rows(&self.matrix, input, rows, out);
+    /// [`Self::forward`] for some rows of `input`, to be run together with other products.
+    pub fn job<'a>(
+        &'a self,
+        input: &'a Activations,
+        rows: InputRows<'a>,
+        out: &'a mut [f32],
+    ) -> LinearJob<'a> {
+        LinearJob { weights: &self.matrix, input, rows, out }
     }
 }
 
@@ -64,6 +74,8 @@ pub(crate) struct Loader<'a> {
     progress: &'a mut Progress<'a>,
     bytes_done: u64,
     bytes_total: u64,
+    /// Where matrices lie in the order that the processor reads fastest.
+    arena: Arena,
 }
 
 impl<'a> Loader<'a> {
@@ -79,7 +91,7 @@ impl<'a> Loader<'a> {
             bytes_total += checkpoint.tensor(&spec.name)?.data.len() as u64;
         }
         progress(0, bytes_total);
-        Ok(Self { checkpoint, numerics, progress, bytes_done: 0, bytes_total })
+        Ok(Self { checkpoint, numerics, progress, bytes_done: 0, bytes_total, arena: Arena::new() })
     }
 
     pub fn config(&self) -> &'a ModelConfig {
@@ -112,6 +124,7 @@ impl<'a> Loader<'a> {
             WeightFormat::Bf16 => ActivationFormat::Bf16,
             WeightFormat::Fp8 => fp8_activation_format(self.config()),
         };
+        let matrix = matrix.arranged(&mut self.arena).map_err(|source| no_memory(spec, source))?;
         Ok(Linear { matrix, input_format })
     }
 
@@ -129,6 +142,30 @@ impl<'a> Loader<'a> {
     /// All values of a matrix in f32, row-major.
     pub fn values(&mut self, spec: &TensorSpec) -> Result<Vec<f32>, EngineError> {
         Ok(self.stored(spec)?.to_f32())
+    }
+
+    /// Codes and block scales of a matrix that is stored in FP8; of others, nothing.
+    pub fn codes(
+        &mut self,
+        spec: &TensorSpec,
+    ) -> Result<Option<(impl Deref<Target = [u8]> + use<>, Vec<f32>)>, EngineError> {
+        let tensor = self.checkpoint.tensor(&spec.name)?;
+        if tensor.dtype != Dtype::F8E4m3 {
+            return Ok(None);
+        }
+        let scales = self.checkpoint.tensor(&spec.scale_name())?;
+        self.bytes_done += tensor.data.len() as u64;
+        (self.progress)(self.bytes_done, self.bytes_total);
+        Ok(Some((tensor.data, f32_values(&scales.data))))
+    }
+
+    /// One matrix per head where the processor reads it fastest.
+    pub fn arrange_heads(
+        &mut self,
+        spec: &TensorSpec,
+        heads: HeadMatrices,
+    ) -> Result<HeadMatrices, EngineError> {
+        heads.arranged(&mut self.arena).map_err(|source| no_memory(spec, source))
     }
 
     /// A norm's weight.
@@ -169,31 +206,8 @@ pub(crate) fn expect_input_format(
     }
 }
 
-/// The two absorbed halves of `kv_b` `[heads * (nope + v), latent]`: `W_UK` `[heads, latent, nope]`, which takes a query
-/// into the latent space, and `W_UV` `[heads, v, latent]`, which takes the attended latent out of it.
-pub(crate) fn absorb(
-    loader: &mut Loader<'_>,
-    spec: &TensorSpec,
-) -> Result<(HeadMatrices, HeadMatrices), EngineError> {
-    let config = loader.config();
-    let (heads, nope, v, latent) =
-        (config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank);
-    let weights = loader.values(spec)?;
-    let mut key = vec![0.0; heads * latent * nope];
-    let mut value = Vec::with_capacity(heads * v * latent);
-    for (head, rows) in weights.chunks_exact((nope + v) * latent).enumerate() {
-        let (key_rows, value_rows) = rows.split_at(nope * latent);
-        let transposed = &mut key[head * latent * nope..][..latent * nope];
-        for (channel, row) in key_rows.chunks_exact(latent).enumerate() {
-            for (index, weight) in row.iter().enumerate() {
-                transposed[index * nope + channel] = *weight;
-            }
-        }
-        value.extend_from_slice(value_rows);
-    }
-    let key = HeadMatrices::new(heads, latent, nope, key).map_err(|source| mismatch(spec, source))?;
-    let value = HeadMatrices::new(heads, v, latent, value).map_err(|source| mismatch(spec, source))?;
-    Ok((key, value))
+fn no_memory(spec: &TensorSpec, source: std::io::Error) -> EngineError {
+    EngineError::Memory { tensor: spec.name.clone(), source }
 }
 
 fn multiply_out(spec: &TensorSpec, matrix: &Matrix) -> Result<Matrix, EngineError> {

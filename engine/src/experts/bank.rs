@@ -1,6 +1,6 @@
 //! Loaded routed experts and their computation.
 
-use compute::{ActivationFormat, Activations, Cpu};
+use compute::{ActivationFormat, Activations, Cpu, InputRows};
 use model::{Checkpoint, ExpertId, Numerics, schema};
 
 use super::ExpertsError;
@@ -18,17 +18,26 @@ pub struct ExpertBank {
     bytes: u64,
 }
 
-/// Some rows of a batch for one expert.
+/// Rows of a batch, grouped by the expert that computes them.
 #[derive(Clone, Copy)]
-pub struct ExpertJob<'a> {
+pub struct ExpertJobs<'a> {
     /// The layer, counted as in the checkpoint.
     pub layer: usize,
-    /// The expert.
-    pub expert: ExpertId,
     /// The batch's tokens, in the wire format.
     pub activations: &'a Activations,
-    /// Which rows of `activations` to compute.
+    /// Which rows of `activations` to compute, the rows of each group together.
     pub rows: &'a [u32],
+    /// The groups, in the order of `rows`, and as many rows in all.
+    pub groups: &'a [ExpertGroup],
+}
+
+/// How many rows an expert computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertGroup {
+    /// The expert.
+    pub expert: ExpertId,
+    /// At least one.
+    pub rows: usize,
 }
 
 /// Intermediate values of [`ExpertBank::forward`]; grows to the largest job and then stays.
@@ -63,10 +72,14 @@ impl ExpertBank {
         let mut loader = Loader::new(checkpoint, numerics, plan, progress)?;
         let mut layers: Vec<Vec<Option<GatedMlp>>> = Vec::new();
         layers.resize_with(config.layers_with_mtp(), Vec::new);
+        let mut inner_format = None;
         for (layer, expert) in experts() {
             let tensors = schema::expert(config, layer, expert);
             let mlp = GatedMlp::load(&mut loader, &tensors)?;
             mlp.expect_input_format(&tensors, activation_format)?;
+            if *inner_format.get_or_insert(mlp.inner_format()) != mlp.inner_format() {
+                return Err(EngineError::MixedFormats { tensor: tensors.down_proj.name });
+            }
             layers[layer].resize_with(config.n_routed_experts, || None);
             layers[layer][usize::from(expert.0)] = Some(mlp);
         }
@@ -94,21 +107,63 @@ impl ExpertBank {
         Self::load(checkpoint, &held, numerics, progress)
     }
 
-    /// One expert's result for each row of a job: `out` is `[rows, hidden_size]`, rounded to the result format.
+    /// Each row's result: `out` is `[rows, hidden_size]`, rounded to the result format. The products of all experts are
+    /// run together, so that a few rows for each of many experts are as fast as memory allows.
     ///
-    /// A row's result depends on that row alone, not on the others in the job.
+    /// A row's result depends on that row and its expert alone.
     pub fn forward(
         &self,
         cpu: &Cpu,
         scratch: &mut ExpertScratch,
-        job: ExpertJob<'_>,
+        jobs: ExpertJobs<'_>,
         out: &mut [f32],
     ) -> Result<(), ExpertsError> {
-        let ExpertJob { layer, expert, activations, rows } = job;
-        let mlp = self.get(layer, expert).ok_or(ExpertsError::NotHeld { layer, expert })?;
-        mlp.forward_rows(cpu, &mut scratch.mlp, activations, rows, out);
-        self.result_format.round(out);
+        let ExpertJobs { layer, activations, rows, groups } = jobs;
+        let Some((width, format)) = self.inner(layer, groups)? else { return Ok(()) };
+        let experts = || {
+            let mlps = groups.iter().filter_map(move |group| self.get(layer, group.expert));
+            let ends = groups.iter().scan(0, |end, group| {
+                *end += group.rows;
+                Some(*end - group.rows..*end)
+            });
+            mlps.zip(ends)
+        };
+        let (gate, up) = scratch.mlp.gate_and_up(rows.len(), width);
+        let (mut gate, mut up) = (Parts::new(gate, width), Parts::new(up, width));
+        let gates = experts().map(|(mlp, range)| {
+            let out = gate.next(range.len());
+            mlp.gate_job(activations, InputRows::Index(&rows[range]), out)
+        });
+        let ups = experts().map(|(mlp, range)| {
+            let out = up.next(range.len());
+            mlp.up_job(activations, InputRows::Index(&rows[range]), out)
+        });
+        cpu.linear_all(gates.chain(ups));
+        let inner = scratch.mlp.activate(cpu, rows.len(), width, format);
+        let mut parts = Parts::new(out, self.hidden_size);
+        cpu.linear_all(experts().map(|(mlp, range)| {
+            let rows = InputRows::Range { first: range.start, count: range.len() };
+            mlp.down_job(inner, rows, parts.next(range.len()))
+        }));
+        if self.result_format == ResultFormat::Bf16 {
+            cpu.round_to_bf16(out);
+        }
         Ok(())
+    }
+
+    /// Inner width and format of the experts of some groups; nothing if there is no group.
+    fn inner(
+        &self,
+        layer: usize,
+        groups: &[ExpertGroup],
+    ) -> Result<Option<(usize, ActivationFormat)>, ExpertsError> {
+        let mut inner = None;
+        for &ExpertGroup { expert, .. } in groups {
+            let mlp = self.get(layer, expert).ok_or(ExpertsError::NotHeld { layer, expert })?;
+            // The loader checks that all of them are alike.
+            inner = Some((mlp.inner_width(), mlp.inner_format()));
+        }
+        Ok(inner)
     }
 
     /// Whether an expert is held.
@@ -138,5 +193,24 @@ impl ExpertBank {
     /// What results are rounded to.
     pub fn result_format(&self) -> ResultFormat {
         self.result_format
+    }
+}
+
+/// A buffer given out row by row.
+struct Parts<'a> {
+    rest: &'a mut [f32],
+    width: usize,
+}
+
+impl<'a> Parts<'a> {
+    fn new(rest: &'a mut [f32], width: usize) -> Self {
+        Self { rest, width }
+    }
+
+    /// The next `rows` rows.
+    fn next(&mut self, rows: usize) -> &'a mut [f32] {
+        let (part, rest) = std::mem::take(&mut self.rest).split_at_mut(rows * self.width);
+        self.rest = rest;
+        part
     }
 }

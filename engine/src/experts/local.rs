@@ -3,7 +3,7 @@
 use compute::Cpu;
 use model::ExpertId;
 
-use super::{ExpertBank, ExpertBatch, ExpertJob, ExpertScratch, Experts, ExpertsError};
+use super::{ExpertBank, ExpertBatch, ExpertGroup, ExpertJobs, ExpertScratch, Experts, ExpertsError};
 
 /// Computes a batch in [`Experts::dispatch`] and hands it over in [`Experts::combine`].
 ///
@@ -16,6 +16,10 @@ pub struct LocalExperts {
     assignments: Vec<(u16, u32)>,
     /// Token of each assignment.
     rows: Vec<u32>,
+    /// How many assignments each expert has, in their order.
+    groups: Vec<ExpertGroup>,
+    /// Where each of the batch's pairs stands in `assignments`.
+    places: Vec<u32>,
     /// Results in the order of `assignments`, `[tokens * topk, hidden]`.
     results: Vec<f32>,
 }
@@ -28,6 +32,8 @@ impl LocalExperts {
             scratch: ExpertScratch::default(),
             assignments: Vec::new(),
             rows: Vec::new(),
+            groups: Vec::new(),
+            places: Vec::new(),
             results: Vec::new(),
         }
     }
@@ -39,36 +45,34 @@ impl LocalExperts {
         self.assignments.sort_unstable();
         self.rows.clear();
         self.rows.extend(self.assignments.iter().map(|&(_, index)| index / batch.topk as u32));
+        self.groups.clear();
+        self.groups.extend(
+            self.assignments
+                .chunk_by(|a, b| a.0 == b.0)
+                .map(|group| ExpertGroup { expert: ExpertId(group[0].0), rows: group.len() }),
+        );
+        self.places.resize(self.assignments.len(), 0);
+        for (&(_, index), place) in self.assignments.iter().zip(0u32..) {
+            self.places[index as usize] = place;
+        }
     }
 }
 
 impl Experts for LocalExperts {
     fn dispatch(&mut self, cpu: &Cpu, batch: &ExpertBatch<'_>) -> Result<(), ExpertsError> {
         self.sort(batch);
-        let hidden_size = self.bank.hidden_size();
-        self.results.resize(self.assignments.len() * hidden_size, 0.0);
-        let mut start = 0;
-        for group in self.assignments.chunk_by(|a, b| a.0 == b.0) {
-            let end = start + group.len();
-            let job = ExpertJob {
-                layer: batch.layer,
-                expert: ExpertId(group[0].0),
-                activations: batch.activations,
-                rows: &self.rows[start..end],
-            };
-            let out = &mut self.results[start * hidden_size..end * hidden_size];
-            self.bank.forward(cpu, &mut self.scratch, job, out)?;
-            start = end;
-        }
-        Ok(())
+        self.results.resize(self.assignments.len() * self.bank.hidden_size(), 0.0);
+        let jobs = ExpertJobs {
+            layer: batch.layer,
+            activations: batch.activations,
+            rows: &self.rows,
+            groups: &self.groups,
+        };
+        self.bank.forward(cpu, &mut self.scratch, jobs, &mut self.results)
     }
 
-    fn combine(&mut self, _: &Cpu, out: &mut [f32]) -> Result<(), ExpertsError> {
-        let hidden_size = self.bank.hidden_size();
-        for (&(_, index), result) in self.assignments.iter().zip(self.results.chunks_exact(hidden_size)) {
-            let start = index as usize * hidden_size;
-            out[start..start + hidden_size].copy_from_slice(result);
-        }
+    fn combine(&mut self, cpu: &Cpu, out: &mut [f32]) -> Result<(), ExpertsError> {
+        cpu.gather_rows(&self.results, self.bank.hidden_size(), &self.places, out);
         Ok(())
     }
 }

@@ -1,8 +1,8 @@
-//! One layer's experts for the rows of several sources: a grouped product per expert.
+//! One layer's experts for the rows of several sources: the products of all of them together.
 
 use bytes::{Bytes, BytesMut};
 use compute::{Activations, Cpu};
-use engine::{ExpertBank, ExpertJob, ExpertScratch, ExpertsError};
+use engine::{ExpertBank, ExpertGroup, ExpertJobs, ExpertScratch, ExpertsError};
 use fabric::PeerId;
 use model::ExpertId;
 use proto::v1::DispatchHead;
@@ -47,6 +47,7 @@ pub(crate) struct Step {
     activations: Activations,
     assignments: Vec<Assignment>,
     rows: Vec<u32>,
+    groups: Vec<ExpertGroup>,
     results: Vec<f32>,
 }
 
@@ -61,6 +62,7 @@ impl Step {
             activations: Activations::new(),
             assignments: Vec::new(),
             rows: Vec::new(),
+            groups: Vec::new(),
             results: Vec::new(),
         }
     }
@@ -74,18 +76,13 @@ impl Step {
         let row_bytes = self.wire.result_row_bytes();
         let hidden = self.wire.hidden;
         let mut combined = BytesMut::zeroed(self.assignments.len() * row_bytes);
-        let mut start = 0;
-        for group in self.assignments.chunk_by(|a, b| a.expert == b.expert) {
-            let rows = &self.rows[start..start + group.len()];
-            start += group.len();
-            self.results.resize(group.len() * hidden, 0.0);
-            let expert = ExpertId(group[0].expert);
-            let job = ExpertJob { layer, expert, activations: &self.activations, rows };
-            self.bank.forward(&self.cpu, &mut self.scratch, job, &mut self.results)?;
-            for (assignment, result) in group.iter().zip(self.results.chunks_exact(hidden)) {
-                let at = assignment.vector as usize * row_bytes;
-                self.wire.write_result(result, &mut combined[at..at + row_bytes]);
-            }
+        self.results.resize(self.assignments.len() * hidden, 0.0);
+        let jobs =
+            ExpertJobs { layer, activations: &self.activations, rows: &self.rows, groups: &self.groups };
+        self.bank.forward(&self.cpu, &mut self.scratch, jobs, &mut self.results)?;
+        for (assignment, result) in self.assignments.iter().zip(self.results.chunks_exact(hidden)) {
+            let at = assignment.vector as usize * row_bytes;
+            self.wire.write_result(result, &mut combined[at..at + row_bytes]);
         }
         // Each source's vectors lie together, so its body is a slice of the one buffer.
         let bodies = batch.iter().map(|dispatch| combined.split_to(dispatch.vectors() * row_bytes).freeze());
@@ -112,6 +109,12 @@ impl Step {
         self.assignments.sort_unstable();
         self.rows.clear();
         self.rows.extend(self.assignments.iter().map(|assignment| assignment.row));
+        self.groups.clear();
+        self.groups.extend(
+            self.assignments
+                .chunk_by(|a, b| a.expert == b.expert)
+                .map(|group| ExpertGroup { expert: ExpertId(group[0].expert), rows: group.len() }),
+        );
         let WireFormats { hidden, activation, .. } = self.wire;
         self.activations
             .read_wire(activation, row as usize, hidden, &self.rows_bytes)

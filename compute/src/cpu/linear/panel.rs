@@ -282,8 +282,7 @@ impl<W: decode::Weights> Task<'_, W> {
         let mut sums: Sums<M> = [[_mm512_setzero_ps(); VECTORS]; M];
         for pair in 0..self.pairs(block) {
             for line in 0..lines {
-                // SAFETY: asks for a line and touches nothing.
-                unsafe { _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(64 * (lines * pair + line)).cast()) }
+                _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(64 * (lines * pair + line)).cast());
             }
             // SAFETY: so many pairs were decoded and are in the inputs.
             unsafe {

@@ -224,9 +224,7 @@ fn products_do_not_see_each_other() {
     let mut out: Vec<Vec<f32>> =
         weights.iter().enumerate().map(|(i, w)| vec![f32::NAN; rows(i).1 * w.rows()]).collect();
     let jobs = weights.iter().zip(&mut out).enumerate();
-    let mut jobs: Vec<LinearJob<'_>> =
-        jobs.map(|(i, (weights, out))| LinearJob { weights, input: &x, rows: rows(i).0, out }).collect();
-    cpu.linear_all(&mut jobs);
+    cpu.linear_all(jobs.map(|(i, (weights, out))| LinearJob { weights, input: &x, rows: rows(i).0, out }));
     for (i, (w, out)) in weights.iter().zip(&out).enumerate() {
         let all = product(&cpu, w, &x);
         let expected: Vec<f32> = match rows(i).0 {
