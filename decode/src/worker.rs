@@ -414,17 +414,24 @@ struct PoolSink<'a> {
 }
 
 impl BlockSink for PoolSink<'_> {
-    fn write(&mut self, ticket: TicketId, block_in_sequence: u32, layer: u32, bytes: &[u8]) {
+    fn place(
+        &mut self,
+        ticket: TicketId,
+        block_in_sequence: u32,
+        layer: u32,
+        bytes: usize,
+    ) -> Option<&mut [u8]> {
         let block: Option<BlockId> = self
             .scheduler
             .by_ticket(ticket)
             .and_then(|id| self.scheduler.sequence(id))
             .and_then(|sequence| sequence.block_table().get(block_in_sequence as usize).copied());
-        match block {
-            Some(block) => self.pool.write_block_layer(block, layer as usize, bytes),
+        let place = block.and_then(|block| self.pool.block_layer_mut(block, layer as usize, bytes));
+        if place.is_none() {
             // The receiver checked the ticket just now: its books and the scheduler's have come apart.
-            None => tracing::error!(%ticket, block_in_sequence, "a live ticket has no block here"),
+            tracing::error!(%ticket, block_in_sequence, "a live ticket has no block here");
         }
+        place
     }
 }
 

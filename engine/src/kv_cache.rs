@@ -65,6 +65,18 @@ impl KvPool {
         self.bytes[start..start + rows.len()].copy_from_slice(rows);
     }
 
+    /// The first `bytes` bytes of one layer of one block, to be written in place. `None` where block or layer does not
+    /// exist, or `bytes` is no whole number of rows or more than a block's layer has.
+    pub fn block_layer_mut(&mut self, block: BlockId, layer: usize, bytes: usize) -> Option<&mut [u8]> {
+        let whole = bytes.is_multiple_of(self.layout.row_bytes()) && bytes <= self.layout.layer_stride();
+        let exists = (block.0 as usize) < self.blocks && layer < self.layout.layers;
+        if !whole || !exists {
+            return None;
+        }
+        let start = self.offset(block, layer);
+        self.bytes.get_mut(start..start + bytes)
+    }
+
     fn offset(&self, block: BlockId, layer: usize) -> usize {
         assert!((block.0 as usize) < self.blocks, "block {block} of {}", self.blocks);
         assert!(layer < self.layout.layers, "layer {layer} of {}", self.layout.layers);

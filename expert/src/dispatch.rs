@@ -18,9 +18,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use crossbeam_channel::Receiver;
 use engine::{ExpertBatch, Experts, ExpertsError};
-use fabric::{Channel, Event, Fabric, Frame, PeerId, SendError};
+use fabric::{Arrivals, Channel, Event, Fabric, Frame, PeerId, SendError};
 use prost::Message;
 use proto::v1::{CombineHead, DispatchHead};
 
@@ -66,7 +65,7 @@ pub struct DispatchCounters {
 /// [`Experts`] over a fabric. Owned by the engine, used by its device thread alone.
 pub struct RemoteExperts {
     fabric: Fabric,
-    events: Receiver<Event>,
+    events: Arrivals,
     placement: Placement,
     wire: WireFormats,
     incarnation: u64,
@@ -240,7 +239,7 @@ impl RemoteExperts {
 
     fn apply(&mut self, event: Event) -> Result<(), ExpertsError> {
         match event {
-            Event::Frame { peer, head, body } => self.answer(peer, &head, body),
+            Event::Frame { peer, head, body } => self.answer(peer, &head, body.into_bytes()),
             Event::PeerLost { peer, .. } => self.lose(peer),
             Event::PeerUp { .. } => Ok(()),
         }

@@ -17,9 +17,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use compute::Cpu;
-use crossbeam_channel::{Receiver, RecvTimeoutError};
+use crossbeam_channel::RecvTimeoutError;
 use engine::ExpertBank;
-use fabric::{Channel, Event, Fabric, Frame, PeerId, SendError};
+use fabric::{Arrivals, Channel, Event, Fabric, Frame, PeerId, SendError};
 use prost::Message;
 use proto::v1::{CombineHead, DispatchHead};
 
@@ -35,9 +35,9 @@ const BUSY_TURN: Duration = Duration::from_micros(200);
 /// Everything the device thread owns.
 pub(crate) struct Worker {
     fabric: Fabric,
-    events: Receiver<Event>,
+    events: Arrivals,
     /// The channel that this role has no use for; peers come and go on it all the same.
-    kv_events: Receiver<Event>,
+    kv_events: Arrivals,
     share: Share,
     step: Step,
     /// Replies that their peers have not taken yet, oldest first.
@@ -103,7 +103,7 @@ impl Worker {
         while let Some(event) = next {
             match event {
                 Event::Frame { peer, head, body } => {
-                    if let Some(dispatch) = self.accept(peer, &head, body) {
+                    if let Some(dispatch) = self.accept(peer, &head, body.into_bytes()) {
                         vectors += dispatch.vectors();
                         batch.push(dispatch);
                     }

@@ -56,15 +56,16 @@ fn local_and_remote_agree_in_process() {
 }
 
 #[test]
-fn local_and_remote_agree_over_quic() {
+fn local_and_remote_agree_between_processes() {
     let runtime = runtime();
     let _runtime = runtime.enter();
-    let network = Network::quic();
-    for fixture in FIXTURES {
-        let checkpoint = checkpoint(fixture);
-        for numerics in NUMERICS {
-            for workers in 1..=3 {
-                compare(&checkpoint, numerics, workers, &network);
+    for network in [Network::quic(), Network::shared()] {
+        for fixture in FIXTURES {
+            let checkpoint = checkpoint(fixture);
+            for numerics in NUMERICS {
+                for workers in 1..=3 {
+                    compare(&checkpoint, numerics, workers, &network);
+                }
             }
         }
     }

@@ -16,12 +16,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let hub = Hub::new();
     let in_process = |worker: &str| Fabric::in_process(&hub, worker, 1, Limits::default());
     let authority = Authority::new()?;
-    let quic = |worker: &str| -> Result<Fabric, Box<dyn std::error::Error>> {
-        Ok(Fabric::quic(authority.options(worker)?)?)
+    let quic = |worker: &str, share_memory| -> Result<Fabric, Box<dyn std::error::Error>> {
+        Ok(Fabric::quic(QuicOptions { share_memory, ..authority.options(worker)? })?)
     };
-    for (name, a, b) in
-        [("in process", in_process("a")?, in_process("b")?), ("quic, loopback", quic("a")?, quic("b")?)]
-    {
+    for (name, a, b) in [
+        ("in process", in_process("a")?, in_process("b")?),
+        ("shared memory", quic("a", true)?, quic("b", true)?),
+        ("quic, loopback", quic("c", false)?, quic("d", false)?),
+    ] {
         println!("{name}");
         let (b_at_a, a_at_b) = connect(&a, &b)?;
         for body_bytes in [64, 7 << 10, 56 << 10, 512 << 10] {
@@ -71,7 +73,7 @@ fn ping_pong(a: &Fabric, b_at_a: PeerId, b: &Fabric, a_at_b: PeerId, body_bytes:
             let events = b.receiver(Channel::Experts);
             for _ in 0..rounds {
                 let Ok(Event::Frame { head, body, .. }) = events.recv() else { return };
-                send(b, a_at_b, Channel::Experts, Frame { head, body: vec![body] });
+                send(b, a_at_b, Channel::Experts, Frame { head, body: vec![body.into_bytes()] });
             }
         });
         let events = a.receiver(Channel::Experts);
@@ -152,6 +154,7 @@ impl Authority {
             worker: worker.to_owned(),
             incarnation: 1,
             limits: Limits::default(),
+            share_memory: false,
         })
     }
 }

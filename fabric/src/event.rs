@@ -4,6 +4,7 @@ use std::fmt;
 
 use bytes::Bytes;
 
+use crate::body::Body;
 use crate::frame::ProtocolError;
 
 /// One connection to a worker. Never reused within a [`Fabric`](crate::Fabric): a worker that comes back is another peer.
@@ -37,7 +38,7 @@ pub enum Event {
         /// Its head.
         head: Bytes,
         /// Its body, in one piece; counted against the receive budget until dropped.
-        body: Bytes,
+        body: Body,
     },
     /// A connection stands. Comes before the peer's first frame.
     PeerUp {
@@ -61,6 +62,9 @@ pub enum LossReason {
     /// The other end closed.
     #[error("closed by the peer")]
     Closed,
+    /// Its process is gone: the kernel closed what the two shared.
+    #[error("its process ended")]
+    Died,
     /// Nothing heard for longer than the idle time: killed, stopped, or cut off.
     #[error("silent for too long")]
     Silent,

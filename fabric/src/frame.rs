@@ -4,6 +4,7 @@
 //! receiver's limits before anything is allocated for them.
 
 use bytes::Bytes;
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::limits::Limits;
 
@@ -55,6 +56,12 @@ impl Frame {
     }
 }
 
+/// xxh3-64: 20 GB/s and more, where a copy makes 12. Guards gathering, scattering and staging; a forger is kept out by
+/// mutual TLS.
+pub fn checksum(piece: &[u8]) -> u64 {
+    xxh3_64(piece)
+}
+
 /// The peer sent something that the wire does not allow. The connection is closed for it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ProtocolError {
@@ -83,6 +90,14 @@ pub enum ProtocolError {
         /// The stream's first byte.
         tag: u8,
     },
+    /// A frame in shared memory does not lie where frames lie.
+    #[error("a frame of {bytes} bytes at {place}, outside the arena")]
+    SharedPlace {
+        /// Its start, as announced.
+        place: u64,
+        /// Its length, as announced.
+        bytes: usize,
+    },
     /// The hello does not begin as ours do.
     #[error("no hello of this protocol")]
     HelloMagic,
@@ -97,7 +112,7 @@ pub enum ProtocolError {
     /// A text in the hello is empty, too long or not UTF-8.
     #[error("the hello's {field} is empty, too long or not UTF-8")]
     HelloText {
-        /// `worker` or `address`.
+        /// `worker`, `address`, `host` or `door`.
         field: &'static str,
     },
 }
@@ -130,13 +145,19 @@ impl FrameHeader {
             head_bytes: u32::from_le_bytes([a, b, c, d]),
             body_bytes: u32::from_le_bytes([e, f, g, h]),
         };
-        if header.head_bytes as usize > limits.head_bytes_max {
-            return Err(ProtocolError::HeadTooLong { got: header.head_bytes, max: limits.head_bytes_max });
-        }
-        if header.body_bytes as usize > limits.body_bytes_max {
-            return Err(ProtocolError::BodyTooLong { got: header.body_bytes, max: limits.body_bytes_max });
-        }
+        header.check(limits)?;
         Ok(header)
+    }
+
+    /// Whether a frame of these lengths is one that we take.
+    pub fn check(self, limits: &Limits) -> Result<(), ProtocolError> {
+        if self.head_bytes as usize > limits.head_bytes_max {
+            return Err(ProtocolError::HeadTooLong { got: self.head_bytes, max: limits.head_bytes_max });
+        }
+        if self.body_bytes as usize > limits.body_bytes_max {
+            return Err(ProtocolError::BodyTooLong { got: self.body_bytes, max: limits.body_bytes_max });
+        }
+        Ok(())
     }
 
     /// Bytes that follow the header.

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, RwLock};
 use bytes::{Bytes, BytesMut};
 use crossbeam_channel::Receiver;
 
+use crate::arrivals::Arrivals;
 use crate::error::{DialError, FabricError, SendError};
 use crate::event::{Event, LossReason, PeerId, PeerInfo};
 use crate::frame::{Channel, Frame};
@@ -131,8 +132,8 @@ impl Endpoint {
         sent
     }
 
-    pub fn receiver(&self, channel: Channel) -> Receiver<Event> {
-        self.receivers[channel.index()].clone()
+    pub fn receiver(&self, channel: Channel) -> Arrivals {
+        Arrivals::new(self.receivers[channel.index()].clone(), None)
     }
 
     pub fn peer(&self, peer: PeerId) -> Option<PeerInfo> {

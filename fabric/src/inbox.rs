@@ -13,6 +13,8 @@ use bytes::Bytes;
 use crossbeam_channel::{Receiver, Sender};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use crate::arrivals::Rings;
+use crate::body::Body;
 use crate::event::{Event, PeerId};
 use crate::limits::Limits;
 
@@ -25,6 +27,25 @@ pub(crate) struct Inbox {
     receive_bytes_max: usize,
     receive_frames_max: usize,
     spares: Spares,
+    /// Behind `events`: a consumer that is woken by the drop must find the queue closed.
+    waker: Waker,
+}
+
+/// Wakes a consumer that sleeps on its rings' bell instead of on the queue.
+struct Waker(Option<Arc<Rings>>);
+
+impl Waker {
+    fn wake(&self) {
+        if let Some(rings) = &self.0 {
+            rings.wake();
+        }
+    }
+}
+
+impl Drop for Waker {
+    fn drop(&mut self) {
+        self.wake();
+    }
 }
 
 /// A frame's share of the budget, given back on drop.
@@ -33,6 +54,11 @@ pub(crate) struct Admission(#[expect(dead_code, reason = "held for its drop")] O
 impl Inbox {
     /// A queue within `limits`, and its consumer's side.
     pub fn new(limits: &Limits) -> (Self, Receiver<Event>) {
+        Self::beside(limits, None)
+    }
+
+    /// The same for a consumer that reads `rings` as well.
+    pub fn beside(limits: &Limits, rings: Option<Arc<Rings>>) -> (Self, Receiver<Event>) {
         // Lifecycle events get room for every frame and four connections per peer slot: enough to tell a flood
         // of reconnections from a full queue (see `has_room_for_peers`).
         let capacity = 2 * limits.receive_frames_max + 4 * limits.peers_max;
@@ -44,6 +70,7 @@ impl Inbox {
             receive_bytes_max: limits.receive_bytes_max,
             receive_frames_max: limits.receive_frames_max,
             spares: Spares::new(),
+            waker: Waker(rings),
         };
         (inbox, receiver)
     }
@@ -70,8 +97,8 @@ impl Inbox {
     }
 
     /// Queues an admitted frame.
-    pub fn deliver(&self, peer: PeerId, head: Bytes, body: Bytes) {
-        self.push(Event::Frame { peer, head, body });
+    pub fn deliver(&self, peer: PeerId, head: Bytes, body: impl Into<Body>) {
+        self.push(Event::Frame { peer, head, body: body.into() });
     }
 
     /// Whether the `PeerUp` and `PeerLost` of `new` connections will fit, while `live` ones owe a `PeerLost` each.
@@ -90,6 +117,7 @@ impl Inbox {
         if let Err(error) = self.events.try_send(event) {
             debug_assert!(error.is_disconnected(), "the queue's bound was broken");
         }
+        self.waker.wake();
     }
 
     fn cost(&self, bytes: usize) -> u32 {

@@ -1,7 +1,8 @@
 //! Frames between workers: the one carrier under the KV hand-off and the experts' dispatch.
 //!
 //! A [`Fabric`] is a worker's end. It dials other ends, is dialled by them, and moves [`Frame`]s on two
-//! channels, [`Channel::Kv`] and [`Channel::Experts`], over one of two transports that keep the same promises:
+//! channels, [`Channel::Kv`] and [`Channel::Experts`], inside a process, through memory that two processes of a host
+//! share, or over QUIC. All keep the same promises:
 //! frames of one peer and channel arrive whole and in order; a frame is never delivered twice;
 //! [`Event::PeerUp`] comes before a peer's first frame and [`Event::PeerLost`] after its last one, on both channels;
 //! a [`PeerId`] stands for one connection, so for one incarnation of a worker. A frame that was accepted for
@@ -13,6 +14,8 @@
 //! Deliberately absent: what the bytes mean (`kvtransfer`, `expert`), when to retry, and one-sided writes. A
 //! receiver always copies out of a frame after its own checks, so no peer ever writes into a worker's memory.
 
+mod arrivals;
+mod body;
 mod error;
 mod event;
 mod frame;
@@ -20,17 +23,20 @@ mod in_process;
 mod inbox;
 mod limits;
 mod quic;
+mod shared;
 mod stats;
 mod sync;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam_channel::Receiver;
+use bytes::Bytes;
 
+pub use arrivals::Arrivals;
+pub use body::{Body, OutsideBody};
 pub use error::{CredentialError, DialError, FabricError, SendError};
 pub use event::{Event, LossReason, PeerId, PeerInfo};
-pub use frame::{Channel, Frame, ProtocolError};
+pub use frame::{Channel, Frame, ProtocolError, checksum};
 pub use in_process::Hub;
 pub use limits::Limits;
 pub use quic::QuicOptions;
@@ -95,12 +101,34 @@ impl Fabric {
         }
     }
 
+    /// Queues a frame whose body is gathered from `pieces`: straight into the memory that the peer reads, where it is of
+    /// this host. `head` is made of each piece's [`checksum`], and may have 512 bytes and 32 more for each piece.
+    ///
+    /// # Errors
+    /// As [`Fabric::try_send`]; the frames given back are empty, as no frame is made where there is no room.
+    pub fn try_send_gathered(
+        &self,
+        peer: PeerId,
+        channel: Channel,
+        pieces: &[&[u8]],
+        head: impl FnOnce(Vec<u64>) -> Bytes,
+    ) -> Result<(), SendError> {
+        match &*self.transport {
+            Transport::InProcess(endpoint) => {
+                let (body, checksums) = body::gather(pieces);
+                endpoint.try_send(peer, channel, Frame { head: head(checksums), body: vec![body] })
+            }
+            Transport::Quic(endpoint) => endpoint.try_send_gathered(peer, channel, pieces, head),
+        }
+    }
+
     /// The events of a channel. All receivers of a channel share one queue: an event goes to one of them.
     ///
     /// A received body counts against [`Limits::receive_bytes_max`] until its last clone is dropped; at the limit
-    /// the channel is read no further and its senders see [`SendError::Full`]. After [`Fabric::close`] the
+    /// the channel is read no further and its senders see [`SendError::Full`]. Room comes back in the order of the frames:
+    /// a body that is held keeps that of the bodies behind it. After [`Fabric::close`] the
     /// queue can be read to its end and then disconnects.
-    pub fn receiver(&self, channel: Channel) -> Receiver<Event> {
+    pub fn receiver(&self, channel: Channel) -> Arrivals {
         match &*self.transport {
             Transport::InProcess(endpoint) => endpoint.receiver(channel),
             Transport::Quic(endpoint) => endpoint.receiver(channel),

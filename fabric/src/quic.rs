@@ -1,10 +1,12 @@
 //! The transport between processes: QUIC with mutual TLS on one UDP port and one I/O thread.
 //!
 //! A connection carries one long-lived unidirectional stream per channel and direction; its life is in
-//! [`connection`]. Device threads only touch bounded queues ([`outbox`], [`Inbox`]) and the table of peers; sockets,
+//! [`connection`]. A peer of the same host is attached to [`crate::shared`] memory in the handshake, and its frames
+//! go there. Device threads only touch bounded queues ([`outbox`], [`Inbox`]) and the table of peers; sockets,
 //! timers and cryptography belong to the I/O thread, a current-thread runtime that sleeps until a packet, a timer
 //! or a queued frame wakes it.
 
+mod attachment;
 mod connection;
 mod endpoint;
 mod hello;
@@ -20,9 +22,11 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use bytes::Bytes;
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use tokio::sync::{Notify, mpsc};
 
+use crate::arrivals::{Arrivals, Rings};
 use crate::error::{DialError, FabricError, SendError};
 use crate::event::{Event, PeerId, PeerInfo};
 use crate::frame::{Channel, Frame};
@@ -58,6 +62,8 @@ pub struct QuicOptions {
     pub incarnation: u64,
     /// Bounds of queues and frames.
     pub limits: Limits,
+    /// Whether frames of peers on this host go through shared memory. They do where both ends want it.
+    pub share_memory: bool,
 }
 
 /// A worker's end on the network.
@@ -67,6 +73,7 @@ pub(crate) struct Endpoint {
     limits: Limits,
     peers: Arc<Peers>,
     receivers: [Receiver<Event>; 2],
+    rings: Arc<Rings>,
     dials: mpsc::Sender<Dial>,
     closing: Arc<Notify>,
     io_thread: Mutex<Option<JoinHandle<()>>>,
@@ -82,9 +89,11 @@ impl Endpoint {
         let address = format!("{SCHEME}{bound}");
         let hello = Hello::new(options.worker, options.incarnation, address.clone())?;
 
-        let (kv, kv_events) = Inbox::new(&options.limits);
-        let (experts, experts_events) = Inbox::new(&options.limits);
         let peers = Arc::new(Peers::default());
+        let rings = Rings::new(Arc::clone(&peers.counters)).map_err(FabricError::Thread)?;
+        let rings = Arc::new(rings);
+        let (kv, kv_events) = Inbox::new(&options.limits);
+        let (experts, experts_events) = Inbox::beside(&options.limits, Some(Arc::clone(&rings)));
         let (dials, dials_received) = mpsc::channel(DIALS_MAX);
         let closing = Arc::new(Notify::new());
         let setup = endpoint::Setup {
@@ -95,6 +104,7 @@ impl Endpoint {
             limits: options.limits.clone(),
             peers: Arc::clone(&peers),
             inboxes: [kv, experts],
+            rings: options.share_memory.then(|| Arc::clone(&rings)),
             dials: dials_received,
             closing: Arc::clone(&closing),
         };
@@ -105,6 +115,7 @@ impl Endpoint {
             limits: options.limits,
             peers,
             receivers: [kv_events, experts_events],
+            rings,
             dials,
             closing,
             io_thread: Mutex::new(Some(io_thread)),
@@ -146,15 +157,33 @@ impl Endpoint {
         if !frame.fits(&self.limits) {
             return Err(SendError::Oversized(frame));
         }
-        let sent = self.peers.try_send(peer, channel, frame);
+        self.counted(self.peers.try_send(peer, channel, frame))
+    }
+
+    pub fn try_send_gathered(
+        &self,
+        peer: PeerId,
+        channel: Channel,
+        pieces: &[&[u8]],
+        head: impl FnOnce(Vec<u64>) -> Bytes,
+    ) -> Result<(), SendError> {
+        if pieces.iter().map(|piece| piece.len()).sum::<usize>() > self.limits.body_bytes_max {
+            return Err(SendError::Oversized(Frame::default()));
+        }
+        self.counted(self.peers.try_send_gathered(peer, channel, pieces, head))
+    }
+
+    fn counted(&self, sent: Result<(), SendError>) -> Result<(), SendError> {
         if matches!(sent, Err(SendError::Full(_))) {
             self.peers.counters.sends_full.fetch_add(1, Relaxed);
         }
         sent
     }
 
-    pub fn receiver(&self, channel: Channel) -> Receiver<Event> {
-        self.receivers[channel.index()].clone()
+    pub fn receiver(&self, channel: Channel) -> Arrivals {
+        let queue = self.receivers[channel.index()].clone();
+        let rings = (channel == Channel::Experts).then(|| Arc::clone(&self.rings));
+        Arrivals::new(queue, rings)
     }
 
     pub fn peer(&self, peer: PeerId) -> Option<PeerInfo> {

@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 pub struct Stats {
     /// Live connections.
     pub peers: u64,
+    /// Those of them that share memory with this end.
+    pub peers_shared: u64,
     /// Connections that came up.
     pub peers_up: u64,
     /// Connections that ended.
@@ -62,6 +64,7 @@ impl Counters {
     pub fn snapshot(&self) -> Stats {
         Stats {
             peers: 0,
+            peers_shared: 0,
             peers_up: self.peers_up.load(Relaxed),
             peers_lost: self.peers_lost.load(Relaxed),
             handshakes_failed: self.handshakes_failed.load(Relaxed),

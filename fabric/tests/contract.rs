@@ -1,4 +1,4 @@
-//! What every transport promises. Each test runs over both.
+//! What every transport promises. Each test runs over all of them.
 
 mod support;
 
@@ -13,7 +13,7 @@ use support::{
 };
 
 /// Makes a test per transport of each function.
-macro_rules! over_both_transports {
+macro_rules! over_all_transports {
     ($($name:ident),* $(,)?) => {
         mod in_process {
             $(#[test] fn $name() { super::$name(&super::Net::in_process()); })*
@@ -21,10 +21,13 @@ macro_rules! over_both_transports {
         mod quic {
             $(#[test] fn $name() { super::$name(&super::Net::quic()); })*
         }
+        mod shared {
+            $(#[test] fn $name() { super::$name(&super::Net::shared()); })*
+        }
     };
 }
 
-over_both_transports!(
+over_all_transports!(
     frames_keep_their_order_on_each_channel,
     a_frame_of_8_mib_arrives_whole,
     pieces_are_joined_and_empty_parts_stay_empty,
@@ -38,6 +41,9 @@ over_both_transports!(
     a_closed_end_is_closed,
     the_peers_are_bounded,
     absent_and_foreign_addresses_are_refused,
+    gathered_bodies_arrive_with_their_checksums,
+    bodies_may_be_dropped_in_any_order,
+    a_consumer_that_sleeps_is_woken,
     counters_count,
 );
 
@@ -290,13 +296,96 @@ fn absent_and_foreign_addresses_are_refused(net: &Net) {
     assert_eq!(address, nobody);
     let expected = match net {
         Net::InProcess(_) => source == DialError::Absent,
-        Net::Quic(_) => matches!(source, DialError::TimedOut(_)),
+        Net::Quic(_) | Net::Shared(_) => matches!(source, DialError::TimedOut(_)),
     };
     assert!(expected, "{source:?}");
     for foreign in ["", "tcp://127.0.0.1:1", "127.0.0.1:1"] {
         let error = a.connect(foreign, PATIENCE).expect_err("no such transport");
         assert!(matches!(error, FabricError::Address { .. }), "{foreign}: {error}");
     }
+}
+
+fn gathered_bodies_arrive_with_their_checksums(net: &Net) {
+    let pair = pair(net);
+    let events = pair.b.receiver(Channel::Kv);
+    for round in 0..100_u64 {
+        let pieces: Vec<_> = (0..5).map(|i| pattern(10 * round + i, 3_000 * i as usize)).collect();
+        let slices: Vec<&[u8]> = pieces.iter().map(Vec::as_slice).collect();
+        let head = |checksums: Vec<u64>| checksums.iter().flat_map(|sum| sum.to_le_bytes()).collect();
+        while let Err(error) = pair.a.try_send_gathered(pair.b_at_a, Channel::Kv, &slices, head) {
+            assert!(matches!(error, SendError::Full(_)), "{error}");
+            std::thread::yield_now();
+        }
+        let fabric::Event::Frame { head, body, .. } = support::next(&events) else { panic!("no frame") };
+        let mut start = 0;
+        for (piece, sum) in pieces.iter().zip(head.chunks_exact(8)) {
+            let mut copy = vec![0; piece.len()];
+            let copied = body.copy_summed(start, &mut copy).expect("within the body");
+            assert!(copy == *piece, "round {round}");
+            assert_eq!(copied.to_le_bytes(), sum);
+            assert_eq!(copied, fabric::checksum(piece));
+            start += piece.len();
+        }
+        assert_eq!(body.len(), start);
+        assert!(body.copy_summed(start, &mut [0]).is_err(), "behind the body");
+    }
+}
+
+fn bodies_may_be_dropped_in_any_order(net: &Net) {
+    // Small queues, so that room has to come back for the frames behind.
+    let limits = Limits {
+        body_bytes_max: 64 << 10,
+        send_frames_max: 8,
+        send_bytes_max: 128 << 10,
+        receive_bytes_max: 2 << 20,
+        ..Limits::default()
+    };
+    let pair = pair_with(net, limits);
+    let events = pair.b.receiver(Channel::Kv);
+    let mut held = Vec::new();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for seed in 0..400 {
+                let body = pattern(seed, 1 + seed as usize * 131 % 40_000);
+                send(&pair.a, pair.b_at_a, Channel::Kv, frame(&seed.to_le_bytes(), &body));
+            }
+        });
+        for seed in 0..400_u64 {
+            let fabric::Event::Frame { head, body, .. } = support::next(&events) else { panic!("no frame") };
+            assert_eq!(*head, seed.to_le_bytes());
+            held.push((seed, body));
+            // The oldest is dropped last of three: its room, and that of the others, must come back all the same.
+            while seed % 3 == 2 && !held.is_empty() {
+                let (seed, body) = held.pop().expect("not empty");
+                let expected = pattern(seed, 1 + seed as usize * 131 % 40_000);
+                assert!(*body.into_bytes() == *expected, "frame {seed} differs");
+            }
+        }
+    });
+}
+
+fn a_consumer_that_sleeps_is_woken(net: &Net) {
+    let pair = pair(net);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let events = pair.b.receiver(Channel::Experts);
+            for _ in 0..300 {
+                let (_, head, body) = received(&events);
+                send(&pair.b, pair.a_at_b, Channel::Experts, frame(&head, &body));
+            }
+        });
+        let events = pair.a.receiver(Channel::Experts);
+        for i in 0..300_u32 {
+            // Now and then long enough for the other side to fall asleep.
+            if i % 30 == 0 {
+                assert!(events.recv_timeout(Duration::from_millis(2)).is_err());
+            }
+            send(&pair.a, pair.b_at_a, Channel::Experts, frame(&i.to_le_bytes(), b"tokens"));
+            assert_eq!(*received(&events).1, i.to_le_bytes());
+        }
+    });
+    drop(pair.b);
+    assert_eq!(lost(&pair.a.receiver(Channel::Experts)).1, LossReason::Closed);
 }
 
 fn counters_count(net: &Net) {
@@ -310,7 +399,9 @@ fn counters_count(net: &Net) {
     let (a, b) = (pair.a.stats(), pair.b.stats());
     assert_eq!((a.bytes_sent, b.frames_received, b.bytes_received), (50, 10, 50));
     assert_eq!((a.peers, a.peers_up, a.peers_lost, b.protocol_errors), (1, 1, 0, 0));
-    if matches!(net, Net::Quic(_)) {
+    let shared = u64::from(matches!(net, Net::Shared(_)));
+    assert_eq!((a.peers_shared, b.peers_shared), (shared, shared), "how the peers are connected");
+    if !matches!(net, Net::InProcess(_)) {
         assert_eq!(a.mtu_bytes_min, 65_507, "loopback's datagrams");
     }
     let b = Arc::new(pair.b);

@@ -78,6 +78,12 @@ pub enum Violation {
         /// The piece's block.
         block: u32,
     },
+    /// Permitted, but the receiver's books have no such block: their fault, not the sender's.
+    #[error("block {block} has no place")]
+    Unplaced {
+        /// The block.
+        block: u32,
+    },
     /// A second first token, and another one.
     #[error("first_token was {known}, now it is {sent}")]
     FirstToken {

@@ -1,6 +1,9 @@
 //! Where the state machines put frames that shall leave.
 
+use bytes::Bytes;
 use fabric::{Channel, Fabric, Frame, PeerId, SendError};
+
+use crate::wire;
 
 /// The way out to peers named by `P`. Never blocks.
 pub trait Outlet<P> {
@@ -9,6 +12,21 @@ pub trait Outlet<P> {
     /// # Errors
     /// The frame is dropped, and why.
     fn try_send(&mut self, peer: P, frame: Frame) -> Result<(), Unsent>;
+
+    /// Gathers `pieces` into a body and queues it under the head that is made of their checksums. A
+    /// transport that can gather straight to where the frame will be read does so.
+    ///
+    /// # Errors
+    /// As [`Self::try_send`].
+    fn try_push(
+        &mut self,
+        peer: P,
+        pieces: &[&[u8]],
+        head: &mut dyn FnMut(Vec<u64>) -> Bytes,
+    ) -> Result<(), Unsent> {
+        let (body, checksums) = wire::gather(pieces);
+        self.try_send(peer, Frame { head: head(checksums), body: vec![body] })
+    }
 }
 
 /// Why a frame did not leave.
@@ -25,10 +43,25 @@ pub enum Unsent {
 /// The fabric's KV channel.
 impl Outlet<PeerId> for Fabric {
     fn try_send(&mut self, peer: PeerId, frame: Frame) -> Result<(), Unsent> {
-        Fabric::try_send(self, peer, Channel::Kv, frame).map_err(|error| match error {
-            SendError::Full(_) => Unsent::Full,
-            SendError::Oversized(_) => Unsent::TooLarge,
-            SendError::Gone => Unsent::Gone,
-        })
+        Fabric::try_send(self, peer, Channel::Kv, frame).map_err(Unsent::from)
+    }
+
+    fn try_push(
+        &mut self,
+        peer: PeerId,
+        pieces: &[&[u8]],
+        head: &mut dyn FnMut(Vec<u64>) -> Bytes,
+    ) -> Result<(), Unsent> {
+        self.try_send_gathered(peer, Channel::Kv, pieces, head).map_err(Unsent::from)
+    }
+}
+
+impl From<SendError> for Unsent {
+    fn from(error: SendError) -> Self {
+        match error {
+            SendError::Full(_) => Self::Full,
+            SendError::Oversized(_) => Self::TooLarge,
+            SendError::Gone => Self::Gone,
+        }
     }
 }

@@ -8,7 +8,7 @@ mod core;
 
 use std::time::{Duration, Instant};
 
-use fabric::{Channel, Event, Fabric, PeerId};
+use fabric::{Arrivals, Channel, Event, Fabric, PeerId};
 use model::{ExecutionFingerprint, KvLayout, TokenId};
 use proto::ticket::{KvTicket, TicketId};
 
@@ -16,11 +16,20 @@ pub use self::core::ReceiverCore;
 use crate::error::TransferError;
 pub use crate::extent::Violation;
 
-/// Where blocks go that have passed every check.
+/// Where blocks go that a live ticket permits.
 pub trait BlockSink {
-    /// Takes one layer of one block of a live ticket. `block_in_sequence` is counted from the sequence's start and lies
-    /// within the ticket; `bytes` holds whole rows from row 0. Called at most once for each piece of a ticket.
-    fn write(&mut self, ticket: TicketId, block_in_sequence: u32, layer: u32, bytes: &[u8]);
+    /// The place of one layer of one block of a live ticket: `bytes` bytes, whole rows from row 0. `block_in_sequence` is
+    /// counted from the sequence's start and lies within the ticket. The receiver copies there and checks the copy; a
+    /// place whose copy fails the check is never asked for again, and belongs to a ticket that is dead then.
+    ///
+    /// `None`: the caller's books have no such block. The ticket dies.
+    fn place(
+        &mut self,
+        ticket: TicketId,
+        block_in_sequence: u32,
+        layer: u32,
+        bytes: usize,
+    ) -> Option<&mut [u8]>;
 }
 
 /// What became of a ticket. Each ticket has one end: one of these, or [`Receiver::revoke`].
@@ -112,7 +121,7 @@ pub struct ReceiverStats {
 pub struct Receiver {
     core: ReceiverCore<PeerId>,
     fabric: Fabric,
-    events: crossbeam_channel::Receiver<Event>,
+    events: Arrivals,
 }
 
 /// Bytes copied in one poll: some 2 ms, so that a flood of arriving blocks delays a decode step by no more. The rest
@@ -174,7 +183,7 @@ impl Receiver {
 
     /// Becomes readable when [`Self::poll`] has something to do. To be waited on, never received from.
     pub fn arrivals(&self) -> &crossbeam_channel::Receiver<Event> {
-        &self.events
+        self.events.queue()
     }
 
     /// This process start.

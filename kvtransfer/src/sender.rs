@@ -10,7 +10,7 @@ mod dial;
 use std::fmt;
 use std::time::Instant;
 
-use fabric::{Channel, Event, Fabric, PeerId};
+use fabric::{Arrivals, Channel, Event, Fabric, PeerId};
 use model::TokenId;
 use proto::ticket::KvTicket;
 
@@ -54,7 +54,7 @@ pub enum SenderEvent {
 pub struct Sender {
     core: SenderCore<PeerId>,
     fabric: Fabric,
-    events: crossbeam_channel::Receiver<Event>,
+    events: Arrivals,
     dialer: Dialer,
 }
 
@@ -134,7 +134,7 @@ impl Sender {
 
     /// Becomes readable when an answer has come. To be waited on, never received from.
     pub fn arrivals(&self) -> &crossbeam_channel::Receiver<Event> {
-        &self.events
+        self.events.queue()
     }
 
     /// Counters since the start.

@@ -39,8 +39,9 @@ struct Pair {
 struct Pool(std::collections::BTreeMap<(u32, u32), Vec<u8>>);
 
 impl BlockSink for Pool {
-    fn write(&mut self, _: TicketId, block: u32, layer: u32, bytes: &[u8]) {
-        assert!(self.0.insert((layer, block), bytes.to_vec()).is_none(), "a piece was written twice");
+    fn place(&mut self, _: TicketId, block: u32, layer: u32, bytes: usize) -> Option<&mut [u8]> {
+        assert!(!self.0.contains_key(&(layer, block)), "a piece was written twice");
+        Some(self.0.entry((layer, block)).or_insert_with(|| vec![0; bytes]))
     }
 }
 
@@ -78,7 +79,7 @@ impl Pair {
         Ok(Self::new(prefill, Fabric::in_process(&hub, "decode-0", 2, limits)?))
     }
 
-    fn quic() -> Result<Self> {
+    fn quic(share_memory: bool) -> Result<Self> {
         let authority_key = KeyPair::generate()?;
         let mut params = CertificateParams::new(Vec::new())?;
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -96,6 +97,7 @@ impl Pair {
                 worker: worker.to_owned(),
                 incarnation,
                 limits: Limits::default(),
+                share_memory,
             })?)
         };
         Ok(Self::new(end("prefill-0", 1)?, end("decode-0", 2)?))
@@ -182,7 +184,7 @@ fn prompts_are_handed_over_in_process() -> Result {
 
 #[test]
 fn prompts_are_handed_over_by_quic() -> Result {
-    let mut pair = Pair::quic()?;
+    let mut pair = Pair::quic(false)?;
     for prompt_tokens in [1, 64, 65, 1000] {
         pair.hand_over(prompt_tokens)?;
     }
@@ -216,7 +218,7 @@ fn in_process_a_push_needs_no_second_try() -> Result {
 
 #[test]
 fn a_revoked_ticket_writes_nothing_and_the_sender_hears_of_it() -> Result {
-    for mut pair in [Pair::in_process(Limits::default())?, Pair::quic()?] {
+    for mut pair in [Pair::in_process(Limits::default())?, Pair::quic(false)?, Pair::quic(true)?] {
         let reservation = Reservation { first_block: 0, prompt_tokens: 64 };
         let ticket = pair.receiver.issue(reservation, Instant::now())?;
         let id = pair.sender.begin(ticket.clone(), Instant::now())?;
@@ -236,7 +238,7 @@ fn a_revoked_ticket_writes_nothing_and_the_sender_hears_of_it() -> Result {
 #[test]
 fn a_worker_that_goes_away_ends_the_hand_off_at_the_other() -> Result {
     for decode_dies in [true, false] {
-        for mut pair in [Pair::in_process(Limits::default())?, Pair::quic()?] {
+        for mut pair in [Pair::in_process(Limits::default())?, Pair::quic(false)?, Pair::quic(true)?] {
             let reservation = Reservation { first_block: 0, prompt_tokens: 64 };
             let ticket = pair.receiver.issue(reservation, Instant::now())?;
             let id = pair.sender.begin(ticket.clone(), Instant::now())?;
@@ -259,7 +261,7 @@ fn a_worker_that_goes_away_ends_the_hand_off_at_the_other() -> Result {
 
 #[test]
 fn nobody_at_the_tickets_address_is_a_loss_and_not_a_wait() -> Result {
-    for mut pair in [Pair::in_process(Limits::default())?, Pair::quic()?] {
+    for mut pair in [Pair::in_process(Limits::default())?, Pair::quic(false)?, Pair::quic(true)?] {
         let reservation = Reservation { first_block: 0, prompt_tokens: 64 };
         let ticket = pair.receiver.issue(reservation, Instant::now())?;
         pair.decode.close();

@@ -93,7 +93,7 @@ fn fabric(
         Carrier::InProcess => {
             Ok(Fabric::in_process(hub, worker.id.clone(), incarnation, Default::default())?)
         }
-        Carrier::Quic => node::quic(worker, incarnation, &surroundings.identity),
+        Carrier::Quic => node::quic(&surroundings.config, worker, incarnation, &surroundings.identity),
     }
 }
 

@@ -26,6 +26,9 @@ pub struct Config {
     /// Memory and step sizes of the engines in prefill and decode workers.
     #[serde(default)]
     pub engine: EngineSection,
+    /// What carries KV blocks and expert tokens.
+    #[serde(default)]
+    pub fabric: FabricSection,
     /// The front door.
     #[serde(default)]
     pub router: router::Config,
@@ -70,6 +73,20 @@ impl ModelSection {
                 None => "model".to_owned(),
             }
         })
+    }
+}
+
+/// `[fabric]`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FabricSection {
+    /// Frames between workers of one host and user go through memory that both see. `false`: over QUIC, as between hosts.
+    pub share_memory: bool,
+}
+
+impl Default for FabricSection {
+    fn default() -> Self {
+        Self { share_memory: true }
     }
 }
 

@@ -113,7 +113,7 @@ pub async fn run(role: Role, args: RoleArgs) -> anyhow::Result<()> {
     }
     let worker = chosen(&surroundings.config, role, args.id.as_deref())?.clone();
     let incarnation = rand::random();
-    let fabric = quic(&worker, incarnation, &surroundings.identity)?;
+    let fabric = quic(&surroundings.config, &worker, incarnation, &surroundings.identity)?;
     let handle = Arc::new(start_worker(&surroundings, &worker, fabric.clone(), incarnation).await?);
     let admin = match worker.admin {
         Some(address) => {
@@ -231,7 +231,12 @@ pub async fn start_worker(
 }
 
 /// A worker's QUIC endpoint.
-pub fn quic(worker: &Worker, incarnation: u64, identity: &Identity) -> anyhow::Result<Fabric> {
+pub fn quic(
+    config: &Config,
+    worker: &Worker,
+    incarnation: u64,
+    identity: &Identity,
+) -> anyhow::Result<Fabric> {
     Fabric::quic(QuicOptions {
         bind: worker.fabric,
         ca_pem: identity.ca_pem.clone(),
@@ -240,6 +245,7 @@ pub fn quic(worker: &Worker, incarnation: u64, identity: &Identity) -> anyhow::R
         worker: worker.id.clone(),
         incarnation,
         limits: Default::default(),
+        share_memory: config.fabric.share_memory,
     })
     .with_context(|| format!("{}: fabric on {}", worker.id, worker.fabric))
 }

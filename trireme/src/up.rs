@@ -122,6 +122,7 @@ impl Shape {
             },
             security: None,
             engine: Default::default(),
+            fabric: Default::default(),
             router: Default::default(),
             prefill: Default::default(),
             decode: Default::default(),

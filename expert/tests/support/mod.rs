@@ -43,7 +43,7 @@ pub fn identity() -> Identity {
 /// Where ends of the fabric find each other.
 pub enum Network {
     InProcess(Hub),
-    Quic(Identity),
+    Quic { identity: Identity, share_memory: bool },
 }
 
 impl Network {
@@ -52,7 +52,12 @@ impl Network {
     }
 
     pub fn quic() -> Self {
-        Self::Quic(identity())
+        Self::Quic { identity: identity(), share_memory: false }
+    }
+
+    /// Ends of one host that share memory.
+    pub fn shared() -> Self {
+        Self::Quic { identity: identity(), share_memory: true }
     }
 
     pub fn join(&self, worker: &str, incarnation: u64) -> Fabric {
@@ -62,7 +67,7 @@ impl Network {
     pub fn join_with(&self, worker: &str, incarnation: u64, limits: Limits) -> Fabric {
         match self {
             Self::InProcess(hub) => Fabric::in_process(hub, worker, incarnation, limits),
-            Self::Quic(identity) => Fabric::quic(QuicOptions {
+            Self::Quic { identity, share_memory } => Fabric::quic(QuicOptions {
                 bind: SocketAddr::from(([127, 0, 0, 1], 0)),
                 ca_pem: identity.ca_pem.clone(),
                 cert_pem: identity.cert_pem.clone(),
@@ -70,6 +75,7 @@ impl Network {
                 worker: worker.to_owned(),
                 incarnation,
                 limits,
+                share_memory: *share_memory,
             }),
         }
         .expect("an end of the fabric")

@@ -9,6 +9,7 @@ use quinn::{Connection, ConnectionError, ReadError, ReadExactError, RecvStream, 
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
+use super::attachment::{self, Attachment, Ended, Watched};
 use super::endpoint::Io;
 use super::hello::Streams;
 use super::outbox::Queue;
@@ -41,20 +42,34 @@ pub(crate) struct Live {
     pub peer: PeerId,
     pub connection: Connection,
     pub streams: Streams,
-    pub queues: [Queue; 2],
+    /// What waits to be sent over the network. `None`: the peer shares memory, and nothing does.
+    pub queues: Option<[Queue; 2]>,
+    pub attachment: Option<Attachment>,
     pub superseded: Arc<Notify>,
 }
 
 /// Runs a live connection until it ends, and says why it did. No frame of it is delivered after this returns.
 pub(crate) async fn run(io: Arc<Io>, live: Live) -> LossReason {
-    let Live { peer, connection, streams, queues, superseded } = live;
+    let Live { peer, connection, streams, queues, attachment, superseded } = live;
     let mut pumps = JoinSet::new();
     for (channel, stream) in Channel::ALL.into_iter().zip(streams.receive) {
         pumps.spawn(receive(Arc::clone(&io), peer, channel, stream));
     }
-    for (queue, stream) in queues.into_iter().zip(streams.send) {
-        pumps.spawn(send(Arc::clone(&io), queue, stream));
+    let mut idle_streams = Vec::new();
+    match queues {
+        Some(queues) => {
+            for (queue, stream) in queues.into_iter().zip(streams.send) {
+                pumps.spawn(send(Arc::clone(&io), queue, stream));
+            }
+        }
+        // Kept open to the end: a stream that ends before its connection is against the protocol.
+        None => idle_streams.extend(streams.send),
     }
+    let mut watched = attachment.map(|attachment| {
+        let (kv, bell, watched) = attachment.split();
+        pumps.spawn(attachment::receive(Arc::clone(&io), peer, kv, bell));
+        watched
+    });
     let mtu_check = tokio::time::sleep(MTU_CHECK_AFTER);
     tokio::pin!(mtu_check);
     let mut mtu_checked = false;
@@ -66,12 +81,17 @@ pub(crate) async fn run(io: Arc<Io>, live: Live) -> LossReason {
                 close(&connection, CloseCode::Superseded, "a newer incarnation is here");
                 break LossReason::Superseded;
             }
+            ended = ended(&mut watched, &connection) => match ended {
+                Ended::Lost(reason) => {
+                    close(&connection, CloseCode::Goodbye, "the shared memory is gone");
+                    break reason;
+                }
+                Ended::Broken(error) => break broken(&io, &connection, error),
+            },
             Some(ended) = pumps.join_next() => {
                 // A pump that ends well ended with the connection, which then says why itself.
                 if let Ok(Err(error)) = ended {
-                    io.peers.counters.protocol_errors.fetch_add(1, Relaxed);
-                    close(&connection, CloseCode::Protocol, &error.to_string());
-                    break LossReason::Protocol(error);
+                    break broken(&io, &connection, error);
                 }
             }
             () = &mut mtu_check, if !mtu_checked => {
@@ -81,7 +101,25 @@ pub(crate) async fn run(io: Arc<Io>, live: Live) -> LossReason {
         }
     };
     pumps.shutdown().await;
+    if let Some(watched) = &watched {
+        watched.say_goodbye();
+    }
+    drop(idle_streams);
     reason
+}
+
+/// The end of the attachment, where there is one.
+async fn ended(watched: &mut Option<Watched>, connection: &Connection) -> Ended {
+    match watched {
+        Some(watched) => watched.ended(connection).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn broken(io: &Io, connection: &Connection, error: ProtocolError) -> LossReason {
+    io.peers.counters.protocol_errors.fetch_add(1, Relaxed);
+    close(connection, CloseCode::Protocol, &error.to_string());
+    LossReason::Protocol(error)
 }
 
 /// Reads a channel's frames into its inbox. Reads nothing while the inbox is full: QUIC's flow control then stops
@@ -161,7 +199,7 @@ fn ended_by(error: ReadError) -> Result<(), ProtocolError> {
     }
 }
 
-fn loss_reason(error: ConnectionError) -> LossReason {
+pub(super) fn loss_reason(error: ConnectionError) -> LossReason {
     match error {
         ConnectionError::TimedOut => LossReason::Silent,
         ConnectionError::Reset => LossReason::Restarted,

@@ -15,16 +15,19 @@ use quinn::{
 };
 use tokio::sync::{Notify, Semaphore, mpsc};
 
+use super::attachment;
 use super::connection::{self, CloseCode, Live, close};
 use super::hello::{self, Hello};
-use super::outbox::outbox;
+use super::outbox::{Outbox, outbox};
 use super::path::Path;
 use super::peers::{Peer, Peers};
 use super::{socket, tls};
+use crate::arrivals::{Ring, Rings};
 use crate::error::DialError;
 use crate::event::{Event, LossReason, PeerId};
 use crate::inbox::Inbox;
 use crate::limits::Limits;
+use crate::shared::Door;
 use crate::sync::lock;
 
 /// From the first packet to the hello. A peer that is silent for 1.5 s fails earlier.
@@ -50,6 +53,8 @@ pub(crate) struct Setup {
     pub limits: Limits,
     pub peers: Arc<Peers>,
     pub inboxes: [Inbox; 2],
+    /// Where memory is shared with peers of this host.
+    pub rings: Option<Arc<Rings>>,
     pub dials: mpsc::Receiver<Dial>,
     pub closing: Arc<Notify>,
 }
@@ -60,9 +65,12 @@ pub(crate) struct Io {
     pub path: Path,
     pub peers: Arc<Peers>,
     pub inboxes: [Inbox; 2],
+    pub rings: Option<Arc<Rings>>,
+    /// And the host that it is on.
+    pub door: Option<(Arc<Door>, String)>,
+    pub hello: Hello,
     endpoint: quinn::Endpoint,
     client: ClientConfig,
-    hello: Hello,
     next_peer: AtomicU64,
     handshakes: Arc<Semaphore>,
     /// Callers by the address that is being dialled for them.
@@ -79,16 +87,19 @@ pub(crate) fn spawn(setup: Setup) -> io::Result<JoinHandle<()>> {
             Err(error) => return drop(started.send(Err(error))),
         };
         runtime.block_on(async move {
-            let Setup { socket, path, configs, hello, limits, peers, inboxes, dials, closing } = setup;
+            let Setup { socket, path, configs, hello, limits, peers, inboxes, rings, dials, closing } = setup;
             let (endpoint, client) = match open(socket, path, &configs, &limits) {
                 Ok(opened) => opened,
                 Err(error) => return drop(started.send(Err(error))),
             };
+            let door = rings.as_ref().and_then(|_| attachment::open_door());
             let io = Arc::new(Io {
                 limits,
                 path,
                 peers,
                 inboxes,
+                rings,
+                door,
                 endpoint,
                 client,
                 hello,
@@ -227,7 +238,8 @@ async fn greet(
     connection: Connection,
     dialled: Option<SocketAddr>,
 ) -> Result<PeerId, DialError> {
-    let (Hello(mut info), streams) = match hello::exchange(&connection, &io.hello).await {
+    let (ours, expected) = attachment::offer(io);
+    let (Hello { mut info, local }, streams) = match hello::exchange(&connection, &ours).await {
         Ok(greeted) => greeted,
         Err(error) => {
             if let hello::HandshakeError::Protocol(error) = &error {
@@ -240,22 +252,25 @@ async fn greet(
     if let Some(remote) = dialled {
         info.address = format!("{}{remote}", super::SCHEME);
     }
-    let (kv, kv_queue) = outbox(&io.limits);
-    let (experts, experts_queue) = outbox(&io.limits);
+    let shared = attachment::attach(io, local, dialled.is_some(), expected).await;
     let superseded = Arc::new(Notify::new());
     let peer = PeerId(io.next_peer.fetch_add(1, Relaxed));
-    let entry = Peer {
-        info,
-        dialled,
-        outboxes: [kv, experts],
-        connection: connection.clone(),
-        superseded: Arc::clone(&superseded),
+    let (outboxes, queues, ring, attachment) = match shared.map(attachment::Shared::split) {
+        Some((outboxes, ring, attachment)) => (outboxes, None, Some(ring), Some(attachment)),
+        None => {
+            let (kv, kv_queue) = outbox(&io.limits);
+            let (experts, experts_queue) = outbox(&io.limits);
+            ([Outbox::Queue(kv), Outbox::Queue(experts)], Some([kv_queue, experts_queue]), None, None)
+        }
     };
-    if !enter(io, peer, entry) {
+    let entry =
+        Peer { info, dialled, outboxes, connection: connection.clone(), superseded: Arc::clone(&superseded) };
+    if !enter(io, peer, entry, ring) {
         close(&connection, CloseCode::Overloaded, "too many peers or unread events");
+        attachment.iter().for_each(attachment::Attachment::say_goodbye);
         return Err(DialError::Overloaded);
     }
-    let live = Live { peer, connection, streams, queues: [kv_queue, experts_queue], superseded };
+    let live = Live { peer, connection, streams, queues, attachment, superseded };
     let io = Arc::clone(io);
     tokio::spawn(async move {
         let reason = connection::run(Arc::clone(&io), live).await;
@@ -265,7 +280,7 @@ async fn greet(
 }
 
 /// Makes the peer known and announces it. `false`: there is no room.
-fn enter(io: &Io, id: PeerId, peer: Peer) -> bool {
+fn enter(io: &Io, id: PeerId, peer: Peer, ring: Option<Ring>) -> bool {
     let info = peer.info.clone();
     let room =
         |live| live < io.limits.peers_max && io.inboxes.iter().all(|inbox| inbox.has_room_for_peers(live, 1));
@@ -273,7 +288,13 @@ fn enter(io: &Io, id: PeerId, peer: Peer) -> bool {
     if !io.peers.enter(id, peer, room) {
         return false;
     }
-    tracing::debug!(peer = %id, worker = info.worker, incarnation = info.incarnation, "peer up");
+    let shared_memory = ring.is_some();
+    tracing::debug!(
+        peer = %id, worker = info.worker, incarnation = info.incarnation, shared_memory, "peer up"
+    );
+    if let Some((rings, ring)) = io.rings.as_ref().zip(ring) {
+        rings.enter(id, ring);
+    }
     for inbox in &io.inboxes {
         inbox.announce(Event::PeerUp { peer: id, info: info.clone() });
     }

@@ -1,7 +1,8 @@
 //! The first bytes of a connection: who we are, in both directions at once.
 //!
 //! Each side opens its two streams without waiting for the other. A stream starts with its channel's tag; the one of
-//! [`Channel::Kv`] goes on with a hello: magic, wire version, incarnation, worker and address.
+//! [`Channel::Kv`] goes on with a hello: magic, wire version, incarnation, worker and address; then, for a peer that may be
+//! of the same host, the host, the door to knock at and this connection's token for it (empty: no memory is shared).
 
 use quinn::{Connection, ConnectionError, ReadExactError, RecvStream, SendStream, WriteError};
 
@@ -9,9 +10,10 @@ use super::path::IDLE;
 use crate::error::{DialError, FabricError};
 use crate::event::PeerInfo;
 use crate::frame::{Channel, ProtocolError};
+use crate::shared::Offer;
 
 /// The version of framing and hello; what the frames mean is versioned by those who make them.
-const WIRE_VERSION: u16 = 1;
+const WIRE_VERSION: u16 = 2;
 const MAGIC: [u8; 4] = *b"TRFB";
 /// Bytes of a worker's name or address.
 const TEXT_BYTES_MAX: usize = 255;
@@ -20,7 +22,11 @@ const FIXED_BYTES: usize = 4 + 2 + 8;
 
 /// What a side says about itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Hello(pub PeerInfo);
+pub(crate) struct Hello {
+    pub info: PeerInfo,
+    /// How a peer of this host attaches to our memory.
+    pub local: Option<Offer>,
+}
 
 /// The streams of a connection, by [`Channel::index`].
 pub(crate) struct Streams {
@@ -33,19 +39,24 @@ impl Hello {
         if worker.is_empty() || worker.len() > TEXT_BYTES_MAX {
             return Err(FabricError::WorkerName { got: worker.len(), max: TEXT_BYTES_MAX });
         }
-        Ok(Self(PeerInfo { worker, incarnation, address }))
+        Ok(Self { info: PeerInfo { worker, incarnation, address }, local: None })
     }
 
     fn encode(&self) -> Vec<u8> {
-        let mut wire = Vec::with_capacity(FIXED_BYTES + 2 + self.0.worker.len() + self.0.address.len());
+        let mut wire = Vec::with_capacity(512);
         wire.extend_from_slice(&MAGIC);
         wire.extend_from_slice(&WIRE_VERSION.to_le_bytes());
-        wire.extend_from_slice(&self.0.incarnation.to_le_bytes());
-        for text in [&self.0.worker, &self.0.address] {
-            // Both are at most 255 bytes: `new` checks the name, and an address is an IP with a port.
+        wire.extend_from_slice(&self.info.incarnation.to_le_bytes());
+        let (host, door, token) = match &self.local {
+            Some(Offer { host, door, token }) => (host.as_str(), door.as_str(), *token),
+            None => ("", "", [0; 16]),
+        };
+        for text in [&self.info.worker, &self.info.address, host, door] {
+            // At most 255 bytes: `new` checks the name, an address is an IP with a port, a host and its door are short.
             wire.push(text.len() as u8);
             wire.extend_from_slice(text.as_bytes());
         }
+        wire.extend_from_slice(&token);
         wire
     }
 
@@ -62,7 +73,13 @@ impl Hello {
         }
         let worker = read_text(stream, "worker").await?;
         let address = read_text(stream, "address").await?;
-        Ok(Self(PeerInfo { worker, incarnation: u64::from_le_bytes(incarnation), address }))
+        let host = read_any_text(stream, "host").await?;
+        let door = read_any_text(stream, "door").await?;
+        let mut token = [0; 16];
+        stream.read_exact(&mut token).await?;
+        let local = (!host.is_empty() && !door.is_empty()).then_some(Offer { host, door, token });
+        let info = PeerInfo { worker, incarnation: u64::from_le_bytes(incarnation), address };
+        Ok(Self { info, local })
     }
 }
 
@@ -103,14 +120,16 @@ async fn accept(connection: &Connection) -> Result<(Hello, [RecvStream; 2]), Han
 }
 
 async fn read_text(stream: &mut RecvStream, field: &'static str) -> Result<String, HandshakeError> {
+    let text = read_any_text(stream, field).await?;
+    if text.is_empty() { Err(ProtocolError::HelloText { field }.into()) } else { Ok(text) }
+}
+
+async fn read_any_text(stream: &mut RecvStream, field: &'static str) -> Result<String, HandshakeError> {
     let mut length = [0];
     stream.read_exact(&mut length).await?;
     let mut text = vec![0; usize::from(length[0])];
     stream.read_exact(&mut text).await?;
-    match String::from_utf8(text) {
-        Ok(text) if !text.is_empty() => Ok(text),
-        _ => Err(ProtocolError::HelloText { field }.into()),
-    }
+    String::from_utf8(text).map_err(|_| ProtocolError::HelloText { field }.into())
 }
 
 /// The connection ended, or the peer said something else than a hello.

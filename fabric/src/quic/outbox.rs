@@ -1,47 +1,106 @@
-//! A peer's send queue on one channel: bounded in frames and in bytes, filled by any thread, drained by the I/O thread.
+//! A peer's send queue on one channel: bounded in frames and in bytes, filled by any thread. The I/O thread drains it, or,
+//! for a peer on this host, the peer itself.
 
 use std::sync::Arc;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 
+use crate::body;
 use crate::error::SendError;
 use crate::frame::Frame;
 use crate::limits::Limits;
+use crate::shared::Producer;
+use crate::stats::Counters;
+use crate::sync::lock;
 
-/// The side that fills it.
-pub(crate) struct Outbox {
+/// Where a peer's frames go.
+pub(crate) enum Outbox {
+    /// To the I/O thread.
+    Queue(Queued),
+    /// Into memory that the peer reads. Locked for one copy, and by one thread at a time as a rule: a channel has one owner.
+    Shared(Mutex<Producer>),
+}
+
+/// The side that fills a queue.
+pub(crate) struct Queued {
     frames: mpsc::Sender<Frame>,
-    queued_bytes: Arc<AtomicUsize>,
+    bytes: Arc<AtomicUsize>,
     bytes_max: usize,
 }
 
 /// The side that drains it.
 pub(crate) struct Queue {
     frames: mpsc::Receiver<Frame>,
-    queued_bytes: Arc<AtomicUsize>,
+    bytes: Arc<AtomicUsize>,
 }
 
-pub(crate) fn outbox(limits: &Limits) -> (Outbox, Queue) {
+pub(crate) fn outbox(limits: &Limits) -> (Queued, Queue) {
     let (sender, receiver) = mpsc::channel(limits.send_frames_max);
-    let queued_bytes = Arc::new(AtomicUsize::new(0));
-    let queue = Queue { frames: receiver, queued_bytes: Arc::clone(&queued_bytes) };
-    (Outbox { frames: sender, queued_bytes, bytes_max: limits.send_bytes_max }, queue)
+    let bytes = Arc::new(AtomicUsize::new(0));
+    let queue = Queue { frames: receiver, bytes: Arc::clone(&bytes) };
+    (Queued { frames: sender, bytes, bytes_max: limits.send_bytes_max }, queue)
 }
 
 impl Outbox {
+    /// Queues a frame that fits the limits.
+    pub fn offer(&self, frame: Frame, counters: &Counters) -> Result<(), SendError> {
+        match self {
+            Self::Queue(queued) => queued.offer(frame),
+            Self::Shared(producer) => {
+                let bytes = frame.bytes();
+                lock(producer).offer(frame)?;
+                counters.sent(bytes);
+                Ok(())
+            }
+        }
+    }
+
+    /// Gathers a frame's body, for a queue only if there is room for it.
+    pub fn offer_gathered(
+        &self,
+        pieces: &[&[u8]],
+        head: impl FnOnce(Vec<u64>) -> Bytes,
+        counters: &Counters,
+    ) -> Result<(), SendError> {
+        match self {
+            Self::Queue(queued) => {
+                let body_bytes = pieces.iter().map(|piece| piece.len()).sum();
+                if !queued.has_room(body_bytes) {
+                    return Err(SendError::Full(Frame::default()));
+                }
+                let (body, checksums) = body::gather(pieces);
+                queued.offer(Frame { head: head(checksums), body: vec![body] })
+            }
+            Self::Shared(producer) => {
+                let bytes = lock(producer).offer_gathered(pieces, head)?;
+                counters.sent(bytes);
+                Ok(())
+            }
+        }
+    }
+}
+
+impl Queued {
+    fn has_room(&self, bytes: usize) -> bool {
+        let queued = self.bytes.load(Ordering::Relaxed);
+        queued == 0 || queued + bytes <= self.bytes_max
+    }
+
     /// Queues a frame and wakes the I/O thread.
-    pub fn offer(&self, frame: Frame) -> Result<(), SendError> {
+    fn offer(&self, frame: Frame) -> Result<(), SendError> {
         let bytes = frame.bytes();
         // Relaxed: the count orders nothing, and a race of two senders may only overshoot by rejecting one of them.
-        let before = self.queued_bytes.fetch_add(bytes, Ordering::Relaxed);
+        let before = self.bytes.fetch_add(bytes, Ordering::Relaxed);
         if before > 0 && before + bytes > self.bytes_max {
-            self.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
+            self.bytes.fetch_sub(bytes, Ordering::Relaxed);
             return Err(SendError::Full(frame));
         }
         self.frames.try_send(frame).map_err(|error| {
-            self.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
+            self.bytes.fetch_sub(bytes, Ordering::Relaxed);
             match error {
                 TrySendError::Full(frame) => SendError::Full(frame),
                 TrySendError::Closed(_) => SendError::Gone,
@@ -58,7 +117,7 @@ impl Queue {
 
     /// Gives the room of frames back that the transport has taken over.
     pub fn written(&self, bytes: usize) {
-        self.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
+        self.bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 }
 

@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, RwLock};
 
+use bytes::Bytes;
 use quinn::Connection;
 use tokio::sync::Notify;
 
@@ -20,7 +21,7 @@ use crate::sync::{read, write};
 /// Live peers, shared with the threads that send.
 #[derive(Default)]
 pub(crate) struct Peers {
-    pub counters: Counters,
+    pub counters: Arc<Counters>,
     live: RwLock<HashMap<PeerId, Peer>>,
 }
 
@@ -45,7 +46,19 @@ impl Peers {
     pub fn try_send(&self, peer: PeerId, channel: Channel, frame: Frame) -> Result<(), SendError> {
         let live = read(&self.live);
         let peer = live.get(&peer).ok_or(SendError::Gone)?;
-        peer.outboxes[channel.index()].offer(frame)
+        peer.outboxes[channel.index()].offer(frame, &self.counters)
+    }
+
+    pub fn try_send_gathered(
+        &self,
+        peer: PeerId,
+        channel: Channel,
+        pieces: &[&[u8]],
+        head: impl FnOnce(Vec<u64>) -> Bytes,
+    ) -> Result<(), SendError> {
+        let live = read(&self.live);
+        let peer = live.get(&peer).ok_or(SendError::Gone)?;
+        peer.outboxes[channel.index()].offer_gathered(pieces, head, &self.counters)
     }
 
     pub fn info(&self, peer: PeerId) -> Option<PeerInfo> {
@@ -57,6 +70,7 @@ impl Peers {
         let live = read(&self.live);
         stats.peers = live.len() as u64;
         for peer in live.values() {
+            stats.peers_shared += u64::from(matches!(peer.outboxes[0], Outbox::Shared(_)));
             let path = peer.connection.stats().path;
             stats.packets_lost += path.lost_packets;
             let mtu_bytes = u64::from(path.current_mtu);
@@ -67,6 +81,7 @@ impl Peers {
         }
         stats
     }
+
     /// Adds a peer if there is `room` beside so many live ones, and ends the connections of its worker's older
     /// incarnations: their process cannot be alive, so nobody need wait until it has been silent for long enough.
     pub fn enter(&self, id: PeerId, peer: Peer, room: impl Fn(usize) -> bool) -> bool {

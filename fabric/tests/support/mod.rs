@@ -1,4 +1,4 @@
-//! What the suites share: the two transports behind one way to open an end, and patient receiving.
+//! What the suites share: the transports behind one way to open an end, and patient receiving.
 //!
 //! Waits are guards against a hang, not measurements: nothing is asserted about how long something took.
 #![allow(dead_code, reason = "each test binary uses its part")]
@@ -9,8 +9,10 @@ pub mod relay;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use crossbeam_channel::{Receiver, RecvTimeoutError};
-use fabric::{Channel, Event, Fabric, Frame, Hub, Limits, LossReason, PeerId, PeerInfo, QuicOptions};
+use crossbeam_channel::RecvTimeoutError;
+use fabric::{
+    Arrivals, Channel, Event, Fabric, Frame, Hub, Limits, LossReason, PeerId, PeerInfo, QuicOptions,
+};
 
 use certificates::{Authority, Credentials};
 
@@ -20,7 +22,10 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 /// A way to open ends that can reach each other.
 pub enum Net {
     InProcess(Hub),
+    /// Between ends of one host that share no memory, as between hosts.
     Quic(Box<Authority>),
+    /// Between ends of one host that do.
+    Shared(Box<Authority>),
 }
 
 impl Net {
@@ -32,6 +37,10 @@ impl Net {
         Self::Quic(Box::new(Authority::new()))
     }
 
+    pub fn shared() -> Self {
+        Self::Shared(Box::new(Authority::new()))
+    }
+
     /// An end for `worker` in its first incarnation.
     pub fn open(&self, worker: &str) -> Fabric {
         self.open_with(worker, 1, Limits::default())
@@ -40,9 +49,10 @@ impl Net {
     pub fn open_with(&self, worker: &str, incarnation: u64, limits: Limits) -> Fabric {
         match self {
             Self::InProcess(hub) => Fabric::in_process(hub, worker, incarnation, limits).expect("an end"),
-            Self::Quic(authority) => {
+            Self::Quic(authority) | Self::Shared(authority) => {
                 let options = options(&authority.pem(), authority.issue(), worker, incarnation, limits);
-                Fabric::quic(options).expect("an end")
+                let share_memory = matches!(self, Self::Shared(_));
+                Fabric::quic(QuicOptions { share_memory, ..options }).expect("an end")
             }
         }
     }
@@ -64,6 +74,7 @@ pub fn options(
         worker: worker.to_owned(),
         incarnation,
         limits,
+        share_memory: false,
     }
 }
 
@@ -108,33 +119,33 @@ pub fn send(from: &Fabric, peer: PeerId, channel: Channel, mut frame: Frame) {
     }
 }
 
-pub fn next(events: &Receiver<Event>) -> Event {
+pub fn next(events: &Arrivals) -> Event {
     events.recv_timeout(PATIENCE).expect("an event")
 }
 
-pub fn up(events: &Receiver<Event>) -> (PeerId, PeerInfo) {
+pub fn up(events: &Arrivals) -> (PeerId, PeerInfo) {
     match next(events) {
         Event::PeerUp { peer, info } => (peer, info),
         other => panic!("expected a peer to come up, got {other:?}"),
     }
 }
 
-pub fn lost(events: &Receiver<Event>) -> (PeerId, LossReason) {
+pub fn lost(events: &Arrivals) -> (PeerId, LossReason) {
     match next(events) {
         Event::PeerLost { peer, reason } => (peer, reason),
         other => panic!("expected a peer to be lost, got {other:?}"),
     }
 }
 
-pub fn received(events: &Receiver<Event>) -> (PeerId, Bytes, Bytes) {
+pub fn received(events: &Arrivals) -> (PeerId, Bytes, Bytes) {
     match next(events) {
-        Event::Frame { peer, head, body } => (peer, head, body),
+        Event::Frame { peer, head, body } => (peer, head, body.into_bytes()),
         other => panic!("expected a frame, got {other:?}"),
     }
 }
 
 /// Reads to the end of a closed end's queue.
-pub fn drained(events: &Receiver<Event>) {
+pub fn drained(events: &Arrivals) {
     loop {
         match events.recv_timeout(PATIENCE) {
             Ok(_) => (),

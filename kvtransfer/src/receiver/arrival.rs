@@ -1,9 +1,12 @@
 //! What has landed for one ticket: the arrival counter, and the checks that a piece passes before it counts.
 
+use fabric::Body;
 use model::TokenId;
+use proto::ticket::TicketId;
 
+use super::BlockSink;
 use crate::extent::{Extent, Violation};
-use crate::wire::{self, Run};
+use crate::wire::Run;
 
 /// Progress of one ticket. Order of arrival does not matter, and nothing counts twice.
 pub(super) struct Arrival {
@@ -23,6 +26,13 @@ pub(super) struct Landed {
     pub(super) duplicates: u64,
 }
 
+/// Where the pieces of one run go.
+pub(super) struct Place<'a> {
+    pub(super) sink: &'a mut dyn BlockSink,
+    pub(super) ticket: TicketId,
+    pub(super) layer: u32,
+}
+
 impl Arrival {
     pub(super) fn new(extent: Extent) -> Self {
         let pieces = extent.pieces();
@@ -40,32 +50,34 @@ impl Arrival {
         if known == token { Ok(()) } else { Err(Violation::FirstToken { known: known.0, sent: token.0 }) }
     }
 
-    /// Checks the whole run, then has those of its pieces written, as (block, bytes), that have not landed before.
+    /// Checks the whole run, then copies those of its pieces to their places that have not landed before. The
+    /// checksum is taken of the copy: the body may lie in memory that the sender still writes.
     pub(super) fn land(
         &mut self,
         run: &Run,
-        body: &[u8],
-        mut write: impl FnMut(u32, &[u8]),
+        body: &Body,
+        place: &mut Place<'_>,
     ) -> Result<Landed, Violation> {
         self.extent.check(run, body.len())?;
-        for ((block, piece), &expected) in pieces(self.extent, run, body).zip(&run.checksums) {
-            if wire::checksum(piece) != expected {
-                return Err(Violation::Checksum { layer: run.layer, block });
-            }
-        }
-        let mut landed = Landed::default();
-        for (block, piece) in pieces(self.extent, run, body) {
+        let (mut landed, mut start) = (Landed::default(), 0);
+        for (block, &expected) in (run.first_block..run.first_block + run.blocks).zip(&run.checksums) {
+            let (at, bytes) = (start, self.extent.piece_bytes(block));
+            start += bytes;
             let index = self.extent.index(run.layer, block);
             let (word, bit) = (&mut self.landed[index / 64], 1 << (index % 64));
             if *word & bit != 0 {
                 landed.duplicates += 1;
                 continue;
             }
-            write(block, piece);
+            let into = place.sink.place(place.ticket, block, place.layer, bytes);
+            let into = into.filter(|into| into.len() == bytes).ok_or(Violation::Unplaced { block })?;
+            if body.copy_summed(at, into).ok() != Some(expected) {
+                return Err(Violation::Checksum { layer: run.layer, block });
+            }
             *word |= bit;
             self.missing -= 1;
             landed.pieces += 1;
-            landed.bytes += piece.len() as u64;
+            landed.bytes += bytes as u64;
         }
         Ok(landed)
     }
@@ -76,14 +88,4 @@ impl Arrival {
         let landed: u32 = self.landed.iter().map(|word| word.count_ones()).sum();
         assert_eq!(landed as usize + self.missing, self.extent.pieces(), "the arrival counter is off");
     }
-}
-
-/// The pieces of a checked run: block and bytes.
-fn pieces<'a>(extent: Extent, run: &Run, body: &'a [u8]) -> impl Iterator<Item = (u32, &'a [u8])> + use<'a> {
-    let mut rest = body;
-    (run.first_block..run.first_block + run.blocks).map(move |block| {
-        let (piece, behind) = rest.split_at(extent.piece_bytes(block));
-        rest = behind;
-        (block, piece)
-    })
 }

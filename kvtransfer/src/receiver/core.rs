@@ -8,9 +8,10 @@ use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Display;
 use std::time::Instant;
 
+use fabric::Body;
 use proto::ticket::{KvTicket, TicketId};
 
-use super::arrival::{Arrival, Landed};
+use super::arrival::{Arrival, Landed, Place};
 use super::{BlockSink, ReceiverEvent, ReceiverOptions, ReceiverStats, Reservation};
 use crate::error::TransferError;
 use crate::extent::Extent;
@@ -100,7 +101,7 @@ impl<P: Copy + Eq> ReceiverCore<P> {
         &mut self,
         peer: P,
         head: &[u8],
-        body: &[u8],
+        body: &Body,
         now: Instant,
         sink: &mut dyn BlockSink,
     ) {
@@ -135,8 +136,8 @@ impl<P: Copy + Eq> ReceiverCore<P> {
             Push::Abort(reason) => return self.end(key.ticket_id, format_args!("prefill gave up: {reason}")),
             Push::Finish(token) => receiving.arrival.finish(token),
             Push::Blocks(run) => {
-                let write = |block, piece: &[u8]| sink.write(key.ticket_id, block, run.layer, piece);
-                receiving.arrival.land(&run, body, write).map(|landed| self.stats.count(landed))
+                let place = &mut Place { sink, ticket: key.ticket_id, layer: run.layer };
+                receiving.arrival.land(&run, body, place).map(|landed| self.stats.count(landed))
             }
         };
         match taken {

@@ -160,13 +160,15 @@ impl<P: Copy + Eq> SenderCore<P> {
         let transfer = self.transfers.get(&id).ok_or(TransferError::Ended(id))?;
         transfer.permits(layer, first_block, pieces.len())?;
         let route = self.route(id)?;
-        let (body, checksums) = wire::gather(pieces);
-        let bytes = body.len() as u64;
+        let bytes = pieces.iter().map(|piece| piece.len()).sum();
         // As many as the ticket's blocks at most, as `permits` has checked.
         let blocks = pieces.len() as u32;
-        let run = Run { layer, first_block, blocks, last_rows, checksums };
-        self.send(route, Push::Blocks(run), body, outlet)?;
-        self.stats.bytes += bytes;
+        let sent = outlet.try_push(route.peer, pieces, &mut |checksums| {
+            let run = Run { layer, first_block, blocks, last_rows, checksums };
+            wire::encode_push_head(route.key, Push::Blocks(run))
+        });
+        self.sent(route, bytes, sent)?;
+        self.stats.bytes += bytes as u64;
         Ok(())
     }
 
@@ -181,7 +183,9 @@ impl<P: Copy + Eq> SenderCore<P> {
         outlet: &mut impl Outlet<P>,
     ) -> Result<(), TransferError> {
         let route = self.route(id)?;
-        self.send(route, Push::Finish(first_token), Bytes::new(), outlet)
+        let frame = wire::encode_push(route.key, Push::Finish(first_token), Bytes::new());
+        let sent = outlet.try_send(route.peer, frame);
+        self.sent(route, 0, sent)
     }
 
     /// Forgets a transfer without an event. The next flush tells decode, if it has been heard of there.
@@ -340,16 +344,10 @@ impl<P: Copy + Eq> SenderCore<P> {
         }
     }
 
-    fn send(
-        &mut self,
-        route: Route<P>,
-        push: Push,
-        body: Bytes,
-        outlet: &mut impl Outlet<P>,
-    ) -> Result<(), TransferError> {
-        let Route { id, peer, key } = route;
-        let bytes = body.len();
-        match outlet.try_send(peer, wire::encode_push(key, push, body)) {
+    /// What becomes of a transfer when a frame of it was offered with this outcome.
+    fn sent(&mut self, route: Route<P>, bytes: usize, sent: Result<(), Unsent>) -> Result<(), TransferError> {
+        let Route { id, peer, .. } = route;
+        match sent {
             Ok(()) => {
                 if let Some(transfer) = self.transfers.get_mut(&id) {
                     transfer.sent = true;

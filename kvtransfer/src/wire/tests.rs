@@ -4,8 +4,7 @@ use proptest::prelude::*;
 use proto::ticket::TicketId;
 
 use super::{
-    Push, Reply, Run, TEXT_BYTES_MAX, TicketKey, checksum, decode_push, decode_reply, encode_push,
-    encode_reply, gather,
+    Push, Reply, Run, TEXT_BYTES_MAX, TicketKey, decode_push, decode_reply, encode_push, encode_reply, gather,
 };
 
 const KEY: TicketKey = TicketKey { incarnation: u64::MAX, ticket_id: TicketId(3) };
@@ -44,7 +43,7 @@ fn texts_are_cut_at_a_character() {
 fn a_gathered_body_is_its_pieces_with_a_checksum_each() {
     let (body, checksums) = gather(&[b"one", b"", b"three"]);
     assert_eq!(&body[..], b"onethree");
-    assert_eq!(checksums, [checksum(b"one"), checksum(b""), checksum(b"three")]);
+    assert_eq!(checksums, [fabric::checksum(b"one"), fabric::checksum(b""), fabric::checksum(b"three")]);
 }
 
 proptest! {

@@ -140,7 +140,7 @@ impl Decode {
     }
 
     pub fn receive(&mut self, packet: &Packet, now: Instant) {
-        self.core.handle_frame(packet.link, &packet.head, &packet.body, now, &mut self.memory);
+        self.core.handle_frame(packet.link, &packet.head, &packet.body.clone().into(), now, &mut self.memory);
         self.take_events();
     }
 
@@ -245,17 +245,19 @@ impl Memory {
 }
 
 impl BlockSink for Memory {
-    fn write(&mut self, ticket: TicketId, block_in_sequence: u32, layer: u32, bytes: &[u8]) {
+    fn place(
+        &mut self,
+        ticket: TicketId,
+        block_in_sequence: u32,
+        layer: u32,
+        bytes: usize,
+    ) -> Option<&mut [u8]> {
         let owner = self.owners.get(&ticket).expect("a write for a dead ticket");
         assert!(!owner.committed, "a write into a running sequence");
         let index = block_in_sequence as usize;
         assert!(index >= owner.first_block, "a write into the prefix cache");
-        assert_eq!(bytes.len(), 16 * rows_in(owner.prompt_tokens, index));
+        assert_eq!(bytes, 16 * rows_in(owner.prompt_tokens, index));
         let start = Self::start(owner.block_table[index], layer);
-        for (offset, bytes) in bytes.chunks_exact(16).enumerate() {
-            let expected = row(owner.sequence, layer, index * layout().block_tokens + offset);
-            assert_eq!(bytes, expected, "{ticket}: bytes of another owner, or damaged ones");
-            self.rows[start + offset] = expected;
-        }
+        Some(self.rows[start..start + bytes / 16].as_flattened_mut())
     }
 }

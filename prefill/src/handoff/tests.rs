@@ -28,9 +28,10 @@ struct Decode {
 struct Pieces(BTreeMap<(u32, u32), Vec<u8>>);
 
 impl BlockSink for Pieces {
-    fn write(&mut self, _ticket: TicketId, block: u32, layer: u32, bytes: &[u8]) {
-        let twice = self.0.insert((block, layer), bytes.to_vec()).is_some();
+    fn place(&mut self, _ticket: TicketId, block: u32, layer: u32, bytes: usize) -> Option<&mut [u8]> {
+        let twice = self.0.contains_key(&(block, layer));
         assert!(!twice, "block {block} of layer {layer} came twice");
+        Some(self.0.entry((block, layer)).or_insert_with(|| vec![0; bytes]))
     }
 }
 

@@ -249,8 +249,9 @@ pub struct Decode {
 struct Arrived(BTreeMap<TicketId, Rows>);
 
 impl BlockSink for Arrived {
-    fn write(&mut self, ticket: TicketId, block: u32, layer: u32, bytes: &[u8]) {
-        self.0.entry(ticket).or_default().insert((block, layer), bytes.to_vec());
+    fn place(&mut self, ticket: TicketId, block: u32, layer: u32, bytes: usize) -> Option<&mut [u8]> {
+        let rows = self.0.entry(ticket).or_default();
+        Some(rows.entry((block, layer)).or_insert_with(|| vec![0; bytes]))
     }
 }
 
