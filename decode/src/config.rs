@@ -7,7 +7,10 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use engine::Engine;
 use serde::{Deserialize, Serialize};
+
+use crate::speculation::DRAFTS_MAX;
 
 /// Settings of one decode worker, the `[decode]` table of a cluster's file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,6 +26,9 @@ pub struct Config {
     /// Sequences in one step; more take turns. Range 1..=`sequences_max`, at most 512: the batch up to which the
     /// operators are held to be row invariant.
     pub batch_max: usize,
+    /// Tokens drafted for a sequence in one step at most, with the checkpoint's MTP module; how many it is follows from what
+    /// they have been worth. Range 0..=8, 0 drafts none.
+    pub draft_tokens_max: usize,
     /// Submissions between the gRPC service and the device thread. Range 1..=4096.
     pub submissions_queued_max: usize,
     /// Events queued for one stream. When it has room for fewer than two, the sequence pauses. Range 4..=4096:
@@ -45,6 +51,8 @@ impl Default for Config {
             sequences_max: 256,
             queue_max: 512,
             batch_max: 64,
+            // DeepSeek trained the module for one; fed with its own states it is right about the next two often enough.
+            draft_tokens_max: 3,
             submissions_queued_max: 256,
             // At 50 tokens a second, a reader may sleep for over a second before its sequence feels it.
             events_queued_max: 64,
@@ -64,6 +72,7 @@ impl Config {
         within("sequences_max", self.sequences_max as u64, 1, 4096)?;
         within("queue_max", self.queue_max as u64, 1, 1 << 16)?;
         within("batch_max", self.batch_max as u64, 1, self.sequences_max.min(512) as u64)?;
+        within("draft_tokens_max", self.draft_tokens_max as u64, 0, DRAFTS_MAX as u64)?;
         within("submissions_queued_max", self.submissions_queued_max as u64, 1, 4096)?;
         within("events_queued_max", self.events_queued_max as u64, 4, 4096)?;
         within("reader_stall_ms_max", self.reader_stall_ms_max, 100, 600_000)?;
@@ -72,8 +81,15 @@ impl Config {
     }
 
     /// Checks what depends on the engine: a batch must fit one step of it.
-    pub(crate) fn validate_for(&self, step_tokens_max: usize) -> Result<(), ConfigError> {
-        within("batch_max", self.batch_max as u64, 1, step_tokens_max as u64)
+    pub(crate) fn validate_for(&self, engine: &Engine) -> Result<(), ConfigError> {
+        // A sequence that has just come may have a second row.
+        let rows = if self.drafts_with(engine) { 2 } else { 1 };
+        within("batch_max", self.batch_max as u64, 1, (engine.step_tokens_max() / rows) as u64)
+    }
+
+    /// Whether sequences draft.
+    pub(crate) fn drafts_with(&self, engine: &Engine) -> bool {
+        engine.has_mtp() && self.draft_tokens_max > 0
     }
 
     pub(crate) fn reader_stall_max(&self) -> Duration {
@@ -116,6 +132,7 @@ mod tests {
         check(|c| c.queue_max = 0, "queue_max");
         check(|c| c.batch_max = c.sequences_max + 1, "batch_max");
         check(|c| c.batch_max = 0, "batch_max");
+        check(|c| c.draft_tokens_max = 9, "draft_tokens_max");
         check(|c| c.submissions_queued_max = 0, "submissions_queued_max");
         check(|c| c.events_queued_max = 3, "events_queued_max");
         check(|c| c.reader_stall_ms_max = 0, "reader_stall_ms_max");

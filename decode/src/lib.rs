@@ -22,6 +22,7 @@ mod metrics;
 mod outbox;
 pub mod scheduler;
 mod server;
+mod speculation;
 mod start;
 mod worker;
 

@@ -19,6 +19,7 @@ use prometheus_client::registry::{Registry, Unit};
 use proto::share::Priority;
 
 use crate::scheduler::{PlanStats, PrefixStats};
+use crate::speculation::DRAFTS_MAX;
 
 /// Upper bounds in microseconds: a step of the demo model takes about 1 ms, of V3 on a GPU 20 to 50 ms.
 const STEP_BOUNDS_US: &[u64] =
@@ -68,6 +69,8 @@ pub struct Metrics {
     pub(crate) handoff_time: DurationHistogram,
     /// What the receiver of hand-offs has counted.
     pub(crate) handoffs: HandoffCounters,
+    /// Drafted tokens, and those that stood.
+    pub(crate) drafts: DraftCounters,
     /// Time from submission to blocks, by class.
     queue_time: [DurationHistogram; 2],
     failures: Family<Kind, Counter>,
@@ -158,6 +161,7 @@ impl Metrics {
             let help = "Time from submission to KV blocks";
             registry.register_with_unit(name, help, Unit::Seconds, histogram.clone());
         }
+        let drafts = DraftCounters::new(&mut registry);
         let failures = Family::default();
         registry.register("failures", "Sequences that ended without finishing", failures.clone());
         let refusals = Family::default();
@@ -182,6 +186,7 @@ impl Metrics {
             step_time,
             handoff_time,
             handoffs,
+            drafts,
             failures,
             refusals,
         }
@@ -234,6 +239,45 @@ impl HandoffCounters {
         store(&self.stale, stats.stale);
         store(&self.violations, stats.violations);
         store(&self.malformed, stats.malformed);
+    }
+}
+
+/// Drafted tokens by their place behind a sequence's last token, from 1 on.
+#[derive(Clone, Debug)]
+pub(crate) struct DraftCounters {
+    drafted: [Counter; DRAFTS_MAX],
+    accepted: [Counter; DRAFTS_MAX],
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Place {
+    position: u32,
+}
+
+impl DraftCounters {
+    fn new(registry: &mut Registry) -> Self {
+        // Looked up once: a lookup takes a lock.
+        let mut counters = |name, help| {
+            let family = Family::<Place, Counter>::default();
+            let places = std::array::from_fn(|place| {
+                family.get_or_create(&Place { position: place as u32 + 1 }).clone()
+            });
+            registry.register(name, help, family);
+            places
+        };
+        Self {
+            drafted: counters("drafted_tokens", "Tokens drafted with the MTP module"),
+            accepted: counters("accepted_tokens", "Drafted tokens that the main model gave as well"),
+        }
+    }
+
+    /// Of a sequence's `drafted` tokens the first `stood` stood.
+    pub(crate) fn count(&self, drafted: usize, stood: usize) {
+        for (counters, count) in [(&self.drafted, drafted), (&self.accepted, stood)] {
+            for counter in counters.iter().take(count) {
+                counter.inc();
+            }
+        }
     }
 }
 

@@ -29,12 +29,21 @@ pub(crate) enum SequenceEvent {
     Refused(Refusal),
     /// All KV is committed. `handoff` is the time since the ticket was issued.
     HandedOff { handoff: Duration },
-    /// One token.
-    Token(Sampled),
+    /// One token, with what became of drafts.
+    Token(Sampled, Drafts),
     /// The sequence ended by its own rule; nothing follows.
     Finished { finish: Finish, first_step: Duration, decode: Duration },
     /// The sequence ended otherwise; nothing follows.
     Failed(Failure),
+}
+
+/// What became of the tokens that were drafted for a sequence.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Drafts {
+    /// Drafts that became tokens.
+    pub(crate) accepted: u32,
+    /// Drafts that did not.
+    pub(crate) rejected: u32,
 }
 
 /// A queue for `events_max` events that rings `doorbell` when the device thread should look again.
@@ -61,6 +70,11 @@ impl Outbox {
         self.starved.store(true, Ordering::SeqCst);
         // The reader may have made room between the look and the flag, without ringing: look again.
         self.events.capacity() >= 2
+    }
+
+    /// Tokens that fit now, with the end after them.
+    pub(crate) fn tokens_max(&self) -> usize {
+        self.events.capacity().saturating_sub(1)
     }
 
     /// Whether nobody will read this any more: the sequence is cancelled.
@@ -132,7 +146,8 @@ mod tests {
     use super::*;
 
     fn token() -> SequenceEvent {
-        SequenceEvent::Token(Sampled { token: model::TokenId(1), logprob: 0.0, top: Vec::new() })
+        let sampled = Sampled { token: model::TokenId(1), logprob: 0.0, top: Vec::new() };
+        SequenceEvent::Token(sampled, Drafts::default())
     }
 
     #[tokio::test]

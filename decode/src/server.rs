@@ -26,7 +26,10 @@ use crate::error::Refusal;
 use crate::finish::Finish;
 use crate::intake::{Intake, Submission};
 use crate::metrics::Metrics;
-use crate::outbox::{self, Doorbell, Inbox, SequenceEvent};
+use crate::outbox::{self, Doorbell, Drafts, Inbox, SequenceEvent};
+
+/// Tokens in one message at most: those of a step or two.
+const TOKENS_PER_MESSAGE_MAX: usize = 16;
 
 /// The service, one for all connections.
 pub(crate) struct DecodeService {
@@ -66,7 +69,7 @@ impl Decode for DecodeService {
         match events.next().instrument(span.clone()).await {
             Some(SequenceEvent::Refused(refusal)) => Err(refusal.into()),
             Some(first) => {
-                Ok(Response::new(EventStream { first: Some(first), events, logprobs, open: true, span }))
+                Ok(Response::new(EventStream { next: Some(first), events, logprobs, open: true, span }))
             }
             None => Err(self.refuse(Refusal::Draining)),
         }
@@ -94,7 +97,8 @@ impl DecodeService {
 
 /// A sequence's events in the wire's form.
 pub(crate) struct EventStream {
-    first: Option<SequenceEvent>,
+    /// The ticket at first, later what was read behind the tokens of a message.
+    next: Option<SequenceEvent>,
     events: Inbox,
     /// Whether the request asked for log-probabilities.
     logprobs: bool,
@@ -111,15 +115,16 @@ impl Stream for EventStream {
         if !this.open {
             return Poll::Ready(None);
         }
-        let _span = this.span.enter();
-        let event = match this.first.take() {
+        let span = this.span.clone();
+        let _span = span.enter();
+        let event = match this.next.take() {
             Some(first) => Some(first),
             None => std::task::ready!(Pin::new(&mut this.events).poll_next(context)),
         };
         let item = event.map_or_else(
             // Every sequence is told its end, unless there is no device thread left to tell it.
             || Err(Consequence::Lost.status("the decode worker's device thread has ended")),
-            |event| to_wire(event, this.logprobs),
+            |event| this.encode(event, context),
         );
         let ends = !matches!(
             item,
@@ -133,33 +138,54 @@ impl Stream for EventStream {
     }
 }
 
-/// One event as the router reads it.
-fn to_wire(event: SequenceEvent, logprobs: bool) -> Result<v1::DecodeEvent, Status> {
-    let event = match event {
-        SequenceEvent::Ticket(ticket) => Event::Ticket(ticket.to_wire()),
-        SequenceEvent::HandedOff { handoff } => {
-            Event::Handoff(v1::HandoffDone { handoff_us: micros(handoff) })
-        }
-        SequenceEvent::Token(sampled) => {
-            Event::Tokens(v1::DecodedTokens { tokens: vec![token(sampled, logprobs)] })
-        }
-        SequenceEvent::Finished { finish, first_step, decode } => {
-            let (reason, stop_token_id) = match finish {
-                Finish::EndOfSequence | Finish::StopString => (v1::FinishReason::Stop, None),
-                Finish::StopToken(token) => (v1::FinishReason::Stop, Some(token.0)),
-                Finish::Length => (v1::FinishReason::Length, None),
+impl EventStream {
+    /// A token and those that are there already: a step may give several.
+    fn tokens(&mut self, sampled: Sampled, drafts: Drafts, context: &mut Context<'_>) -> v1::DecodedTokens {
+        let mut message = v1::DecodedTokens {
+            tokens: vec![token(sampled, self.logprobs)],
+            accepted_drafts: drafts.accepted,
+            rejected_drafts: drafts.rejected,
+        };
+        while message.tokens.len() < TOKENS_PER_MESSAGE_MAX
+            && let Poll::Ready(Some(event)) = Pin::new(&mut self.events).poll_next(context)
+        {
+            let SequenceEvent::Token(sampled, drafts) = event else {
+                self.next = Some(event);
+                break;
             };
-            Event::Finished(v1::DecodeFinished {
-                reason: reason.into(),
-                stop_token_id,
-                first_step_us: micros(first_step),
-                decode_us: micros(decode),
-            })
+            message.tokens.push(token(sampled, self.logprobs));
+            message.accepted_drafts += drafts.accepted;
+            message.rejected_drafts += drafts.rejected;
         }
-        SequenceEvent::Refused(refusal) => return Err(refusal.into()),
-        SequenceEvent::Failed(failure) => return Err(failure.into()),
-    };
-    Ok(v1::DecodeEvent { event: Some(event) })
+        message
+    }
+
+    /// One event as the router reads it.
+    fn encode(&mut self, event: SequenceEvent, context: &mut Context<'_>) -> Result<v1::DecodeEvent, Status> {
+        let event = match event {
+            SequenceEvent::Ticket(ticket) => Event::Ticket(ticket.to_wire()),
+            SequenceEvent::HandedOff { handoff } => {
+                Event::Handoff(v1::HandoffDone { handoff_us: micros(handoff) })
+            }
+            SequenceEvent::Token(sampled, drafts) => Event::Tokens(self.tokens(sampled, drafts, context)),
+            SequenceEvent::Finished { finish, first_step, decode } => {
+                let (reason, stop_token_id) = match finish {
+                    Finish::EndOfSequence | Finish::StopString => (v1::FinishReason::Stop, None),
+                    Finish::StopToken(token) => (v1::FinishReason::Stop, Some(token.0)),
+                    Finish::Length => (v1::FinishReason::Length, None),
+                };
+                Event::Finished(v1::DecodeFinished {
+                    reason: reason.into(),
+                    stop_token_id,
+                    first_step_us: micros(first_step),
+                    decode_us: micros(decode),
+                })
+            }
+            SequenceEvent::Refused(refusal) => return Err(refusal.into()),
+            SequenceEvent::Failed(failure) => return Err(failure.into()),
+        };
+        Ok(v1::DecodeEvent { event: Some(event) })
+    }
 }
 
 fn token(sampled: Sampled, logprobs: bool) -> v1::GeneratedToken {

@@ -27,6 +27,7 @@ use crate::metrics::Metrics;
 use crate::outbox::Doorbell;
 use crate::scheduler::{Limits, Scheduler};
 use crate::server::DecodeService;
+use crate::speculation::Speculation;
 use crate::worker::{Inputs, Parts, Worker};
 
 /// A router that is silent for this long is gone; its streams end and their sequences with them.
@@ -74,7 +75,7 @@ pub struct Handle {
 /// A setting out of its range, an address that cannot be bound, certificates that are none.
 pub async fn start(config: Config, node: Node) -> Result<Handle, Error> {
     config.validate()?;
-    config.validate_for(node.engine.step_tokens_max())?;
+    config.validate_for(&node.engine)?;
     let mut server = tls_server(&config, &node.identity)?;
     let bind = |source| Error::Bind { address: config.listen, source };
     let listener = TcpListener::bind(config.listen).await.map_err(bind)?;
@@ -186,13 +187,14 @@ fn start_device(
         sequences_max: config.sequences_max,
         queue_max: config.queue_max,
         batch_max: config.batch_max,
-        step_rows_max: 1,
+        step_rows_max: 1 + if config.drafts_with(&engine) { config.draft_tokens_max } else { 0 },
         kv_blocks: engine.kv().blocks(),
         block_tokens: engine.kv_layout().block_tokens,
         reader_stall_max: config.reader_stall_max(),
     });
     let inputs = Inputs { submissions: submitted, finishes: finished, doorbell: heard, drain: drain_by };
-    let worker = Worker::new(Parts { engine, scheduler, receiver, intake, inputs, metrics });
+    let speculation = config.drafts_with(&engine).then(|| Speculation::new(config.draft_tokens_max));
+    let worker = Worker::new(Parts { engine, scheduler, receiver, intake, inputs, metrics, speculation });
     let run = move || {
         let _alive = alive;
         worker.run();

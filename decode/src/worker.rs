@@ -7,12 +7,14 @@
 //! Invariant: blocks change hands between rounds only, on this thread. A push is copied into the pool by
 //! `Receiver::poll` here, so once a ticket is revoked here no write to its blocks is left anywhere.
 
+mod step;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver as Channel, Select, TryRecvError};
-use engine::{Engine, KvPool, LogitsWanted, Sampled, SequenceInput, SequenceSampler, StepError};
+use engine::{Engine, KvPool, SequenceSampler, StepError};
 use kvtransfer::{BlockSink, Receiver, ReceiverEvent};
 use model::{BlockId, TokenId};
 use proto::share::Priority;
@@ -23,7 +25,8 @@ use crate::error::{Failure, Refusal};
 use crate::intake::{Intake, Submission, arm, queue};
 use crate::metrics::{Metrics, as_gauge};
 use crate::outbox::{Outbox, SequenceEvent};
-use crate::scheduler::{End, Event, Scheduler, SequenceId};
+use crate::scheduler::{End, Event, Limits, Scheduler, SequenceId};
+use crate::speculation::Speculation;
 
 /// An idle thread still goes round this often, so that health can tell idle from dead.
 const IDLE_MAX: Duration = Duration::from_millis(100);
@@ -48,6 +51,8 @@ pub(crate) struct Parts {
     pub(crate) intake: Arc<Intake>,
     pub(crate) inputs: Inputs,
     pub(crate) metrics: Metrics,
+    /// With an MTP module in the engine, if drafts are wanted.
+    pub(crate) speculation: Option<Speculation>,
 }
 
 /// The device thread's state.
@@ -66,9 +71,9 @@ pub(crate) struct Worker {
     step_time: Duration,
     // Reused from step to step, so that a step allocates nothing.
     batch: Vec<SequenceId>,
-    rows: Vec<SequenceInput<'static>>,
-    logits: Vec<f32>,
-    sampled: Vec<(SequenceId, Sampled)>,
+    buffers: step::Buffers,
+    sampled: Vec<step::Token>,
+    speculation: Option<Speculation>,
 }
 
 /// One sequence's share of the worker, besides its blocks.
@@ -78,6 +83,7 @@ struct Seat {
     priority: Priority,
     outbox: Outbox,
     sampler: SequenceSampler,
+    rows: step::Rows,
     /// When it was submitted, and from its ticket on when that was issued.
     issued_at: Instant,
     committed_at: Option<Instant>,
@@ -88,9 +94,9 @@ struct Seat {
 
 impl Worker {
     pub(crate) fn new(parts: Parts) -> Self {
-        let Parts { engine, scheduler, receiver, intake, inputs, metrics } = parts;
+        let Parts { engine, scheduler, receiver, intake, inputs, metrics, speculation } = parts;
         let vocab_size = engine.config().vocab_size;
-        let batch_max = scheduler.limits().batch_max;
+        let Limits { batch_max, step_rows_max, .. } = *scheduler.limits();
         Self {
             engine,
             scheduler,
@@ -102,9 +108,9 @@ impl Worker {
             drain_by: None,
             step_time: Duration::ZERO,
             batch: Vec::with_capacity(batch_max),
-            rows: Vec::with_capacity(batch_max),
-            logits: Vec::with_capacity(vocab_size),
-            sampled: Vec::with_capacity(batch_max),
+            buffers: step::Buffers::new(batch_max, vocab_size),
+            sampled: Vec::with_capacity(batch_max * step_rows_max),
+            speculation,
         }
     }
 
@@ -197,6 +203,7 @@ impl Worker {
                     priority: admission.share.priority,
                     outbox,
                     sampler,
+                    rows: step::Rows::default(),
                     issued_at: now,
                     committed_at: None,
                     first_step_at: None,
@@ -284,42 +291,6 @@ impl Worker {
         }
     }
 
-    /// Runs the scheduled batch and samples one token for each of its sequences, into `sampled`.
-    fn step(&mut self) -> Result<(), StepError> {
-        self.sampled.clear();
-        if self.batch.is_empty() {
-            return Ok(());
-        }
-        let started = Instant::now();
-        let mut rows: Vec<SequenceInput<'_>> = std::mem::take(&mut self.rows);
-        for sequence in self.batch.iter().filter_map(|&id| self.scheduler.sequence(id)) {
-            if let Some((token, position)) = sequence.step_input() {
-                rows.push(SequenceInput {
-                    tokens: std::slice::from_ref(token),
-                    position,
-                    block_table: sequence.block_table(),
-                    logits: LogitsWanted::Last,
-                });
-            }
-        }
-        let vocab_size = self.engine.config().vocab_size;
-        let stepped = self.engine.step(&rows, &mut ());
-        self.rows = recycle(rows);
-        let output = stepped?;
-        for (&id, logits) in self.batch.iter().zip(output.logits.chunks_exact(vocab_size)) {
-            let (Some(seat), Some(sequence)) = (self.seats.get_mut(&id), self.scheduler.sequence(id)) else {
-                continue;
-            };
-            self.logits.clear();
-            self.logits.extend_from_slice(logits);
-            let sampled = seat.sampler.sample(&mut self.logits, sequence.length(), sequence.suppressed());
-            seat.sampler.observe(sampled.token);
-            self.sampled.push((id, sampled));
-        }
-        self.record_step(started.elapsed());
-        Ok(())
-    }
-
     /// Hands the step's tokens to their streams, and gives back what ended sequences hold.
     fn postprocess(&mut self, outcome: Result<(), StepError>) {
         let now = Instant::now();
@@ -336,11 +307,11 @@ impl Worker {
     }
 
     fn deliver(&mut self, now: Instant) {
-        for (id, sampled) in self.sampled.drain(..) {
+        for step::Token { id, sampled, drafts } in self.sampled.drain(..) {
             let Some(seat) = self.seats.get_mut(&id) else { continue };
             seat.first_step_at.get_or_insert(now);
             let token = sampled.token;
-            seat.outbox.send(SequenceEvent::Token(sampled));
+            seat.outbox.send(SequenceEvent::Token(sampled, drafts));
             self.scheduler.apply(id, Event::Sampled(token), now);
         }
     }
@@ -433,13 +404,6 @@ impl BlockSink for PoolSink<'_> {
         }
         place
     }
-}
-
-/// An empty vector for rows of any lifetime, in the memory of one whose rows are no longer needed.
-fn recycle(mut rows: Vec<SequenceInput<'_>>) -> Vec<SequenceInput<'static>> {
-    rows.clear();
-    // Collected in place, which keeps the allocation; there is no row left to convert.
-    rows.into_iter().map(|row| SequenceInput { tokens: &[], block_table: &[], ..row }).collect()
 }
 
 #[cfg(test)]

@@ -151,6 +151,8 @@ fn usage(admitted: &Admitted, reports: &[ChoiceReport]) -> v1::Usage {
         completion_tokens: reports.iter().map(|report| report.completion_tokens).sum(),
         cached_tokens: first_choices.map(|report| report.cached_tokens).sum(),
         timings: Some(timings),
+        accepted_prediction_tokens: reports.iter().map(|report| report.drafts.accepted).sum(),
+        rejected_prediction_tokens: reports.iter().map(|report| report.drafts.rejected).sum(),
     }
 }
 

@@ -148,9 +148,19 @@ impl Sequence {
         self.tokens.len()
     }
 
-    /// Tokens that must not be sampled next.
-    pub fn suppressed(&self) -> &[TokenId] {
-        self.rule.suppressed(self.generated)
+    /// Tokens of prompt and completion so far.
+    pub fn tokens(&self) -> &[TokenId] {
+        &self.tokens
+    }
+
+    /// Tokens that must not be sampled after `ahead` more tokens than there are now.
+    pub fn suppressed_after(&self, ahead: usize) -> &[TokenId] {
+        self.rule.suppressed(self.generated + ahead as u32)
+    }
+
+    /// Whether `token` would end it, after `ahead` more tokens than there are now.
+    pub fn ends_with(&self, token: TokenId, ahead: usize) -> bool {
+        self.rule.judge(token, self.generated + ahead as u32 + 1).is_some()
     }
 
     /// The ticket to revoke before the blocks may go to somebody else.

@@ -3,7 +3,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
 
 use crossbeam_channel::{Sender, bounded};
-use engine::{ExpertBatch, Experts, ExpertsError, LocalExperts};
+use engine::{Engine, ExpertBatch, Experts, ExpertsError, LocalExperts, Sampled};
 use fabric::{Fabric, Hub};
 use kvtransfer::{KvTicket, SenderEvent};
 use proto::sequence::Sequence;
@@ -19,10 +19,13 @@ use support::{KV_BLOCKS, Prefill, engine, engine_with, request, single_run};
 #[path = "../../tests/support/mod.rs"]
 mod support;
 
+mod drafts;
+
 /// Enough for a whole completion in these tests.
 const EVENTS_MAX: usize = 64;
 const BATCH_MAX: usize = 4;
 const QUEUE_MAX: usize = 8;
+const DRAFTS: usize = 3;
 const LEASE: Duration = Duration::from_secs(3600);
 
 /// Experts that fail while told to.
@@ -63,17 +66,22 @@ impl Rig {
         let failing = Arc::new(AtomicBool::new(false));
         let flaky = |experts: LocalExperts| FlakyExperts { experts, failing: Arc::clone(&failing) };
         let engine = engine_with(|experts| Box::new(flaky(experts)));
+        Self::with(engine, support::engine(), Arc::clone(&failing))
+    }
+
+    /// One for decode and one for prefill.
+    fn with(engine: Engine, prefill: Engine, failing: Arc<AtomicBool>) -> Self {
         let hub = Hub::new();
         let end = |worker: &str, incarnation| {
             Fabric::in_process(&hub, worker, incarnation, fabric::Limits::default()).expect("a free name")
         };
         let receiver = support::receiver(end("decode-0", 7), &engine, LEASE);
-        let prefill = Prefill::new(end("prefill-0", 8));
+        let prefill = Prefill::with(end("prefill-0", 8), prefill);
         let limits = Limits {
             sequences_max: 8,
             queue_max: QUEUE_MAX,
             batch_max: BATCH_MAX,
-            step_rows_max: 1,
+            step_rows_max: 1 + DRAFTS,
             kv_blocks: KV_BLOCKS,
             block_tokens: engine.kv_layout().block_tokens,
             reader_stall_max: Duration::from_secs(3600),
@@ -86,7 +94,10 @@ impl Rig {
         let inputs = Inputs { submissions, finishes, doorbell: heard, drain: drain_by };
         let metrics = Metrics::new(KV_BLOCKS);
         let scheduler = Scheduler::new(limits);
-        let worker = Worker::new(Parts { engine, scheduler, receiver, intake, inputs, metrics });
+        let worker = {
+            let speculation = Some(Speculation::new(DRAFTS));
+            Worker::new(Parts { engine, scheduler, receiver, intake, inputs, metrics, speculation })
+        };
         Self { worker, prefill, submit, finish, doorbell, drain, failing }
     }
 
@@ -159,7 +170,7 @@ fn drain(inbox: &mut Inbox) -> (Vec<Sampled>, SequenceEvent) {
             SequenceEvent::HandedOff { .. } => {
                 assert!(tokens.is_empty(), "the hand-off comes before the tokens")
             }
-            SequenceEvent::Token(token) => tokens.push(token),
+            SequenceEvent::Token(token, _) => tokens.push(token),
             end => return (tokens, end),
         }
     }
@@ -350,7 +361,7 @@ fn a_slow_reader_pauses_its_own_sequence_and_loses_no_token() {
     let mut tokens = Vec::new();
     let end = loop {
         match next(&mut slow) {
-            Some(SequenceEvent::Token(token)) => tokens.push(token),
+            Some(SequenceEvent::Token(token, _)) => tokens.push(token),
             Some(SequenceEvent::HandedOff { .. }) => {}
             Some(end) => break end,
             None => assert!(rig.round()),

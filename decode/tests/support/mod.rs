@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use engine::{
-    Engine, EngineOptions, ExpertBank, Experts, LocalExperts, LogitsWanted, Sampled, SequenceInput,
-    SequenceSampler,
+    Engine, EngineOptions, ExpertBank, Experts, FollowedInput, LocalExperts, LogitsWanted, Sampled,
+    SequenceInput, SequenceSampler,
 };
 use fabric::Fabric;
 use kvtransfer::{KvTicket, Receiver, ReceiverOptions, Sender, SenderEvent, TransferError};
@@ -14,16 +14,30 @@ use proto::trace::TraceContext;
 
 /// Blocks of every pool in these tests: a few sequences of a few blocks.
 pub const KV_BLOCKS: usize = 24;
-const CHECKPOINT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/v3_fp8_aligned");
+/// Its weights are random: of what its MTP module drafts next to nothing stands.
+const FIXTURE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/v3_fp8_mtp");
+/// Most of what its module drafts stands.
+#[allow(dead_code, reason = "each test binary uses its own part")]
+pub const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../model/tiny");
 
 /// An engine with all experts in place, in the numerics that serves.
 pub fn engine() -> Engine {
     engine_with(|experts| Box::new(experts))
 }
 
+/// One over another checkpoint.
+#[allow(dead_code, reason = "each test binary uses its own part")]
+pub fn engine_of(checkpoint: &str) -> Engine {
+    load(checkpoint, |experts| Box::new(experts))
+}
+
 /// The same with its experts wrapped.
 pub fn engine_with(wrap: impl FnOnce(LocalExperts) -> Box<dyn Experts>) -> Engine {
-    let checkpoint = Checkpoint::open(CHECKPOINT).expect("the fixture lies in the repository");
+    load(FIXTURE, wrap)
+}
+
+fn load(checkpoint: &str, wrap: impl FnOnce(LocalExperts) -> Box<dyn Experts>) -> Engine {
+    let checkpoint = Checkpoint::open(checkpoint).expect("the fixture lies in the repository");
     let options = EngineOptions {
         device: Device::Cpu,
         numerics: Numerics::Fp8,
@@ -31,7 +45,7 @@ pub fn engine_with(wrap: impl FnOnce(LocalExperts) -> Box<dyn Experts>) -> Engin
         kv_blocks_max: KV_BLOCKS,
         threads: 1,
         step_tokens_max: 256,
-        mtp: false,
+        mtp: true,
     };
     let mut progress = |_, _| {};
     let bank =
@@ -93,8 +107,13 @@ pub struct Prefill {
 }
 
 impl Prefill {
+    #[allow(dead_code, reason = "each test binary uses its own part")]
     pub fn new(fabric: Fabric) -> Self {
-        Self { engine: engine(), sender: Sender::new(fabric), events: Vec::new() }
+        Self::with(fabric, engine())
+    }
+
+    pub fn with(fabric: Fabric, engine: Engine) -> Self {
+        Self { engine, sender: Sender::new(fabric), events: Vec::new() }
     }
 
     /// Computes the prompt, queues all of its KV for `ticket` with the first token behind it, and returns that token.
@@ -103,7 +122,8 @@ impl Prefill {
         let prompt = &sequence.prompt;
         let input =
             SequenceInput { tokens: prompt, position: 0, block_table: &blocks, logits: LogitsWanted::Last };
-        let mut logits = self.engine.step(&[input], &mut ()).expect("step").logits.to_vec();
+        let input = FollowedInput { sequence: input, before: &[] };
+        let mut logits = self.engine.step_with_mtp(&[input], &mut ()).expect("step").logits.to_vec();
         let mut sampler = SequenceSampler::new(&sequence.sampling, sequence.choice, prompt);
         let first = sampler.sample(&mut logits, prompt.len(), &[]);
         self.push_blocks(prompt.len(), ticket, first.token);

@@ -233,6 +233,11 @@ pub struct Usage {
     pub cached_tokens: u32,
     #[prost(message, optional, tag = "4")]
     pub timings: ::core::option::Option<Timings>,
+    /// Completion tokens that had been drafted, and drafts that were thrown away: how fast it went, never what came.
+    #[prost(uint32, tag = "5")]
+    pub accepted_prediction_tokens: u32,
+    #[prost(uint32, tag = "6")]
+    pub rejected_prediction_tokens: u32,
 }
 /// Where a request's time went, by hop. Microseconds; for n > 1 those of choice 0.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1006,6 +1011,11 @@ pub struct HandoffDone {
 pub struct DecodedTokens {
     #[prost(message, repeated, tag = "1")]
     pub tokens: ::prost::alloc::vec::Vec<GeneratedToken>,
+    /// Tokens among them that had been drafted, and drafts that were thrown away for them.
+    #[prost(uint32, tag = "2")]
+    pub accepted_drafts: u32,
+    #[prost(uint32, tag = "3")]
+    pub rejected_drafts: u32,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DecodeFinished {

@@ -14,7 +14,7 @@ use proto::v1::{self, decode_event};
 use tonic::{Status, Streaming};
 use tracing::{Instrument, info_span};
 
-use super::merge::Merge;
+use super::merge::{Drafts, Merge};
 use super::micros;
 use super::output::{ChoiceOutput, Flow};
 use super::streams::Streams;
@@ -40,6 +40,7 @@ pub(super) struct Attempt<'a> {
 pub(super) struct ChoiceReport {
     pub completion_tokens: u32,
     pub cached_tokens: u32,
+    pub drafts: Drafts,
     /// Admission and total are the request's and filled in there.
     pub timings: v1::Timings,
 }
@@ -108,7 +109,7 @@ impl Attempt<'_> {
         };
         let decode_here = self.pass_on(&mut streams, prefill, output).await?;
         let mut timings = streams.merge.timings();
-        let cached_tokens = streams.merge.cached_tokens();
+        let (cached_tokens, drafts) = (streams.merge.cached_tokens(), streams.merge.drafts());
         timings.reserve_us = micros(reserve);
         timings.ttft_us = micros(output.ttft());
         if let Some(decode_here) = decode_here {
@@ -118,7 +119,7 @@ impl Attempt<'_> {
             streams.text_ended(end);
         }
         self.observe(&timings);
-        Ok(ChoiceReport { completion_tokens: output.tokens(), cached_tokens, timings })
+        Ok(ChoiceReport { completion_tokens: output.tokens(), cached_tokens, drafts, timings })
     }
 
     /// Gives tokens to the client until the sequence has ended. When a stop string ended it, decode does not

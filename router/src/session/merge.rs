@@ -17,6 +17,13 @@ pub(super) struct End {
     pub token: Option<TokenId>,
 }
 
+/// What became of the tokens that decode drafted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Drafts {
+    pub accepted: u32,
+    pub rejected: u32,
+}
+
 /// What has come of both streams.
 #[derive(Debug)]
 pub(super) struct Merge {
@@ -27,6 +34,7 @@ pub(super) struct Merge {
     early: Vec<v1::GeneratedToken>,
     end: Option<End>,
     cached_tokens: u32,
+    drafts: Drafts,
     timings: v1::Timings,
 }
 
@@ -41,6 +49,7 @@ impl Merge {
             early: Vec::new(),
             end: None,
             cached_tokens: 0,
+            drafts: Drafts::default(),
             timings: v1::Timings::default(),
         }
     }
@@ -89,6 +98,9 @@ impl Merge {
             }
             decode_event::Event::Tokens(message) => {
                 self.count(message.tokens.len())?;
+                let Drafts { accepted, rejected } = &mut self.drafts;
+                *accepted = accepted.saturating_add(message.accepted_drafts);
+                *rejected = rejected.saturating_add(message.rejected_drafts);
                 if self.first_token {
                     return Ok(message.tokens);
                 }
@@ -130,6 +142,11 @@ impl Merge {
     /// Prompt tokens whose KV prefill found instead of computing it.
     pub fn cached_tokens(&self) -> u32 {
         self.cached_tokens
+    }
+
+    /// What became of drafts so far.
+    pub fn drafts(&self) -> Drafts {
+        self.drafts
     }
 
     /// What the workers measured.

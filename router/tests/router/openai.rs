@@ -42,6 +42,12 @@ async fn a_chat_answers() {
     assert_eq!(answer["usage"]["completion_tokens"], completion);
     assert_eq!(answer["usage"]["total_tokens"], sequence.prompt.len() + completion);
     assert_eq!(answer["usage"]["prompt_tokens_details"]["cached_tokens"], 3);
+    let details = &answer["usage"]["completion_tokens_details"];
+    let messages = completion - 1;
+    assert_eq!(
+        *details,
+        json!({ "accepted_prediction_tokens": 0, "rejected_prediction_tokens": 2 * messages })
+    );
     assert!(answer.get("trireme_timings").is_none(), "only on demand");
 
     // Both workers got the same sequence, with every default filled in.

@@ -27,7 +27,7 @@ fn handoff() -> v1::DecodeEvent {
 
 fn tokens(ids: &[u32]) -> v1::DecodeEvent {
     let tokens = ids.iter().copied().map(token).collect();
-    decode(decode_event::Event::Tokens(v1::DecodedTokens { tokens }))
+    decode(decode_event::Event::Tokens(v1::DecodedTokens { tokens, ..v1::DecodedTokens::default() }))
 }
 
 fn finished(reason: v1::FinishReason) -> v1::DecodeEvent {

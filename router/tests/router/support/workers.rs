@@ -415,7 +415,12 @@ async fn decode(
                 () = sender.closed() => return,
             }
         }
-        send(decode_event::Event::Tokens(v1::DecodedTokens { tokens: message.to_vec() })).await;
+        send(decode_event::Event::Tokens(v1::DecodedTokens {
+            tokens: message.to_vec(),
+            accepted_drafts: message.len() as u32 - 1,
+            rejected_drafts: 2,
+        }))
+        .await;
     }
     match script.end {
         End::Finish => send(decode_event::Event::Finished(finished)).await,

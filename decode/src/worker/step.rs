@@ -1,0 +1,278 @@
+//! A step of the running batch: draft, run, judge.
+//!
+//! With an MTP module a sequence may bring drafts to a step: rows behind its last token whose tokens were guessed. The
+//! main model runs them all at once, and each position's token is then drawn from the row before it, in order, exactly as
+//! it would have been drawn step by step: with that position's random number, and with the penalties of the tokens before
+//! it. A draft stands when it is the token drawn; the first that does not ends the run, and the rows behind it are as if
+//! they had never been. So drafts decide how many tokens a step gives, and never which.
+//!
+//! The module's cache needs each token's hidden state before it. Prefill keeps the one before the first token to itself: a
+//! sequence's first step runs the prompt's last token once more for it, which changes no byte of the cache.
+
+use std::time::Instant;
+
+use engine::{DraftInput, Engine, FollowedInput, LogitsWanted, Sampled, SequenceInput, StepError};
+use model::TokenId;
+
+use super::{Seat, Worker};
+use crate::outbox::Drafts;
+use crate::scheduler::{Sequence, SequenceId};
+use crate::speculation::OwnAcceptance;
+
+/// What a sequence brings to a step.
+#[derive(Default)]
+pub(super) struct Rows {
+    /// What is run again, its last token, drafts.
+    tokens: Vec<TokenId>,
+    /// Tokens at the front that are run again for their hidden state.
+    rerun: usize,
+    drafts_max: usize,
+    /// With an MTP module: the hidden state at the position before the last token. Empty until the first step.
+    state: Vec<f32>,
+    acceptance: OwnAcceptance,
+}
+
+/// Buffers of a step, so that it allocates nothing.
+#[derive(Default)]
+pub(super) struct Buffers {
+    inputs: Vec<FollowedInput<'static>>,
+    plain: Vec<SequenceInput<'static>>,
+    drafting: Vec<SequenceId>,
+    states: Vec<Vec<f32>>,
+    draft_inputs: Vec<DraftInput<'static>>,
+    /// One row.
+    logits: Vec<f32>,
+}
+
+impl Buffers {
+    pub fn new(batch_max: usize, vocab_size: usize) -> Self {
+        Self {
+            inputs: Vec::with_capacity(batch_max),
+            plain: Vec::with_capacity(batch_max),
+            drafting: Vec::with_capacity(batch_max),
+            states: Vec::with_capacity(batch_max),
+            draft_inputs: Vec::with_capacity(batch_max),
+            logits: Vec::with_capacity(vocab_size),
+        }
+    }
+}
+
+/// A token that a step gave, and what became of the drafts for it and behind it.
+pub(super) struct Token {
+    pub id: SequenceId,
+    pub sampled: Sampled,
+    pub drafts: Drafts,
+}
+
+impl Worker {
+    /// Runs the scheduled batch and samples its sequences' next tokens, one or more for each, into `sampled`.
+    pub(super) fn step(&mut self) -> Result<(), StepError> {
+        self.sampled.clear();
+        if self.batch.is_empty() {
+            return Ok(());
+        }
+        let started = Instant::now();
+        let planned = self.prepare();
+        if planned > 0 {
+            self.draft();
+        }
+        let drafted = self.run_rows()?;
+        let took = started.elapsed();
+        if let Some(speculation) = &mut self.speculation {
+            speculation.observe_step(self.batch.len(), planned, drafted, took);
+        }
+        self.record_step(took);
+        Ok(())
+    }
+
+    /// Puts down each sequence's last token and how many drafts it may have; returns how many are planned.
+    fn prepare(&mut self) -> usize {
+        let Self { engine, scheduler, seats, batch, speculation, .. } = self;
+        let planned = speculation.as_mut().map_or(0, |speculation| speculation.plan(batch.len()));
+        // Each may have a row that is run again.
+        let mut rows_left = engine.step_tokens_max().saturating_sub(2 * batch.len());
+        let block_tokens = engine.kv_layout().block_tokens;
+        for id in &*batch {
+            let (Some(seat), Some(sequence)) = (seats.get_mut(id), scheduler.sequence(*id)) else { continue };
+            let Some((&last, position)) = sequence.step_input() else { continue };
+            let Seat { outbox, rows, .. } = seat;
+            rows.tokens.clear();
+            (rows.rerun, rows.drafts_max) = (0, 0);
+            if let Some(speculation) = speculation {
+                if rows.state.is_empty() {
+                    rows.rerun = 1;
+                    rows.tokens.push(sequence.tokens()[position - 1]);
+                } else if planned > 0 && speculation.is_worth(&mut rows.acceptance, batch.len(), planned) {
+                    // What its blocks, its life and its reader have room for.
+                    let room =
+                        (sequence.rows_max(block_tokens) - 1).min(outbox.tokens_max().saturating_sub(1));
+                    rows.drafts_max = planned.min(room).min(rows_left);
+                    rows_left -= rows.drafts_max;
+                }
+            }
+            rows.tokens.push(last);
+        }
+        planned
+    }
+
+    /// Lets the module guess. Where it cannot, the step goes on without.
+    fn draft(&mut self) {
+        let Self { engine, scheduler, seats, batch, buffers, .. } = self;
+        let Buffers { drafting, states, draft_inputs, .. } = buffers;
+        drafting.clear();
+        drafting.extend(batch.iter().filter(|id| seats.get(id).is_some_and(|seat| seat.rows.drafts_max > 0)));
+        states.clear();
+        states.extend(
+            drafting.iter().filter_map(|id| Some(std::mem::take(&mut seats.get_mut(id)?.rows.state))),
+        );
+        let mut inputs: Vec<DraftInput<'_>> = std::mem::take(draft_inputs);
+        for (id, state) in drafting.iter().zip(&*states) {
+            let (Some(seat), Some(sequence)) = (seats.get(id), scheduler.sequence(*id)) else { continue };
+            let Some((&token, position)) = sequence.step_input() else { continue };
+            let block_table = sequence.block_table();
+            let drafts_max = seat.rows.drafts_max;
+            inputs.push(DraftInput { token, position, block_table, hidden: state, drafts_max });
+        }
+        let result = if inputs.is_empty() {
+            Ok(())
+        } else {
+            engine.draft(&inputs, &mut |index, logits| {
+                let id = drafting[index];
+                let (seat, sequence) = (seats.get_mut(&id)?, scheduler.sequence(id)?);
+                let ahead = seat.rows.tokens.len() - 1;
+                let suppressed = sequence.suppressed_after(ahead);
+                let token = seat.sampler.guess(logits, sequence.length() + ahead, suppressed);
+                seat.rows.tokens.push(token);
+                (!sequence.ends_with(token, ahead)).then_some(token)
+            })
+        };
+        *draft_inputs = recycle_drafts(inputs);
+        for (id, state) in drafting.iter().zip(states.drain(..)) {
+            if let Some(seat) = seats.get_mut(id) {
+                seat.rows.state = state;
+                if result.is_err() {
+                    seat.rows.tokens.truncate(1);
+                }
+            }
+        }
+        if let Err(error) = result {
+            tracing::warn!(%error, "drafting failed; the step goes on without drafts");
+        }
+    }
+
+    /// Runs every row and judges the drafts; returns how many there were.
+    fn run_rows(&mut self) -> Result<usize, StepError> {
+        let Self { engine, scheduler, seats, batch, buffers, .. } = self;
+        let Buffers { inputs, plain, logits, .. } = buffers;
+        let (vocab_size, hidden_size) = (engine.config().vocab_size, engine.config().hidden_size);
+        let mut rows: Vec<FollowedInput<'_>> = std::mem::take(inputs);
+        for id in &*batch {
+            let (Some(seat), Some(sequence)) = (seats.get(id), scheduler.sequence(*id)) else { continue };
+            let Some((_, position)) = sequence.step_input() else { continue };
+            let sequence = SequenceInput {
+                tokens: &seat.rows.tokens,
+                position: position - seat.rows.rerun,
+                block_table: sequence.block_table(),
+                logits: LogitsWanted::All,
+            };
+            rows.push(FollowedInput { sequence, before: &seat.rows.state });
+        }
+        let stepped = forward(engine, &rows, self.speculation.is_some(), plain);
+        *inputs = recycle(rows);
+        let (all_logits, hidden) = stepped?;
+        let (mut row, mut drafted) = (0, 0);
+        for id in &*batch {
+            let (Some(seat), Some(sequence)) = (seats.get_mut(id), scheduler.sequence(*id)) else { continue };
+            let first = row + seat.rows.rerun;
+            row += seat.rows.tokens.len();
+            let drafts = row - first - 1;
+            drafted += drafts;
+            let rows = all_logits[first * vocab_size..row * vocab_size].chunks_exact(vocab_size);
+            let (tokens, stood) = judge(*id, seat, sequence, rows, logits, &mut self.sampled);
+            if let Some(speculation) = &mut self.speculation {
+                speculation.observe_drafts(&mut seat.rows.acceptance, drafts, stood);
+                self.metrics.drafts.count(drafts, stood);
+                seat.rows.state.clear();
+                seat.rows
+                    .state
+                    .extend_from_slice(&hidden[(first + tokens - 1) * hidden_size..][..hidden_size]);
+            }
+        }
+        Ok(drafted)
+    }
+}
+
+/// Draws a sequence's next tokens from its `rows` of logits, up to the first that is not what was drafted. Returns how many
+/// tokens came and how many drafts stood.
+fn judge<'a>(
+    id: SequenceId,
+    seat: &mut Seat,
+    sequence: &Sequence,
+    rows: impl Iterator<Item = &'a [f32]>,
+    logits: &mut Vec<f32>,
+    sampled: &mut Vec<Token>,
+) -> (usize, usize) {
+    let Seat { rows: Rows { tokens, rerun, .. }, sampler, .. } = seat;
+    let drafts = &tokens[*rerun + 1..];
+    let (mut given, mut stood) = (0, 0);
+    for row in rows {
+        logits.clear();
+        logits.extend_from_slice(row);
+        let drawn = sampler.sample(logits, sequence.length() + given, sequence.suppressed_after(given));
+        sampler.observe(drawn.token);
+        let token = drawn.token;
+        let stands = drafts.get(given) == Some(&token);
+        stood += usize::from(stands);
+        sampled.push(Token {
+            id,
+            sampled: drawn,
+            drafts: Drafts { accepted: u32::from(stands), rejected: 0 },
+        });
+        given += 1;
+        if !stands || sequence.ends_with(token, given - 1) {
+            break;
+        }
+    }
+    if let Some(last) = sampled.last_mut() {
+        last.drafts.rejected = (drafts.len() - stood) as u32;
+    }
+    (given, stood)
+}
+
+/// Logits and, with an MTP module, hidden states of every row.
+fn forward<'e>(
+    engine: &'e mut Engine,
+    rows: &[FollowedInput<'_>],
+    with_mtp: bool,
+    plain: &mut Vec<SequenceInput<'static>>,
+) -> Result<(&'e [f32], &'e [f32]), StepError> {
+    if with_mtp {
+        let output = engine.step_with_mtp(rows, &mut ())?;
+        return Ok((output.logits, output.hidden));
+    }
+    let mut inputs: Vec<SequenceInput<'_>> = std::mem::take(plain);
+    inputs.extend(rows.iter().map(|row| row.sequence));
+    let stepped = engine.step(&inputs, &mut ());
+    inputs.clear();
+    // Collected in place, which keeps the allocation; there is no row left to convert.
+    *plain = inputs.into_iter().map(|row| SequenceInput { tokens: &[], block_table: &[], ..row }).collect();
+    let output = stepped?;
+    Ok((output.logits, output.hidden))
+}
+
+/// An empty vector for rows of any lifetime, in the memory of one whose rows are no longer needed.
+fn recycle(mut rows: Vec<FollowedInput<'_>>) -> Vec<FollowedInput<'static>> {
+    rows.clear();
+    rows.into_iter()
+        .map(|row| {
+            let sequence = SequenceInput { tokens: &[], block_table: &[], ..row.sequence };
+            FollowedInput { sequence, before: &[] }
+        })
+        .collect()
+}
+
+/// The same for drafts.
+fn recycle_drafts(mut inputs: Vec<DraftInput<'_>>) -> Vec<DraftInput<'static>> {
+    inputs.clear();
+    inputs.into_iter().map(|input| DraftInput { block_table: &[], hidden: &[], ..input }).collect()
+}
