@@ -14,7 +14,7 @@ use proto::trace::TraceContext;
 
 /// Blocks of every pool in these tests: a few sequences of a few blocks.
 pub const KV_BLOCKS: usize = 24;
-/// Its weights are random: of what its MTP module drafts next to nothing stands.
+/// Its weights are random, and so is what its MTP module drafts.
 const FIXTURE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/v3_fp8_mtp");
 /// Most of what its module drafts stands.
 #[allow(dead_code, reason = "each test binary uses its own part")]

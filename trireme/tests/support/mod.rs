@@ -17,6 +17,7 @@ use proto::v1::{
 use tonic::transport::Channel;
 use trireme::{
     cluster::{self, Carrier, Cluster, Options},
+    config::Config,
     up::Shape,
 };
 
@@ -50,8 +51,19 @@ pub fn shape(flags: &str) -> Shape {
 }
 
 pub async fn in_process(model: &Path, flags: &str, carrier: Carrier) -> Cluster {
+    in_process_with(model, flags, carrier, |_| {}).await
+}
+
+/// The same with settings that have no flag.
+pub async fn in_process_with(
+    model: &Path,
+    flags: &str,
+    carrier: Carrier,
+    change: impl FnOnce(&mut Config),
+) -> Cluster {
     let shape = Shape { model: Some(model.to_owned()), ..shape(flags) };
-    let config = shape.in_process_config().expect("a configuration");
+    let mut config = shape.in_process_config().expect("a configuration");
+    change(&mut config);
     cluster::start(config, Options { carrier }).await.expect("a cluster")
 }
 
