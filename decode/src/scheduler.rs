@@ -12,9 +12,9 @@
 //! Blocks are taken as a sequence grows: those of its prompt when it is admitted, one more each time that its tokens fill
 //! the last. **No sequence is ever evicted, and none ever needs a block that cannot be had**: every admission and every
 //! growth must leave a state from which all can reach their worst case, prompt and `max_tokens`, one after another
-//! ([`banker`] has the argument). One whose next block would not pauses for the step and keeps what it has, and
+//! (`banker.rs` has the argument). One whose next block would not pauses for the step and keeps what it has, and
 //! while somebody does, nobody is admitted. That pauses are rare is admission's business, which plans with the
-//! lengths that completions had of late ([`room`], [`length_estimate`]).
+//! lengths that completions had of late (`room.rs`, `length_estimate.rs`).
 //!
 //! Memory stays with a sequence until [`Scheduler::release`], which comes after its ticket is revoked; so a finished
 //! sequence's memory still has an owner while a push to it may be in the air.

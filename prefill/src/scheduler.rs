@@ -5,7 +5,7 @@
 //! is admitted once the pool holds blocks for its *whole* prompt, so an admitted sequence never
 //! waits for memory and two half-computed prompts can not starve each other; nobody
 //! overtakes a head that lacks blocks, because a stream of short prompts would then hold a long one
-//! off for ever. A step takes chunks of admitted sequences until its token budget is spent; [`step`] says whose. Blocks
+//! off for ever. A step takes chunks of admitted sequences until its token budget is spent; `step.rs` says whose. Blocks
 //! stay with a sequence until its hand-off has ended.
 //!
 //! What the prefix cache holds of a prompt is looked up when the prompt is admitted, the latest moment at which it

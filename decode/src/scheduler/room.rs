@@ -1,6 +1,6 @@
 //! Who gets memory, and when: admission from the queue, and growth before a step.
 //!
-//! Two questions, of different kinds. *May it be given?* is the [`Banker`](super::banker)'s, is asked for every block,
+//! Two questions, of different kinds. *May it be given?* is the [`Banker`](super::banker::Banker)'s, is asked for every block,
 //! and is what the guarantee rests on: no sequence ever needs a block that cannot be had, none is evicted. *Should
 //! another sequence be let in?* is admission's, and asks more: that the blocks expected at the worst moment stay under
 //! the high-water mark. An estimate that is wrong costs pauses, never a sequence.
