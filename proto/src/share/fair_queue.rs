@@ -110,6 +110,18 @@ impl<T> FairQueue<T> {
         }
     }
 
+    /// Makes room for one more of `share` in a queue that is full: takes out the newest value of who has the most queued,
+    /// batch's before interactive's. `None` where that is no fairer than to refuse the newcomer: its own class holds
+    /// nobody with more queued than it would have itself, and there is no lower class.
+    pub fn displace(&mut self, share: Share) -> Option<T> {
+        if share.priority == Priority::Interactive && self.classes[Priority::Batch as usize].items > 0 {
+            return self.classes[Priority::Batch as usize].drop_newest(0);
+        }
+        let class = &mut self.classes[share.priority as usize];
+        let own = class.tenants.get(&share.tenant).map_or(0, |tenant| tenant.items.len());
+        class.drop_newest(own + 1)
+    }
+
     /// Everything queued, in no particular order.
     pub fn iter(&self) -> impl Iterator<Item = &T> {
         let tenants = self.classes.iter().flat_map(|class| class.tenants.values());
@@ -186,6 +198,18 @@ impl<T> Class<T> {
         tenant.start = tenant.start.saturating_add(item.cost.max(1).saturating_mul(TAG_PER_COST) / tags);
         self.forget_idle();
         Some(item)
+    }
+
+    /// Takes the newest item of the tenant with the most, if that has more than `items`.
+    fn drop_newest(&mut self, items: usize) -> Option<T> {
+        let (_, tenant) = self.tenants.iter_mut().max_by_key(|(_, tenant)| tenant.items.len())?;
+        if tenant.items.len() <= items {
+            return None;
+        }
+        let item = tenant.items.pop_back()?;
+        self.items -= 1;
+        self.forget_idle();
+        Some(item.value)
     }
 
     /// A tenant with nothing queued matters only while it is ahead of the others.

@@ -108,6 +108,25 @@ fn what_is_removed_is_gone_and_charged_to_nobody() {
     assert_eq!(order, [1, 2, 4, 5]);
 }
 
+#[test]
+fn a_full_queue_makes_room_at_the_cost_of_who_has_the_most() {
+    let now = Instant::now();
+    let mut queue = FairQueue::new(AGING);
+    for number in 0..3 {
+        queue.push(interactive(1), 1, number, now);
+    }
+    queue.push(interactive(2), 1, 10, now);
+    queue.push(share(1, 1, Priority::Batch), 1, 20, now);
+    assert_eq!(queue.displace(interactive(1)), Some(20), "batch first");
+    assert_eq!(queue.displace(interactive(1)), None, "it would only push itself out");
+    assert_eq!(queue.displace(interactive(2)), Some(2), "the newest of three");
+    assert_eq!(queue.displace(interactive(2)), None, "two and two would be no fairer");
+    assert_eq!(queue.displace(interactive(3)), Some(1));
+    assert_eq!(queue.displace(interactive(3)), None);
+    assert_eq!(queue.displace(share(3, 1, Priority::Batch)), None, "batch pushes no interactive request out");
+    queue.check_invariants();
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
 
