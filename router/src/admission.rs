@@ -1,17 +1,21 @@
 //! Hop 2: from a parsed request to sequences that may run, or an answer within milliseconds.
 //!
 //! A request takes a permit for each of its sequences. When none is free it waits in a bounded queue for a
-//! bounded time; when the queue is full it gets 429 at once. Permits come before the tokenizer, so that
+//! bounded time, tenants by their weights and interactive before batch ([`places`]); when the queue is full it gets 429
+//! at once. Permits come before the tokenizer, so that
 //! overload costs nothing; everything that can be refused without the tokenizer is refused before both.
+
+mod places;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use model::{SamplingParams, Stopping, TokenId};
 use proto::sequence::{sampling_from_wire, stopping_from_wire};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use proto::share::Share;
 use tracing::{Instrument, info_span};
 
+use self::places::{Permit, Places};
 use crate::config::{CHOICES_MAX, Config};
 use crate::error::{FieldProblem, RequestError};
 use crate::generate::{Chat, Generate, Prompt, RequestContext};
@@ -60,25 +64,11 @@ pub(crate) enum Reasoning {
     ChatOpened,
 }
 
-/// The sequences' places; given back when dropped.
-pub(crate) struct Permit {
-    _places: OwnedSemaphorePermit,
-    sequences: i64,
-    metrics: Arc<Metrics>,
-}
-
-impl Drop for Permit {
-    fn drop(&mut self) {
-        self.metrics.sequences.dec_by(self.sequences);
-    }
-}
-
 /// The door-keeper.
 pub(crate) struct Admission {
     model: Arc<ServedModel>,
     metrics: Arc<Metrics>,
-    places: Arc<Semaphore>,
-    queue: Semaphore,
+    places: Arc<Places>,
     sequences_per_request_max: usize,
     queue_wait_max: Duration,
     deadline_max: Duration,
@@ -88,9 +78,8 @@ impl Admission {
     pub fn new(config: &Config, model: Arc<ServedModel>, metrics: Arc<Metrics>) -> Self {
         Self {
             model,
+            places: Places::new(config.sequences_max, config.queue_max, Arc::clone(&metrics)),
             metrics,
-            places: Arc::new(Semaphore::new(config.sequences_max)),
-            queue: Semaphore::new(config.queue_max),
             sequences_per_request_max: config.sequences_per_request_max,
             queue_wait_max: config.queue_wait_max(),
             deadline_max: config.deadline_max(),
@@ -126,7 +115,7 @@ impl Admission {
         let sampling = sampling_from_wire(&sampling, &self.model.sampling_defaults())?;
         self.check_token_ids(&sampling, &stopping)?;
 
-        let permit = self.places(sequences, deadline, deadline_after).await?;
+        let permit = self.places(context.tenant.share, sequences, deadline, deadline_after).await?;
         let mut admitted = Vec::with_capacity(prompts.len());
         for prompt in prompts {
             let (tokens, reasoning) = self.tokenise(prompt).await?;
@@ -139,7 +128,7 @@ impl Admission {
         Ok(Admitted { context, prompts: admitted, n, sampling, stop, deadline, admission, _permit: permit })
     }
 
-    fn sequences(&self, prompts: usize, n: u32) -> Result<u32, RequestError> {
+    fn sequences(&self, prompts: usize, n: u32) -> Result<usize, RequestError> {
         if n == 0 || n > CHOICES_MAX {
             return Err(RequestError::out_of_range("n", n, format!("must lie between 1 and {CHOICES_MAX}")));
         }
@@ -149,7 +138,7 @@ impl Admission {
                 format!("prompts times n must lie between 1 and {}", self.sequences_per_request_max);
             return Err(RequestError::out_of_range("prompt", format_args!("{prompts} prompts"), allowed));
         }
-        Ok(u32::try_from(sequences).unwrap_or(u32::MAX))
+        Ok(sequences)
     }
 
     /// Sampling and stopping may name tokens; they must exist.
@@ -179,29 +168,17 @@ impl Admission {
 
     async fn places(
         &self,
-        sequences: u32,
+        share: Share,
+        sequences: usize,
         deadline: Instant,
         deadline_after: Duration,
     ) -> Result<Permit, RequestError> {
-        let permit = |places| {
-            self.metrics.sequences.inc_by(i64::from(sequences));
-            Permit { _places: places, sequences: sequences.into(), metrics: Arc::clone(&self.metrics) }
-        };
-        if let Ok(places) = Arc::clone(&self.places).try_acquire_many_owned(sequences) {
-            return Ok(permit(places));
-        }
-        let overloaded = RequestError::Overloaded { retry_after: RETRY_AFTER };
-        let Ok(_waiting) = self.queue.try_acquire() else { return Err(overloaded) };
-        let _depth = Depth::enter(&self.metrics);
-        let patience = Instant::now() + self.queue_wait_max;
-        let acquire = Arc::clone(&self.places).acquire_many_owned(sequences);
-        match tokio::time::timeout_at(patience.min(deadline).into(), acquire).await {
-            Ok(Ok(places)) => Ok(permit(places)),
-            // The semaphore is never closed, so this is its other face.
-            Ok(Err(_closed)) => Err(RequestError::Draining),
-            Err(_elapsed) if deadline <= patience => Err(RequestError::Deadline { deadline: deadline_after }),
-            Err(_elapsed) => Err(overloaded),
-        }
+        let patience = (Instant::now() + self.queue_wait_max).min(deadline);
+        let taken = self.places.take(share, sequences, patience).await;
+        taken.map_err(|_none| match deadline <= Instant::now() {
+            true => RequestError::Deadline { deadline: deadline_after },
+            false => RequestError::Overloaded { retry_after: RETRY_AFTER },
+        })
     }
 
     /// Prompt to tokens, on a blocking thread when long.
@@ -243,22 +220,6 @@ impl Admission {
         let pool = lifetime_tokens_max.and_then(|tokens| usize::try_from(tokens).ok()).unwrap_or(context);
         let room = context.min(pool).saturating_sub(prompt.len()).max(1);
         Ok(max_tokens_default.unwrap_or(u32::MAX).min(u32::try_from(room).unwrap_or(u32::MAX)))
-    }
-}
-
-/// Counts a waiting request for as long as it waits.
-struct Depth<'a>(&'a Metrics);
-
-impl<'a> Depth<'a> {
-    fn enter(metrics: &'a Metrics) -> Self {
-        metrics.queue_depth.inc();
-        Self(metrics)
-    }
-}
-
-impl Drop for Depth<'_> {
-    fn drop(&mut self) {
-        self.0.queue_depth.dec();
     }
 }
 

@@ -8,6 +8,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
+use proto::share::Priority;
 
 use crate::placement::Tier;
 
@@ -23,8 +24,8 @@ pub(crate) struct Metrics {
     workers_lost: Family<Labels<2>, Counter>,
     /// Announcements that got no lease.
     pub workers_refused: Counter,
-    /// Requests waiting for admission.
-    pub queue_depth: Gauge,
+    queued: Family<Labels<1>, Gauge>,
+    queue: Family<Labels<1>, Histogram, fn() -> Histogram>,
     /// Sequences admitted and unfinished.
     pub sequences: Gauge,
     /// Receipt to first token.
@@ -51,7 +52,8 @@ impl Metrics {
             workers: Family::default(),
             workers_lost: Family::default(),
             workers_refused: Counter::default(),
-            queue_depth: Gauge::default(),
+            queued: Family::default(),
+            queue: Family::new_with_constructor(seconds as fn() -> Histogram),
             sequences: Gauge::default(),
             ttft: seconds(),
             itl: seconds(),
@@ -77,7 +79,13 @@ impl Metrics {
             "Announcements that got no lease",
             metrics.workers_refused.clone(),
         );
-        registry.register("queue_depth", "Requests waiting for admission", metrics.queue_depth.clone());
+        registry.register("queue_depth", "Requests waiting for admission, by class", metrics.queued.clone());
+        registry.register_with_unit(
+            "queue",
+            "Time that requests without a free place waited for one, by class",
+            Unit::Seconds,
+            metrics.queue.clone(),
+        );
         registry.register("sequences", "Sequences admitted and unfinished", metrics.sequences.clone());
         registry.register_with_unit("ttft", "Receipt to first token", Unit::Seconds, metrics.ttft.clone());
         registry.register_with_unit(
@@ -99,6 +107,17 @@ impl Metrics {
     /// Counts a request that has ended.
     pub fn request_ended(&self, door: &'static str, outcome: &'static str) {
         self.requests.get_or_create(&[("door", door), ("outcome", outcome)]).inc();
+    }
+
+    /// Notes how many requests of a class wait for admission.
+    pub fn queued(&self, priority: Priority, count: usize) {
+        let labels = [("class", priority.name())];
+        self.queued.get_or_create(&labels).set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+
+    /// Notes how long a request waited for admission, whatever came of it.
+    pub fn queued_for(&self, priority: Priority, time: Duration) {
+        self.queue.get_or_create(&[("class", priority.name())]).observe(time.as_secs_f64());
     }
 
     /// Counts the tokens of a request.

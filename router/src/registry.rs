@@ -5,6 +5,8 @@
 //! one model. Back ends may differ: placement pairs only equal fingerprints. A worker that leaves,
 //! falls silent for a lease or is replaced ends every sequence that waits on it, at once.
 
+mod silence;
+
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -20,9 +22,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{info, warn};
 
+use self::silence::Silence;
 use crate::config::Config;
 use crate::metrics::Metrics;
-use crate::placement::{self, Need, PlacementError, Tier, WorkerLoad};
+use crate::placement::{self, Need, PlacementError, PrefixIndex, Prefixes, Tier, WorkerLoad};
 use crate::worker::{Assignment, Worker, WorkerKey};
 
 /// Replaced incarnations we remember, so that a stopped process that wakes up cannot take its id back.
@@ -61,8 +64,9 @@ pub(crate) struct Placed {
 pub(crate) struct Registry {
     workers: DashMap<Arc<str>, Lease>,
     replaced: Mutex<VecDeque<WorkerKey>>,
-    /// Choosing and counting are one step, or two sequences would take the same last blocks.
-    placing: Mutex<()>,
+    /// What workers are thought to hold. Choosing and counting are one step under its lock, or two sequences would take the
+    /// same last place.
+    placing: Mutex<PrefixIndex>,
     /// Wakes whoever waits for a worker or for room.
     changed: Notify,
     identity: Identity,
@@ -83,7 +87,7 @@ impl Registry {
         Self {
             workers: DashMap::new(),
             replaced: Mutex::new(VecDeque::new()),
-            placing: Mutex::new(()),
+            placing: Mutex::default(),
             changed: Notify::new(),
             identity,
             metrics,
@@ -99,22 +103,40 @@ impl Registry {
         workers
     }
 
-    /// Chooses a pair and counts the sequence against it.
+    /// Chooses a pair, counts the sequence against it, and notes that its prompt will be there.
     ///
     /// # Errors
     /// As [`placement::place`].
-    pub fn place(&self, need: &Need<'_>) -> Result<Placed, PlacementError> {
-        let _one_at_a_time = self.placing.lock().unwrap_or_else(PoisonError::into_inner);
+    pub fn place(&self, need: &Need<'_>, prompt: &mut Prefixes<'_>) -> Result<Placed, PlacementError> {
+        self.workers.iter().for_each(|lease| prompt.prepare(block_tokens_of(&lease.worker)));
+        let mut held = self.placing.lock().unwrap_or_else(PoisonError::into_inner);
         let workers = self.workers();
-        let loads: Vec<WorkerLoad> = workers.iter().map(|worker| worker.load()).collect();
+        let mut loads: Vec<WorkerLoad> = workers.iter().map(|worker| worker.load()).collect();
+        for load in &mut loads {
+            let block_tokens = usize::try_from(load.kv_block_tokens).unwrap_or(usize::MAX);
+            load.matched_tokens = held.matched_tokens(&load.key, prompt, block_tokens);
+        }
         let pair = placement::place(&loads, need)?;
         let find = |key: &WorkerKey| workers.iter().find(|worker| worker.key == *key);
         let prefill = find(&pair.prefill).ok_or(PlacementError::NoPrefill)?;
         let decode = find(&pair.decode).ok_or(PlacementError::NoDecode)?;
+        for worker in [prefill, decode] {
+            note(&mut held, worker, prompt);
+        }
+        // The sum of what is waited for is what is computed, not what is found.
+        let matched =
+            loads.iter().find(|load| load.key == pair.prefill).map_or(0, |load| load.matched_tokens);
         Ok(Placed {
-            prefill: prefill.assign(need.prompt_tokens, need.prompt_tokens),
-            decode: decode.assign(0, need.lifetime_tokens),
+            prefill: prefill.assign(need.prompt_tokens.saturating_sub(matched).max(1), need.prompt_tokens),
+            decode: decode.assign(0, need.prompt_tokens),
         })
+    }
+
+    /// A sequence has ended on `worker`, which holds all of its `tokens` now.
+    pub fn holds(&self, worker: &Worker, tokens: &mut Prefixes<'_>) {
+        tokens.prepare(block_tokens_of(worker));
+        let mut held = self.placing.lock().unwrap_or_else(PoisonError::into_inner);
+        note(&mut held, worker, tokens);
     }
 
     /// The longest sequence that some live decode worker could ever hold, tokens.
@@ -149,6 +171,7 @@ impl Registry {
             return Err(Refusal::Full(self.workers_max));
         }
         let admitted = self.enter(worker);
+        self.forget_held();
         self.changed.notify_waiters();
         Ok(admitted)
     }
@@ -245,8 +268,15 @@ impl Registry {
             warn!(worker = %worker.key, reason, "worker left");
             self.metrics.worker_lost(worker.tier, reason);
             worker.end();
+            self.forget_held();
             self.changed.notify_waiters();
         }
+    }
+
+    /// A process that is gone holds nothing.
+    fn forget_held(&self) {
+        let mut held = self.placing.lock().unwrap_or_else(PoisonError::into_inner);
+        held.retain(|key| self.workers.get(&key.id).is_some_and(|lease| lease.worker.key == *key));
     }
 
     /// Whether `connection` still speaks for the worker.
@@ -262,7 +292,8 @@ impl Registry {
         mut reports: Streaming<v1::WorkerReport>,
         answers: mpsc::Sender<Result<v1::RouterReport, Status>>,
     ) {
-        let Ok(Ok(Some(first))) = tokio::time::timeout(self.lease, reports.message()).await else { return };
+        let mut silence = Silence::new(self.lease);
+        let Some(Ok(Some(first))) = silence.or(reports.message()).await else { return };
         let (worker, connection) = match self.admit(first, Instant::now()) {
             Ok(admitted) => admitted,
             Err(refusal) => {
@@ -279,17 +310,17 @@ impl Registry {
             let _ = answers.try_send(Ok(self.answer()));
             let next = tokio::select! {
                 () = worker.gone() => break "replaced",
-                next = tokio::time::timeout(self.lease, reports.message()) => next,
+                next = silence.or(reports.message()) => next,
             };
             match next {
-                Err(_elapsed) => break "silent",
-                Ok(Err(_)) => break "connection lost",
-                Ok(Ok(None)) => break "connection closed",
-                Ok(Ok(Some(report))) if report.incarnation != worker.key.incarnation => {
+                None => break "silent",
+                Some(Err(_)) => break "connection lost",
+                Some(Ok(None)) => break "connection closed",
+                Some(Ok(Some(report))) if report.incarnation != worker.key.incarnation => {
                     break "wrong incarnation";
                 }
-                Ok(Ok(Some(_))) if !self.current(&worker, connection) => break "reconnected",
-                Ok(Ok(Some(report))) => {
+                Some(Ok(Some(_))) if !self.current(&worker, connection) => break "reconnected",
+                Some(Ok(Some(report))) => {
                     worker.report(report, Instant::now());
                     self.changed.notify_waiters();
                 }
@@ -326,6 +357,15 @@ impl v1::registry_server::Registry for RegistryService {
         tokio::spawn(Arc::clone(&self.0).hold(request.into_inner(), answers));
         Ok(Response::new(ReceiverStream::new(stream)))
     }
+}
+
+fn note(held: &mut PrefixIndex, worker: &Worker, tokens: &mut Prefixes<'_>) {
+    let pool = usize::try_from(worker.info.kv_blocks_max).unwrap_or(usize::MAX);
+    held.note(&worker.key, tokens, block_tokens_of(worker), pool);
+}
+
+fn block_tokens_of(worker: &Worker) -> usize {
+    usize::try_from(worker.info.kv_block_tokens.max(1)).unwrap_or(usize::MAX)
 }
 
 fn hex(bytes: &[u8]) -> String {

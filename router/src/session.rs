@@ -29,7 +29,7 @@ use crate::admission::{Admitted, AdmittedPrompt, Reasoning};
 use crate::detokenise::ChoiceText;
 use crate::error::{FieldProblem, RequestError};
 use crate::metrics::Metrics;
-use crate::placement::{Need, PlacementError};
+use crate::placement::{Need, PlacementError, Prefixes};
 use crate::reasoning::ReasoningSplitter;
 use crate::registry::{Placed, Registry};
 use crate::served_model::ServedModel;
@@ -174,7 +174,7 @@ impl Choice<'_> {
         let mut failed: Option<Failure> = None;
         loop {
             let excluded = failed.as_ref().map(|failure| failure.worker.clone());
-            let placed = match self.place(excluded.as_slice(), patience).await {
+            let placed = match self.place(excluded.as_slice()) {
                 Ok(placed) => placed,
                 // There is no other pair: what happened on the first says more.
                 Err(error) => return Err(failed.map_or(error, |failure| failure.error)),
@@ -187,6 +187,8 @@ impl Choice<'_> {
                 self.admitted.context.received,
             );
             let attempt = Attempt {
+                patience,
+                registry: &self.context.registry,
                 metrics: &self.context.metrics,
                 admitted: self.admitted,
                 prompt: self.prompt,
@@ -197,7 +199,7 @@ impl Choice<'_> {
             match outcome {
                 Ok(report) => return Ok(report),
                 Err(failure) if output.started() => return Err(failure.error),
-                // Decode's pool was fuller than its last report said: its next one is at most 250 ms away.
+                // As many wait there for memory as may: what its next report says is at most 250 ms away.
                 Err(failure) if failure.no_room() => self.wait_for_change(patience).await?,
                 Err(failure) if failed.is_none() && failure.error.consequence() != Consequence::Rejected => {
                     info!(error = %failure.error, "trying another pair");
@@ -209,33 +211,19 @@ impl Choice<'_> {
         }
     }
 
-    /// Hop 3. Waits while a pair exists that has no room.
-    async fn place(
-        &self,
-        excluded: &[crate::worker::WorkerKey],
-        patience: Instant,
-    ) -> Result<Placed, RequestError> {
+    /// Hop 3.
+    fn place(&self, excluded: &[crate::worker::WorkerKey]) -> Result<Placed, RequestError> {
         let prompt_tokens = self.prompt.tokens.len() as u64;
         let lifetime_tokens = prompt_tokens + u64::from(self.prompt.stopping.max_tokens);
         let need = Need { prompt_tokens, lifetime_tokens, excluded };
+        let mut prompt = Prefixes::new(self.admitted.context.tenant.cache_salt, &self.prompt.tokens);
         let span = info_span!("placement", hop = 3, request_id = %self.admitted.context.request_id);
-        loop {
-            // Listening begins before looking, so that no change falls between the two.
-            let changed = self.context.registry.changed();
-            tokio::pin!(changed);
-            changed.as_mut().enable();
-            match span.in_scope(|| self.context.registry.place(&need)) {
-                Ok(placed) => return Ok(placed),
-                Err(PlacementError::NoRoom { .. }) => {
-                    let waited = tokio::time::timeout_at(patience.into(), changed).await;
-                    waited.map_err(|_elapsed| overloaded())?;
-                }
-                Err(error @ PlacementError::TooLong { .. }) => {
-                    return Err(RequestError::field("max_tokens", FieldProblem::Unplaceable(error)));
-                }
-                Err(error) => return Err(RequestError::NoWorker(error)),
+        span.in_scope(|| self.context.registry.place(&need, &mut prompt)).map_err(|error| match error {
+            PlacementError::TooLong { .. } => {
+                RequestError::field("max_tokens", FieldProblem::Unplaceable(error))
             }
-        }
+            error => RequestError::NoWorker(error),
+        })
     }
 
     async fn wait_for_change(&self, patience: Instant) -> Result<(), RequestError> {

@@ -120,6 +120,8 @@ impl Worker {
             kv_blocks_free,
             kv_blocks_max,
             kv_block_tokens: u64::from(self.info.kv_block_tokens).max(1),
+            queued: report.queued.into(),
+            matched_tokens: 0,
         }
     }
 
@@ -129,8 +131,9 @@ impl Worker {
     }
 
     /// Counts a sequence against the worker until the guard is dropped.
-    pub fn assign(self: &Arc<Self>, waiting_tokens: u64, lifetime_tokens: u64) -> Assignment {
-        let kv_blocks = lifetime_tokens.div_ceil(u64::from(self.info.kv_block_tokens).max(1));
+    /// `kv_tokens`: what it takes of the pool at once; how much it grows is known by the worker's reports.
+    pub fn assign(self: &Arc<Self>, waiting_tokens: u64, kv_tokens: u64) -> Assignment {
+        let kv_blocks = kv_tokens.div_ceil(u64::from(self.info.kv_block_tokens).max(1));
         self.own.sequences.fetch_add(1, Ordering::Relaxed);
         self.own.waiting_tokens.fetch_add(waiting_tokens, Ordering::Relaxed);
         self.own.kv_blocks.fetch_add(kv_blocks, Ordering::Relaxed);

@@ -10,7 +10,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use serde::Serialize;
 
-use crate::placement::{self, Need, PlacementError, Tier};
+use crate::placement::{self, Need, Tier};
 use crate::service::Service;
 
 /// The verdict and its reasons.
@@ -87,8 +87,7 @@ fn problems(
     }
     let smallest = Need { prompt_tokens: 1, lifetime_tokens: 2, excluded: &[] };
     match placement::place(able, &smallest) {
-        // Full is busy, not broken.
-        Ok(_) | Err(PlacementError::NoRoom { .. }) => {}
+        Ok(_) => {}
         Err(error) => problems.push(error.to_string()),
     }
     let experts = tiers.get(Tier::Expert.name()).map_or(0, |tier| tier.live - tier.stalled.len());

@@ -2,17 +2,27 @@
 //!
 //! A pure function of a snapshot: no clock, no lock, no randomness, so that the simulator runs the same
 //! code. Invariants: both workers have equal fingerprints, neither is draining or excluded, the sequence
-//! fits decode's free KV blocks and prefill's pool. Among those the least loaded win; ties go to the
-//! smaller worker id, so that equal snapshots give equal answers.
+//! fits the pools of both. Among those the cheapest win, in tokens of work: on prefill what is queued and what of
+//! the prompt is not there already, on decode the batch it would join and the KV that would have to be brought;
+//! ties go to the smaller worker id, so that equal snapshots give equal answers.
 //!
-//! Deliberately not here: prefix hits and transfer cost. They enter as further terms of the two keys.
+//! What a worker holds is a guess ([`PrefixIndex`]); whether there is room at this moment is decode's to say, which
+//! queues what has to wait.
 
+mod prefix_index;
+
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use model::ExecutionFingerprint;
 
+pub(crate) use self::prefix_index::{PrefixIndex, Prefixes};
 use crate::worker::WorkerKey;
+
+/// Tokens of KV that must be brought to decode which weigh as much as one more sequence in its batch. In V3's layout they are
+/// 20 MB: some milliseconds of a 100 Gbit/s link, which is what one more row may cost each step of a full batch.
+const TOKENS_PER_SEQUENCE: u64 = 512;
 
 /// What a worker is to the router's sequences.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -60,6 +70,10 @@ pub(crate) struct WorkerLoad {
     pub kv_blocks_max: u64,
     /// Tokens in a block, at least 1.
     pub kv_block_tokens: u64,
+    /// Sequences that wait for KV blocks there.
+    pub queued: u64,
+    /// Tokens at the start of this sequence's prompt whose KV it is thought to hold.
+    pub matched_tokens: u64,
 }
 
 impl WorkerLoad {
@@ -73,7 +87,7 @@ impl WorkerLoad {
 pub(crate) struct Need<'a> {
     /// Tokens of the prompt.
     pub prompt_tokens: u64,
-    /// Tokens of prompt and completion: decode reserves for a sequence's whole life.
+    /// Tokens of prompt and completion: what decode must be able to hold at worst.
     pub lifetime_tokens: u64,
     /// Workers that have just failed this sequence.
     pub excluded: &'a [WorkerKey],
@@ -100,12 +114,6 @@ pub enum PlacementError {
     /// Both tiers are there, but no two workers of them agree on what they compute.
     #[error(transparent)]
     Fingerprints(#[from] Box<Disagreement>),
-    /// A pair exists, but its decode worker has no room now. Waiting helps.
-    #[error("no decode worker has {blocks} KV blocks free")]
-    NoRoom {
-        /// Blocks the sequence needs.
-        blocks: u64,
-    },
     /// The sequence fits no pool, however long one waits.
     #[error("the sequence's {lifetime_tokens} tokens fit the KV pool of no pair of workers")]
     TooLong {
@@ -154,18 +162,13 @@ pub(crate) fn place(workers: &[WorkerLoad], need: &Need<'_>) -> Result<Pair, Pla
     let best = groups
         .values()
         .filter_map(Group::pair)
-        .min_by_key(|(prefill, decode)| (prefill_order(prefill), decode_order(decode)));
+        .min_by_key(|(prefill, decode)| (prefill_order(prefill, need), decode_order(decode, need)));
     if let Some((prefill, decode)) = best {
         return Ok(Pair { prefill: prefill.key.clone(), decode: decode.key.clone() });
     }
-    // Nothing fits now: say whether waiting helps.
-    let mut complete = groups.values().filter(|group| group.prefills > 0 && group.decodes > 0).peekable();
-    if complete.peek().is_none() {
-        return Err(Box::new(disagreement(some_prefill, some_decode)).into());
-    }
-    match complete.filter(|group| group.prefill.is_some()).filter_map(|group| group.blocks_fitting).min() {
-        Some(blocks) => Err(PlacementError::NoRoom { blocks }),
-        None => Err(PlacementError::TooLong { lifetime_tokens: need.lifetime_tokens }),
+    match groups.values().any(|group| group.prefills > 0 && group.decodes > 0) {
+        true => Err(PlacementError::TooLong { lifetime_tokens: need.lifetime_tokens }),
+        false => Err(Box::new(disagreement(some_prefill, some_decode)).into()),
     }
 }
 
@@ -182,8 +185,6 @@ struct Group<'a> {
     decodes: usize,
     prefill: Option<&'a WorkerLoad>,
     decode: Option<&'a WorkerLoad>,
-    /// Blocks needed on the decode workers whose whole pool would hold the sequence.
-    blocks_fitting: Option<u64>,
 }
 
 impl<'a> Group<'a> {
@@ -192,19 +193,16 @@ impl<'a> Group<'a> {
             Tier::Prefill => {
                 self.prefills += 1;
                 let fits = worker.blocks_for(need.prompt_tokens) <= worker.kv_blocks_max;
-                let better = self.prefill.is_none_or(|best| prefill_order(worker) < prefill_order(best));
-                if fits && better {
+                let order = prefill_order(worker, need);
+                if fits && self.prefill.is_none_or(|best| order < prefill_order(best, need)) {
                     self.prefill = Some(worker);
                 }
             }
             Tier::Decode => {
                 self.decodes += 1;
-                let blocks = worker.blocks_for(need.lifetime_tokens);
-                if blocks <= worker.kv_blocks_max {
-                    self.blocks_fitting = Some(self.blocks_fitting.map_or(blocks, |least| least.min(blocks)));
-                }
-                let better = self.decode.is_none_or(|best| decode_order(worker) < decode_order(best));
-                if blocks <= worker.kv_blocks_free && better {
+                let fits = worker.blocks_for(need.lifetime_tokens) <= worker.kv_blocks_max;
+                let order = decode_order(worker, need);
+                if fits && self.decode.is_none_or(|best| order < decode_order(best, need)) {
                     self.decode = Some(worker);
                 }
             }
@@ -217,14 +215,19 @@ impl<'a> Group<'a> {
     }
 }
 
-/// Prefill is compute-bound: what counts is the tokens in front of this prompt.
-fn prefill_order(worker: &WorkerLoad) -> (u64, u64, &WorkerKey) {
-    (worker.waiting_tokens, worker.sequences, &worker.key)
+/// Prefill is compute-bound: what counts is the tokens in front of this prompt, and those of its own that must be computed.
+fn prefill_order<'a>(worker: &'a WorkerLoad, need: &Need<'_>) -> (u64, u64, &'a WorkerKey) {
+    let missing = need.prompt_tokens.saturating_sub(worker.matched_tokens);
+    (worker.waiting_tokens + missing, worker.sequences, &worker.key)
 }
 
-/// Decode steps grow with the batch; among equal batches the emptier pool lasts longer.
-fn decode_order(worker: &WorkerLoad) -> (u64, std::cmp::Reverse<u64>, &WorkerKey) {
-    (worker.sequences, std::cmp::Reverse(worker.kv_blocks_free), &worker.key)
+/// Whoever has room at once comes first. Decode steps grow with the batch, and what is not there must be brought; among
+/// equals the emptier pool lasts longer.
+fn decode_order<'a>(worker: &'a WorkerLoad, need: &Need<'_>) -> (bool, u64, Reverse<u64>, &'a WorkerKey) {
+    let missing = need.prompt_tokens.saturating_sub(worker.matched_tokens);
+    let waits = worker.queued > 0 || worker.kv_blocks_free < worker.blocks_for(missing);
+    let cost = worker.sequences * TOKENS_PER_SEQUENCE + missing;
+    (waits, cost, Reverse(worker.kv_blocks_free), &worker.key)
 }
 
 fn disagreement(prefill: &WorkerLoad, decode: &WorkerLoad) -> Disagreement {

@@ -31,6 +31,8 @@ fn worker(id: &str, tier: Tier) -> WorkerLoad {
         kv_blocks_free: 100,
         kv_blocks_max: 100,
         kv_block_tokens: 64,
+        queued: 0,
+        matched_tokens: 0,
     }
 }
 
@@ -55,9 +57,39 @@ fn the_least_loaded_win_and_ties_go_to_the_smaller_id() {
     workers[3].sequences = 1;
     chosen(&workers, &NEED, "p1", "d1");
     workers[2].kv_blocks_free = 3;
+    chosen(&workers, &NEED, "p1", "d1");
+    workers[2].kv_blocks_free = 1;
     chosen(&workers, &NEED, "p1", "d0");
-    workers[3].draining = true;
-    assert_eq!(place(&workers, &NEED), Err(PlacementError::NoRoom { blocks: 4 }));
+    workers[3].queued = 1;
+    workers[3].sequences = 2;
+    chosen(&workers, &NEED, "p1", "d1");
+    workers[2].draining = true;
+    chosen(&workers, &NEED, "p1", "d0");
+}
+
+#[test]
+fn a_conversation_goes_where_its_kv_is_until_that_costs_more_than_it_saves() {
+    let need = Need { prompt_tokens: 2000, lifetime_tokens: 2200, ..NEED };
+    let mut workers = vec![
+        worker("p0", Tier::Prefill),
+        worker("p1", Tier::Prefill),
+        worker("d0", Tier::Decode),
+        worker("d1", Tier::Decode),
+    ];
+    workers[1].matched_tokens = 1920;
+    workers[3].matched_tokens = 1920;
+    chosen(&workers, &need, "p1", "d1");
+    // Work in front of it, and a larger batch, are worth less than the prefix, up to a point.
+    workers[1].waiting_tokens = 1900;
+    workers[3].sequences = 3;
+    chosen(&workers, &need, "p1", "d1");
+    workers[1].waiting_tokens = 1921;
+    workers[3].sequences = 4;
+    chosen(&workers, &need, "p0", "d0");
+    // Whoever has no room is no place for anybody, whatever it holds.
+    workers[3].sequences = 0;
+    workers[3].queued = 1;
+    chosen(&workers, &need, "p0", "d0");
 }
 
 #[test]
@@ -93,6 +125,7 @@ fn any_worker(index: usize) -> impl Strategy<Value = WorkerLoad> {
             waiting_tokens: waiting * 100,
             kv_blocks_free: free,
             kv_blocks_max: 5,
+            matched_tokens: (sequences * 64).min(128),
             ..worker(&format!("w{index}"), tier)
         },
     )
@@ -119,9 +152,11 @@ proptest! {
         let allowed: Vec<_> = prefills
             .flat_map(|prefill| open(Tier::Decode).map(move |decode| (prefill, decode)))
             .filter(|(prefill, decode)| prefill.fingerprint == decode.fingerprint)
-            .filter(|(_, decode)| decode.blocks_for(lifetime_tokens) <= decode.kv_blocks_free)
+            .filter(|(_, decode)| decode.blocks_for(lifetime_tokens) <= decode.kv_blocks_max)
             .collect();
-        let best = allowed.iter().min_by_key(|(prefill, decode)| (prefill_order(prefill), decode_order(decode)));
+        let best = allowed
+            .iter()
+            .min_by_key(|(prefill, decode)| (prefill_order(prefill, &need), decode_order(decode, &need)));
         let expected = best.map(|(p, d)| Pair { prefill: p.key.clone(), decode: d.key.clone() });
         prop_assert_eq!(place(&workers, &need).ok(), expected);
     }

@@ -1,6 +1,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use model::TokenId;
 use proto::security::Identity;
 use proto::v1;
 use rcgen::{CertificateParams, KeyPair};
@@ -8,7 +9,7 @@ use rcgen::{CertificateParams, KeyPair};
 use super::{Refusal, Registry};
 use crate::config::Config;
 use crate::metrics::Metrics;
-use crate::placement::{Need, PlacementError};
+use crate::placement::{Need, Prefixes};
 
 fn registry(workers_max: usize) -> Registry {
     let key = KeyPair::generate().expect("key");
@@ -81,14 +82,25 @@ async fn the_table_is_bounded() {
 }
 
 #[tokio::test]
-async fn placing_counts_at_once() {
+async fn placing_counts_at_once_and_turns_of_a_conversation_stay_together() {
     let registry = registry(8);
     let now = Instant::now();
     registry.admit(report("p", v1::Role::Prefill, 1), now).expect("admitted");
-    registry.admit(report("d", v1::Role::Decode, 1), now).expect("admitted");
+    for id in ["d0", "d1"] {
+        registry.admit(report(id, v1::Role::Decode, 1), now).expect("admitted");
+    }
     let need = Need { prompt_tokens: 64, lifetime_tokens: 6 * 64, excluded: &[] };
-    let placed = registry.place(&need).expect("room");
-    assert_eq!(registry.place(&need).err(), Some(PlacementError::NoRoom { blocks: 6 }));
-    drop(placed);
-    registry.place(&need).expect("room again");
+    let prompt = |first: u32| (first..first + 64).map(TokenId).collect::<Vec<_>>();
+    let place = |tokens: &[TokenId]| registry.place(&need, &mut Prefixes::new(0, tokens)).expect("room");
+    let (one, two) = (prompt(0), prompt(1000));
+    let first = place(&one);
+    let second = place(&two);
+    assert_eq!([&*first.decode.worker().key.id, &*second.decode.worker().key.id], ["d0", "d1"]);
+    drop((first, second));
+    // Both are idle again; each conversation goes back to where it was.
+    let decode = |tokens| place(tokens).decode.worker().key.id.to_string();
+    assert_eq!([decode(&two), decode(&one)], ["d1", "d0"]);
+    // A process that has started anew holds nothing: ties go to the smaller id.
+    registry.admit(report("d1", v1::Role::Decode, 2), now).expect("replaces");
+    assert_eq!(decode(&two), "d0");
 }

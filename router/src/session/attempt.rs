@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use model::TokenId;
 use proto::control::Consequence;
 use proto::sequence::{sampling_to_wire, stopping_to_wire};
 use proto::v1::decode_client::DecodeClient;
@@ -15,14 +16,14 @@ use tonic::{Status, Streaming};
 use tracing::{Instrument, info_span};
 
 use super::merge::{Drafts, Merge};
-use super::micros;
 use super::output::{ChoiceOutput, Flow};
 use super::streams::Streams;
+use super::{micros, overloaded};
 use crate::admission::{Admitted, AdmittedPrompt};
 use crate::error::RequestError;
 use crate::metrics::Metrics;
-use crate::placement::Tier;
-use crate::registry::Placed;
+use crate::placement::{Prefixes, Tier};
+use crate::registry::{Placed, Registry};
 use crate::worker::{Assignment, Worker, WorkerKey};
 
 /// Longest message of a worker's error that is passed on, characters.
@@ -30,6 +31,9 @@ const MESSAGE_MAX: usize = 300;
 
 /// What is the same for every try of a choice.
 pub(super) struct Attempt<'a> {
+    /// Until when the choice waits for KV blocks.
+    pub patience: Instant,
+    pub registry: &'a Registry,
     pub metrics: &'a Metrics,
     pub admitted: &'a Admitted,
     pub prompt: &'a AdmittedPrompt,
@@ -119,6 +123,10 @@ impl Attempt<'_> {
             streams.text_ended(end);
         }
         self.observe(&timings);
+        // The next turn of a conversation begins with this one.
+        let tokens: Vec<TokenId> = self.prompt.tokens.iter().chain(output.completion()).copied().collect();
+        let mut held = Prefixes::new(self.admitted.context.tenant.cache_salt, &tokens);
+        self.registry.holds(decode.worker(), &mut held);
         Ok(ChoiceReport { completion_tokens: output.tokens(), cached_tokens, drafts, timings })
     }
 
@@ -162,7 +170,9 @@ impl Attempt<'_> {
             let first = events.message().await?;
             Ok((events, first))
         };
-        let (events, first) = self.with(worker, opening).await?;
+        // Decode queues what it has no blocks for; giving up takes it out of there.
+        let opened = tokio::time::timeout_at(self.patience.into(), self.with(worker, opening)).await;
+        let (events, first) = opened.unwrap_or_else(|_elapsed| Err(Failure::at(worker, overloaded())))?;
         let Some(decode_event::Event::Ticket(ticket)) = first.and_then(|event| event.event) else {
             return Err(Failure::protocol(worker, "its first event was no ticket"));
         };

@@ -31,6 +31,7 @@ pub(super) struct ChoiceOutput<'a> {
     received: Instant,
     last_tokens: Option<Instant>,
     ttft: Duration,
+    completion: Vec<TokenId>,
 }
 
 impl<'a> ChoiceOutput<'a> {
@@ -41,7 +42,16 @@ impl<'a> ChoiceOutput<'a> {
         metrics: &'a Metrics,
         received: Instant,
     ) -> Self {
-        Self { index, text, events, metrics, received, last_tokens: None, ttft: Duration::ZERO }
+        Self {
+            index,
+            text,
+            events,
+            metrics,
+            received,
+            last_tokens: None,
+            ttft: Duration::ZERO,
+            completion: Vec::new(),
+        }
     }
 
     /// Whether the client may have seen something of this choice.
@@ -54,6 +64,11 @@ impl<'a> ChoiceOutput<'a> {
         self.ttft
     }
 
+    /// The tokens that have come so far.
+    pub fn completion(&self) -> &[TokenId] {
+        &self.completion
+    }
+
     /// Tokens sent so far.
     pub fn tokens(&self) -> u32 {
         self.text.tokens()
@@ -64,6 +79,7 @@ impl<'a> ChoiceOutput<'a> {
         self.note_time();
         let mut delta = Delta { index: self.index, ..Delta::default() };
         for token in tokens {
+            self.completion.push(TokenId(token.token_id));
             let piece = self.text.push(TokenId(token.token_id));
             delta.tokens.push(token);
             if let Some(stop) = extend(&mut delta, piece) {

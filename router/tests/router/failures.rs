@@ -80,7 +80,7 @@ async fn overload_answers_429_at_once() {
     }
     decode.requests(64).await;
     let waiting = tokio::spawn(cluster.http.post(cluster.url(CHAT)).json(&streaming("?")).send());
-    wait_for_metric(&cluster, "router_queue_depth 1").await;
+    wait_for_metric(&cluster, "router_queue_depth{class=\"interactive\"} 1").await;
 
     let asked = Instant::now();
     let response = cluster.post(CHAT, &chat("?")).await;
@@ -113,23 +113,26 @@ async fn a_request_that_waits_too_long_gets_429() {
 }
 
 #[tokio::test]
-async fn kv_room_is_waited_for() {
-    // 64 blocks of 64 tokens: a chat without a limit takes them all.
-    let gate = Arc::new(Semaphore::new(0));
-    let script = Script { gate: Some(Arc::clone(&gate)), ..Script::text("x") };
-    let cluster = Cluster::start(config()).await;
-    let options = crate::support::WorkerOptions { kv_blocks_max: 64, ..Default::default() };
-    let _prefill = FakeWorker::prefill(&cluster, "prefill-0", script.clone()).await;
-    let decode = FakeWorker::start(&cluster, "decode-0", proto::v1::Role::Decode, script, options).await;
-    let first = tokio::spawn(cluster.http.post(cluster.url(CHAT)).json(&chat("?")).send());
-    decode.requests(1).await;
-    let second = tokio::spawn(cluster.http.post(cluster.url(CHAT)).json(&chat("?")).send());
-    wait_for_metric(&cluster, "router_sequences 2").await;
-    assert_eq!(decode.requests_now(), 1, "the second waits in the router");
-    gate.add_permits(100);
-    for request in [first, second] {
-        assert_eq!(request.await.expect("runs").expect("answer").status(), 200);
-    }
+async fn decode_that_has_no_room_is_waited_for_and_then_given_up() {
+    let no_room = Consequence::Unavailable.status_with_code(tonic::Code::ResourceExhausted, "no room");
+    let script = Script { reserve: Err(no_room), ..Script::text("x") };
+    let config = router::Config { queue_wait_ms_max: 600, ..config() };
+    let (cluster, _prefill, decode) = Cluster::with_pair_and(config, script).await;
+    let response = cluster.post(CHAT, &chat("?")).await;
+    assert!(response.headers().contains_key("retry-after"));
+    assert_eq!(error_of(response, 429).await["code"], "server_overloaded");
+    assert!(decode.requests_now() >= 2, "each of its reports is a reason to try again");
+}
+
+#[tokio::test]
+async fn a_stop_string_is_a_finish_and_no_cancel() {
+    let script = Script { end: End::Hang, ..Script::text("one two three") };
+    let (cluster, _prefill, decode) = Cluster::with_pair(script).await;
+    let mut body = chat("?");
+    body["stop"] = json!("three");
+    let answer = cluster.complete(CHAT, &body).await;
+    assert_eq!(answer["choices"][0]["message"]["content"], "one two ");
+    decode.finished(1).await;
 }
 
 #[tokio::test]

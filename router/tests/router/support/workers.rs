@@ -217,6 +217,11 @@ impl FakeWorker {
         self.seen.cancelled.subscribe().wait_for(|cancelled| *cancelled >= count).await.expect("alive");
     }
 
+    /// Returns when the router has said of `count` sequences that their text has ended.
+    pub async fn finished(&self, count: usize) {
+        self.seen.finished.subscribe().wait_for(|finished| *finished >= count).await.expect("alive");
+    }
+
     /// Changes what the next reports say.
     pub fn report(&self, change: impl FnOnce(&mut v1::WorkerReport)) {
         change(&mut self.seen.report.lock().expect("lock"));
