@@ -5,7 +5,7 @@
 //! over the machine's matrix rate; `peer` is the best existing kernel of docs/kernels.md where there is one. Small operators are bounded
 //! by how fast a host launches (2.3 µs), not by the device.
 
-use compute::cuda::{Buffer, CudaError, Device, Inputs, Matrix, MlaRows};
+use compute::cuda::{Buffer, CacheRows, CudaError, Device, Inputs, Matrix, MlaParts, MlaQueries, MlaRows};
 use compute::{KvFormat, KvGeometry, MlaShape, RoutingRule, ScaleFormat, Scoring, Selection};
 
 /// Bytes of weights that a round goes through: twice the cache.
@@ -140,7 +140,7 @@ impl Bench<'_> {
         let (mut ids, mut weights) = (device.alloc(m * 8)?, device.alloc(m * 8)?);
         self.report("route [128, 256]", 4 * m * 256, 0.0, 14.9, |_| {
             let logits = x.slice(0..m * 256);
-            device.route(logits, 256, None, &rule, &mut ids.view_mut(), &mut weights.view_mut())
+            device.route(logits, 1, 256, None, None, &rule, &mut ids.view_mut(), &mut weights.view_mut())
         })
     }
 
@@ -170,32 +170,35 @@ impl Bench<'_> {
                     .flat_map(|t| [(sequence * table_stride + t / 64) as u32, (t % 64) as u32])
                     .collect();
                 let slots = device.upload(&slots)?;
-                device.kv_write(
-                    &mut pool.view_mut(),
-                    &geometry,
-                    0,
-                    slots.view(),
-                    latent.view(),
-                    rope.view(),
-                )?;
+                let pool = &mut pool.view_mut();
+                let rows = CacheRows { pool, geometry: &geometry, layer: 0, slots: slots.view() };
+                device.kv_write(rows, latent.view(), rope.view())?;
             }
             let tables = device.upload(&(0..blocks as u32).collect::<Vec<_>>())?;
-            let sequence_ids = device.upload(&(0..sequences as u32).collect::<Vec<_>>())?;
+            let starts: Vec<u32> = (0..sequences).map(|sequence| (sequence * table_stride) as u32).collect();
+            let starts = device.upload(&starts)?;
             let contexts = device.upload(&vec![context as u32; sequences])?;
             let queries = sequences * heads;
-            let (q_latent, q_rope) = (self.floats(queries * 512)?, self.floats(queries * 64)?);
+            let mut bf16 = |len: usize| -> Result<Buffer<u16>, CudaError> {
+                let (values, mut bits) = (self.floats(len)?, device.alloc(len)?);
+                device.round_bf16(values.view(), &mut bits.view_mut())?;
+                Ok(bits)
+            };
+            let (q_latent, q_rope) = (bf16(queries * 512)?, bf16(queries * 64)?);
             let mut out = device.alloc(queries * 512)?;
+            let mut parts = MlaParts::new(device, queries, context)?;
             let rows = MlaRows {
                 tables: tables.view(),
-                table_stride,
-                sequences: sequence_ids.view(),
+                starts: starts.view(),
                 contexts: contexts.view(),
+                context_max: context,
             };
             let name = format!("mla fp8 batch {sequences} context {context} heads {heads}");
             let flops = 2.0 * (queries * context * (2 * 512 + 64)) as f64;
-            self.report(&name, blocks * stride + 4 * queries * (2 * 512 + 64), flops, peer, |_| {
-                let (q_latent, q_rope, out) = (q_latent.view(), q_rope.view(), &mut out.view_mut());
-                device.mla_attention(pool.view(), &geometry, 0, shape, rows, q_latent, q_rope, out)
+            self.report(&name, blocks * stride + 2 * queries * (2 * 512 + 64), flops, peer, |_| {
+                let (latent, rope, out) = (q_latent.view(), q_rope.view(), &mut out.view_mut());
+                let queries = MlaQueries::Bf16 { latent, rope, out, parts: &mut parts };
+                device.mla_attention(pool.view(), &geometry, 0, shape, rows, queries)
             })?;
         }
         Ok(())

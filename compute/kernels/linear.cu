@@ -35,35 +35,23 @@ __device__ __forceinline__ void load4(const u8 *p, bool vector, u32 left, float 
     for (u32 i = 0; i < 4; i++) v[i] = i < left ? from_e4m3(p[i]) : 0.0f;
 }
 
-// What a launch multiplies. `rows` names the input row of each output row, of `x_rows`; null takes them in order.
-// blockIdx.z is the head: weights [heads, n, k], x [m, heads, k], y [m, heads, n]; plain products have one head.
-struct Product {
-    const void *w;
-    const float *w_scales;
-    const void *x;
-    const float *x_scales;
-    const u32 *rows;
-    float *y;
-    u32 x_rows, m, n, k;
-    // Whether every row of w and of x starts at a multiple of four values.
-    u32 w_vector, x_vector;
-};
-
+// blockIdx.z is the head.
 template <class W, class X, bool W_SCALED, bool X_SCALED>
 __device__ __forceinline__ void product(const Product &p) {
-    u32 lane = threadIdx.x % WARP, out = blockIdx.x * WARPS + threadIdx.x / WARP, first = blockIdx.y * ROWS;
-    u32 head = blockIdx.z, heads = gridDim.z, blocks = div_up(p.k, BLOCK);
-    if (out >= p.n) return;
-    const W *w = (const W *)p.w + ((u64)head * p.n + out) * p.k;
-    const float *w_scales = p.w_scales + (u64)(out / BLOCK) * blocks;
-    u32 count = min(ROWS, p.m - first);
+    u32 lane = threadIdx.x % WARP, out = blockIdx.x * WARPS + threadIdx.x / WARP;
+    u32 head = blockIdx.z, blocks = div_up(p.k, BLOCK);
+    Rows rows;
+    if (!find_rows(p, ROWS, rows) || out >= p.n) return;
+    Weights matrix = find_weights<sizeof(W)>(p, rows.expert + head, out);
+    const W *w = (const W *)matrix.w + (u64)matrix.channel * p.k;
+    const float *w_scales = matrix.scales + (u64)(matrix.channel / BLOCK) * blocks;
+    u32 count = rows.end - rows.first;
     u64 inputs[ROWS];
     float sums[ROWS];
 #pragma unroll
     for (u32 r = 0; r < ROWS; r++) {
         sums[r] = 0.0f;
-        inputs[r] = r < count ? (p.rows ? p.rows[first + r] : first + r) : 0;
-        require(inputs[r] < p.x_rows);
+        inputs[r] = r < count ? input_row(p, rows.first + r) : 0;
     }
 #pragma unroll 2
     for (u32 block = 0; block < blocks; block++) {
@@ -75,7 +63,7 @@ __device__ __forceinline__ void product(const Product &p) {
         for (u32 r = 0; r < ROWS; r++) {
             if (r >= count) continue;
             float values[4];
-            load4((const X *)p.x + (inputs[r] * heads + head) * p.k + i, p.x_vector, left, values);
+            load4((const X *)p.x + inputs[r] * p.x_stride + head * p.x_head + i, p.x_vector, left, values);
             float sum = values[0] * weights[0];
             sum = fmaf(values[1], weights[1], sum);
             sum = fmaf(values[2], weights[2], sum);
@@ -89,7 +77,7 @@ __device__ __forceinline__ void product(const Product &p) {
     for (u32 r = 0; r < ROWS; r++) {
         if (r >= count) continue;
         float sum = warp_sum(sums[r]);
-        if (lane == 0) p.y[((u64)(first + r) * heads + head) * p.n + out] = sum;
+        if (lane == 0) store_output(p, rows.first + r, out, sum, head);
     }
 }
 

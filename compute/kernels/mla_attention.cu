@@ -28,15 +28,18 @@ struct Fp8Row {
 
 struct Attention {
     const u8 *pool;
-    // Blocks of each sequence [sequences, table_stride]; the sequence and the visible rows of each query row.
-    const u32 *tables, *sequences, *contexts;
-    const float *q_latent, *q_rope;
-    float *out;
+    // Block tables, one after the other; where its sequence's starts and how many cache rows it sees, for each query row.
+    const u32 *tables, *starts, *contexts;
+    const void *q_latent, *q_rope;
+    void *out;
     u64 layer_offset, block_stride;
-    u32 row_bytes, block_tokens, blocks, table_stride;
+    u32 row_bytes, block_tokens, blocks, table_len;
     u32 heads, latent, rope;
     float scale;
-    u32 first;
+    u32 first, splits;
+    // The matrix kernel's.
+    float *parts;
+    float2 *part_sums;
 };
 
 template <class Row> __device__ __forceinline__ void attention(const Attention &a) {
@@ -47,13 +50,15 @@ template <class Row> __device__ __forceinline__ void attention(const Attention &
     u32 row = blockIdx.x / a.heads;
     float *query = memory, *sums = memory + a.latent + a.rope;
     for (u32 i = threadIdx.x; i < a.latent; i += THREADS) {
-        query[i] = a.q_latent[(u64)blockIdx.x * a.latent + i];
+        query[i] = ((const float *)a.q_latent)[(u64)blockIdx.x * a.latent + i];
         sums[i] = 0.0f;
     }
-    for (u32 i = threadIdx.x; i < a.rope; i += THREADS) query[a.latent + i] = a.q_rope[(u64)blockIdx.x * a.rope + i];
-    const u32 *table = a.tables + (u64)a.sequences[row] * a.table_stride;
+    for (u32 i = threadIdx.x; i < a.rope; i += THREADS) {
+        query[a.latent + i] = ((const float *)a.q_rope)[(u64)blockIdx.x * a.rope + i];
+    }
+    const u32 *table = a.tables + a.starts[row];
     u32 context = a.contexts[row];
-    require(context <= (u64)a.table_stride * a.block_tokens);
+    require((u64)a.starts[row] + div_up(context, a.block_tokens) <= a.table_len);
     float largest = -INFINITE, total = 0.0f;
     for (u32 start = a.first; start < context; start += TOKENS) {
         u32 count = min(TOKENS, context - start);
@@ -96,7 +101,7 @@ template <class Row> __device__ __forceinline__ void attention(const Attention &
         }
     }
     for (u32 i = threadIdx.x; i < a.latent; i += THREADS) {
-        a.out[(u64)blockIdx.x * a.latent + i] = context > a.first ? sums[i] / total : 0.0f;
+        ((float *)a.out)[(u64)blockIdx.x * a.latent + i] = context > a.first ? sums[i] / total : 0.0f;
     }
 }
 

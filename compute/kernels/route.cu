@@ -28,24 +28,35 @@ __device__ __forceinline__ u32 warp_argmax(const float *values, u32 len) {
     return index;
 }
 
-// logits [m, experts] to ids and weights [m, top_k], in descending order of the score that selected them.
+// logits [slices, m, experts], added in order, to ids and weights [m, top_k], in descending order of the score that
+// selected them. A row at or past *row_count (null: none) is padding: its ids are 0xFFFF, its weights zero.
 extern "C" __global__ void __launch_bounds__(32)
-route(const float *logits, u32 experts, const float *bias, u32 scoring, u32 selection, u32 top_k, u32 groups, u32 kept,
-      u32 normalise, float factor, u16 *ids, float *weights) {
+route(const float *logits, u32 slices, u32 experts, const float *bias, u32 scoring, u32 selection, u32 top_k, u32 groups,
+      u32 kept, u32 normalise, float factor, const u32 *row_count, u16 *ids, float *weights) {
     extern __shared__ float memory[];
     float *scores = memory, *choice = memory + experts, *ranks = choice + experts;
     const float nan = __int_as_float(0x7FC00000);
     u32 lane = threadIdx.x;
-    logits += (u64)blockIdx.x * experts;
     ids += (u64)blockIdx.x * top_k;
     weights += (u64)blockIdx.x * top_k;
+    if (row_count && blockIdx.x >= *row_count) {
+        for (u32 i = lane; i < top_k; i += WARP) ids[i] = 0xFFFF, weights[i] = 0.0f;
+        return;
+    }
+    for (u32 i = lane; i < experts; i += WARP) {
+        float sum = logits[(u64)blockIdx.x * experts + i];
+        for (u32 slice = 1; slice < slices; slice++) {
+            sum += logits[((u64)slice * gridDim.x + blockIdx.x) * experts + i];
+        }
+        scores[i] = sum;
+    }
     if (scoring == SIGMOID) {
-        for (u32 i = lane; i < experts; i += WARP) scores[i] = 1.0f / (1.0f + expf(-logits[i]));
+        for (u32 i = lane; i < experts; i += WARP) scores[i] = 1.0f / (1.0f + expf(-scores[i]));
     } else {
         float largest = -INFINITE, sum = 0.0f;
-        for (u32 i = lane; i < experts; i += WARP) largest = fmaxf(largest, logits[i]);
+        for (u32 i = lane; i < experts; i += WARP) largest = fmaxf(largest, scores[i]);
         largest = warp_max(largest);
-        for (u32 i = lane; i < experts; i += WARP) sum += scores[i] = expf(logits[i] - largest);
+        for (u32 i = lane; i < experts; i += WARP) sum += scores[i] = expf(scores[i] - largest);
         sum = warp_sum(sum);
         for (u32 i = lane; i < experts; i += WARP) scores[i] /= sum;
     }

@@ -2,11 +2,15 @@
 
 use std::sync::Arc;
 
+use cudarc::driver::sys::CUfunction_attribute;
 use cudarc::driver::{CudaContext, CudaFunction};
 use cudarc::nvrtc::Ptx;
 
 use super::CudaError;
 use super::error::Doing;
+use super::launch::size;
+use super::linear::wgmma_shared;
+use super::mla_attention::MLA_SHARED;
 use super::store::{KernelStore, Origin};
 
 /// One kernel file: what is compiled at a time.
@@ -19,12 +23,14 @@ pub struct Source {
 }
 
 macro_rules! kernels {
-    ($($file:ident: $($function:ident),+;)+) => {
+    ($($file:ident $([$($before:ident),+])?: $($function:ident),+;)+) => {
         /// All kernel files of `compute/kernels`.
         pub const SOURCES: &[Source] = &[$(Source {
             name: stringify!($file),
             text: concat!(
                 include_str!("../../kernels/numbers.cu"),
+                $($("\n#line 1 \"", stringify!($before), ".cu\"\n",
+                    include_str!(concat!("../../kernels/", stringify!($before), ".cu")),)+)?
                 "\n#line 1 \"", stringify!($file), ".cu\"\n",
                 include_str!(concat!("../../kernels/", stringify!($file), ".cu")),
             ),
@@ -49,22 +55,48 @@ macro_rules! kernels {
 
 type Module = Arc<cudarc::driver::CudaModule>;
 
+// In brackets: what is put before a file, after numbers.cu.
 kernels! {
     quantise: quantise_e4m3, round_bf16, round_bf16_in_place;
-    linear: linear_f32, linear_bf16_f32, linear_fp8_f32, linear_bf16, linear_fp8;
-    linear_wgmma: linear_fp8_wgmma_16, linear_fp8_wgmma_64, linear_fp8_wgmma_128;
+    linear [product]: linear_f32, linear_bf16_f32, linear_fp8_f32, linear_bf16, linear_fp8;
+    linear_wgmma [hopper, product]: linear_fp8_wgmma_16, linear_fp8_wgmma_64, linear_fp8_wgmma_128;
+    linear_bf16 [hopper, product]: linear_bf16_wgmma_16, linear_bf16_wgmma_64, linear_bf16_wgmma_128,
+        linear_parts_wgmma_16, linear_parts_wgmma_64;
     rms_norm: rms_norm;
+    norm: norm_rows;
     elementwise: silu_mul, add_in_place, add_scaled, weighted_sum;
+    swiglu: swiglu;
+    experts: group_rows, combine_f32, combine_bf16;
     rope: rope_interleaved;
-    kv_write: kv_write;
+    query: split_queries_f32, split_queries_bf16;
+    kv_write: kv_write, latent_write;
     mla_attention: mla_attention_f32, mla_attention_bf16, mla_attention_fp8;
-    mla_attention_mma: mla_attention_mma;
+    mla_attention_wgmma [hopper]: mla_attention_wgmma, mla_combine;
     route: route;
     embed: embed_f32, embed_bf16, embed_fp8;
     logprob: logprob;
+    synthetic: synthetic_f32, synthetic_bf16, synthetic_e4m3;
 }
 
 impl Functions {
+    /// Lets the matrix unit's kernels have the shared memory that they need.
+    pub(super) fn allow_shared_memory(&self) -> Result<(), CudaError> {
+        let tiles: [&[&CudaFunction]; 3] = [
+            &[&self.linear_fp8_wgmma_16, &self.linear_bf16_wgmma_16, &self.linear_parts_wgmma_16],
+            &[&self.linear_fp8_wgmma_64, &self.linear_bf16_wgmma_64, &self.linear_parts_wgmma_64],
+            &[&self.linear_fp8_wgmma_128, &self.linear_bf16_wgmma_128],
+        ];
+        let products = tiles
+            .into_iter()
+            .enumerate()
+            .flat_map(|(tile, kernels)| kernels.iter().map(move |k| (k, wgmma_shared(tile))));
+        for (kernel, bytes) in products.chain([(&&self.mla_attention_wgmma, MLA_SHARED)]) {
+            let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            kernel.set_attribute(attribute, size(bytes) as i32).doing("give a kernel shared memory")?;
+        }
+        Ok(())
+    }
+
     /// Finds or compiles every kernel and loads it; also how many came from where (prebuilt, cache, compiler).
     pub(super) fn load(
         context: &Arc<CudaContext>,

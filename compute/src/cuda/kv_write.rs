@@ -1,7 +1,7 @@
 //! Encoding cache rows.
 
-use super::launch::{Grid, launch, size};
-use super::{CudaError, Device, View, ViewMut};
+use super::launch::{Argument, Grid, launch, size};
+use super::{CudaError, Device, RopeTable, View, ViewMut};
 use crate::{KvFormat, KvGeometry, fp8};
 
 /// How the kernels number formats.
@@ -13,40 +13,116 @@ fn number(format: KvFormat) -> u32 {
     }
 }
 
+/// Rows of one layer of the pool that are to be written.
+pub struct CacheRows<'a, 'b> {
+    /// The whole pool.
+    pub pool: &'a mut ViewMut<'b, u8>,
+    /// How it is laid out.
+    pub geometry: &'a KvGeometry,
+    /// Which layer.
+    pub layer: usize,
+    /// Block and row of each, `[m, 2]`. A block of `u32::MAX` is padding of the batch and writes nothing, any other slot
+    /// outside the pool ends the context. No two rows may share a slot.
+    pub slots: View<'a, u32>,
+}
+
+/// The kernels' parameters; `struct Cache` there.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Cache {
+    pool: u64,
+    slots: u64,
+    layer_offset: u64,
+    block_stride: u64,
+    format: u32,
+    latent: u32,
+    rope: u32,
+    row_bytes: u32,
+    payload_bytes: u32,
+    blocks: u32,
+    block_tokens: u32,
+    amax_min: f32,
+}
+
+// SAFETY: the same fields in the same order, C layout.
+unsafe impl Argument for Cache {}
+
+impl Cache {
+    fn new(rows: CacheRows<'_, '_>) -> Self {
+        let CacheRows { pool, geometry, layer, slots } = rows;
+        assert!(slots.len().is_multiple_of(2), "block and row");
+        Self {
+            pool: pool.address(),
+            slots: slots.address(),
+            layer_offset: (layer * geometry.layer_stride) as u64,
+            block_stride: geometry.block_stride as u64,
+            format: number(geometry.format),
+            latent: size(geometry.latent),
+            rope: size(geometry.rope),
+            row_bytes: size(geometry.row_bytes),
+            payload_bytes: size(geometry.payload_bytes()),
+            blocks: size(blocks(pool.len(), geometry, layer)),
+            block_tokens: size(geometry.block_tokens),
+            amax_min: fp8::LATENT_AMAX_MIN,
+        }
+    }
+}
+
 impl Device {
     /// Writes `m` tokens' cache rows of one layer into the pool: `latent` `[m, latent]` (normed) and `rope` `[m, rope]`
-    /// (rotated), encoded to the pool's format, padding zeroed: the bits of [`crate::Cpu::kv_write`]. `slots` `[m, 2]`
-    /// are block and row; a block of `u32::MAX` is padding of the batch and writes nothing, any other slot outside the
-    /// pool ends the context. No two rows may share a slot.
+    /// (rotated), encoded to the pool's format, padding zeroed: the bits of [`crate::Cpu::kv_write`].
     ///
     /// # Panics
     /// If the lengths do not go together.
-    #[allow(clippy::too_many_arguments)] // A pool, where, and what; a struct would only rename them.
     pub fn kv_write(
         &self,
-        pool: &mut ViewMut<'_, u8>,
-        geometry: &KvGeometry,
-        layer: usize,
-        slots: View<'_, u32>,
+        cache: CacheRows<'_, '_>,
         latent: View<'_, f32>,
         rope: View<'_, f32>,
     ) -> Result<(), CudaError> {
-        let rows = slots.len() / 2;
-        assert_eq!(slots.len(), 2 * rows, "block and row");
+        let (rows, geometry) = (cache.slots.len() / 2, cache.geometry);
         assert_eq!(latent.len(), rows * geometry.latent, "latent rows");
         assert_eq!(rope.len(), rows * geometry.rope, "rope rows");
-        let blocks = blocks(pool.len(), geometry, layer);
+        let cache = Cache::new(cache);
         if rows == 0 {
             return Ok(());
         }
         // SAFETY: a thread block a row; slots are checked in the kernel against blocks that lie inside the pool.
+        unsafe { launch!(self, kv_write, Grid::line(rows, 128); cache, latent.address(), rope.address()) }
+    }
+
+    /// As [`Self::kv_write`] from projected rows `x` `[m, stride]`, whose first values are latent and key: the latent is
+    /// normed with `weight` and `eps`, the key rotated.
+    ///
+    /// # Panics
+    /// If the lengths do not go together.
+    pub fn latent_write(
+        &self,
+        cache: CacheRows<'_, '_>,
+        x: View<'_, f32>,
+        stride: usize,
+        (weight, eps): (View<'_, f32>, f32),
+        positions: View<'_, u32>,
+        table: &RopeTable,
+    ) -> Result<(), CudaError> {
+        let (rows, geometry) = (positions.len(), cache.geometry);
+        assert_eq!(cache.slots.len(), 2 * rows, "block and row");
+        assert!(geometry.latent + geometry.rope <= stride, "a latent and a key in a row");
+        assert!(
+            rows == 0 || x.len() >= (rows - 1) * stride + geometry.latent + geometry.rope,
+            "rows of {stride}"
+        );
+        assert!(weight.len() == geometry.latent && geometry.rope == 2 * table.pairs(), "widths of a row");
+        let cache = Cache::new(cache);
+        if rows == 0 {
+            return Ok(());
+        }
+        let grid = Grid::line(rows, 128).with_shared((geometry.latent + geometry.rope) * size_of::<f32>());
+        let (angles, positions_max) = table.addresses();
+        // SAFETY: as above; positions are checked in the kernel.
         unsafe {
-            launch!(self, kv_write, Grid::line(rows, 128);
-                pool.address(), number(geometry.format), size(geometry.latent), size(geometry.rope),
-                size(geometry.row_bytes), size(geometry.payload_bytes()),
-                (layer * geometry.layer_stride) as u64, geometry.block_stride as u64, size(blocks),
-                size(geometry.block_tokens), slots.address(), fp8::LATENT_AMAX_MIN, latent.address(),
-                rope.address())
+            launch!(self, latent_write, grid;
+                cache, x.address(), size(stride), weight.address(), eps, positions.address(), angles, positions_max)
         }
     }
 }

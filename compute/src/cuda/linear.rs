@@ -1,85 +1,10 @@
-//! Weights on the device, and matrix products.
+//! Matrix products: dense, two matrices side by side, one matrix per head, one per expert.
 
-use cudarc::driver::sys::CUfunction_attribute;
-
-use super::error::Doing;
-use super::kernels::Functions;
 use super::launch::{Argument, Grid, launch, size};
-use super::{Buffer, CudaError, Device, View, ViewMut};
+use super::matrix::{ExpertMatrices, HeadMatrices, Matrix, Stack};
+use super::{CudaError, Device, Groups, View, ViewMut};
 use crate::WeightFormat;
 use crate::fp8::BLOCK;
-use crate::matrix::{HeadStorage, Storage};
-
-/// A weight matrix `[rows, cols]` = `[out, in]` on the device, stored as [`crate::Matrix`] stores it.
-pub struct Matrix {
-    rows: usize,
-    cols: usize,
-    format: WeightFormat,
-    weights: Buffer<u8>,
-    scales: Buffer<f32>,
-}
-
-impl Matrix {
-    /// Copies a matrix to the device.
-    pub fn new(device: &Device, matrix: &crate::Matrix) -> Result<Self, CudaError> {
-        let (weights, scales) = match &matrix.storage {
-            Storage::F32(weights) => (upload_f32(device, weights)?, device.alloc(0)?),
-            Storage::Bf16(weights) => (device.upload(weights)?, device.alloc(0)?),
-            Storage::Fp8 { codes, scales } => (device.upload(codes)?, device.upload(scales)?),
-            Storage::Panels { .. } => unreachable!("only what the CPU multiplies is arranged for it"),
-        };
-        Ok(Self { rows: matrix.rows(), cols: matrix.cols(), format: matrix.format(), weights, scales })
-    }
-
-    /// Output width.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// Input width.
-    pub fn cols(&self) -> usize {
-        self.cols
-    }
-
-    /// How the weights are stored.
-    pub fn format(&self) -> WeightFormat {
-        self.format
-    }
-
-    pub(super) fn addresses(&self) -> (u64, u64) {
-        (self.weights.view().address(), self.scales.view().address())
-    }
-}
-
-/// One matrix per head `[heads, out, in]` on the device, stored as [`crate::HeadMatrices`] stores it.
-pub struct HeadMatrices {
-    heads: usize,
-    out_dim: usize,
-    in_dim: usize,
-    bf16: bool,
-    weights: Buffer<u8>,
-}
-
-impl HeadMatrices {
-    /// Copies the matrices to the device.
-    pub fn new(device: &Device, matrices: &crate::HeadMatrices) -> Result<Self, CudaError> {
-        let (bf16, weights) = match &matrices.storage {
-            HeadStorage::F32(weights) => (false, upload_f32(device, weights)?),
-            HeadStorage::Bf16(weights) => (true, device.upload(weights)?),
-            HeadStorage::Fp8 { .. } | HeadStorage::Panels { .. } => {
-                (false, upload_f32(device, &matrices.to_f32())?)
-            }
-        };
-        let (heads, out_dim, in_dim) = (matrices.heads(), matrices.out_dim(), matrices.in_dim());
-        Ok(Self { heads, out_dim, in_dim, bf16, weights })
-    }
-}
-
-fn upload_f32(device: &Device, values: &[f32]) -> Result<Buffer<u8>, CudaError> {
-    // SAFETY: the bytes of plain floats, for as long as they are borrowed; the host is little endian, as the device is.
-    let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) };
-    device.upload(bytes)
-}
 
 /// Input rows `[m, k]` of a matrix product.
 #[derive(Clone, Copy)]
@@ -130,41 +55,65 @@ impl Inputs<'_> {
     }
 }
 
+/// Where a product goes.
+pub enum Outputs<'a, 'b> {
+    /// As it is.
+    F32(&'a mut ViewMut<'b, f32>),
+    /// Rounded to bf16, nearest even.
+    Bf16(&'a mut ViewMut<'b, u16>),
+}
+
+impl Outputs<'_, '_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::F32(y) => y.len(),
+            Self::Bf16(y) => y.len(),
+        }
+    }
+
+    fn address(&self) -> u64 {
+        match self {
+            Self::F32(y) => y.address(),
+            Self::Bf16(y) => y.address(),
+        }
+    }
+}
+
 /// The kernels' parameters; `struct Product` there.
 #[repr(C)]
+#[derive(Clone, Copy)]
 struct Product {
     w: u64,
+    w2: u64,
     w_scales: u64,
+    w2_scales: u64,
     x: u64,
     x_scales: u64,
     rows: u64,
+    out_rows: u64,
+    tiles: u64,
+    tile_count: u64,
     y: u64,
     x_rows: u32,
     m: u32,
     n: u32,
+    n1: u32,
     k: u32,
+    rows_per: u32,
+    x_stride: u32,
+    x_head: u32,
+    heads: u32,
     w_vector: u32,
     x_vector: u32,
+    y_bf16: u32,
 }
 
 // SAFETY: the same fields in the same order, C layout.
 unsafe impl Argument for Product {}
 
-/// Outputs and rows of a thread block, and the rows a launch may have; the kernels' own numbers.
+/// Outputs and rows of a thread block of the plain kernels; their own numbers.
 const OUTPUTS: usize = 4;
-const ROWS: usize = 8;
-
-impl Product {
-    fn grid(&self, heads: usize) -> Grid {
-        let row_tiles = (self.m as usize).div_ceil(ROWS);
-        assert!(
-            row_tiles <= 65_535 && heads <= 65_535,
-            "{row_tiles} row tiles of {heads} heads in one launch"
-        );
-        let blocks = (self.n.div_ceil(OUTPUTS as u32), size(row_tiles), size(heads));
-        Grid { blocks, threads: 32 * OUTPUTS as u32, shared: 0 }
-    }
-}
+pub(super) const PLAIN_ROWS: usize = 8;
 
 /// Which kernel multiplies by a matrix. It follows from the matrix and the inputs' format, never from the number of
 /// rows: their bits differ.
@@ -172,63 +121,75 @@ impl Product {
 pub enum LinearKernel {
     /// Any shape and format, f32 sums.
     Plain,
-    /// Hopper's matrix unit: FP8 by FP8, `rows` in 64s, `cols` in 128s; sums of a 128-block have some 14 bits.
+    /// Hopper's matrix unit: FP8 by FP8, `rows` in 64s, `cols` in 128s (sums of a 128-block have some 14 bits), or bf16 by
+    /// bf16, both in 64s.
     Wgmma,
 }
 
-/// Tiles of the wgmma kernels: rows, and stages of their pipelines; the kernels' own numbers.
-const WGMMA_TILES: [(usize, usize); 3] = [(16, 8), (64, 6), (128, 4)];
-const WGMMA_CHANNELS: usize = 64;
+/// Output channels of a wgmma block; its tiles of rows and stages of their pipelines. The kernels' own numbers.
+const CHANNELS: usize = 64;
+const TILES: [(usize, usize); 3] = [(16, 8), (64, 6), (128, 4)];
+/// Channels of K that one slice of a product of parts sums up.
+const SLICE: usize = 512;
 
-/// Shared memory of a wgmma kernel: per stage 128 bytes a channel and row and a scale a row, and what aligning takes.
-fn wgmma_shared((tile, stages): (usize, usize)) -> usize {
-    1024 + stages * (128 * (WGMMA_CHANNELS + tile) + 4 * (tile + 4))
+/// Shared memory of a wgmma kernel: per stage 128 bytes a channel and row and (FP8) a scale a row, and what aligning takes.
+pub(super) fn wgmma_shared(tile: usize) -> usize {
+    let (rows, stages) = TILES[tile];
+    1024 + stages * (128 * (CHANNELS + rows) + 4 * (rows + 4))
 }
 
-/// Lets the wgmma kernels have the shared memory they need.
-pub(super) fn prepare(functions: &Functions) -> Result<(), CudaError> {
-    let kernels =
-        [&functions.linear_fp8_wgmma_16, &functions.linear_fp8_wgmma_64, &functions.linear_fp8_wgmma_128];
-    for (kernel, tile) in kernels.into_iter().zip(WGMMA_TILES) {
-        let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        let bytes = size(wgmma_shared(tile)) as i32;
-        kernel.set_attribute(attribute, bytes).doing("give a kernel shared memory")?;
-    }
-    Ok(())
+/// The smallest tile that holds `rows`, else the largest.
+fn tile_for(rows: usize) -> usize {
+    TILES.into_iter().position(|(tile, _)| rows <= tile).unwrap_or(TILES.len() - 1)
+}
+
+/// One or two matrices (or stacks of them), and what they are multiplied by.
+struct Operands<'a> {
+    first: &'a Stack,
+    second: Option<&'a Stack>,
+    inputs: Inputs<'a>,
+}
+
+/// Which rows go where.
+#[derive(Clone, Copy)]
+enum Order<'a> {
+    /// All, in order.
+    All,
+    /// Those named.
+    Named(View<'a, u32>),
+    /// Each to its experts: row `order[p] / per` to position p.
+    ToExperts(&'a Groups, usize),
+    /// Position p back to `order[p]`.
+    FromExperts(&'a Groups),
 }
 
 impl Device {
     /// The kernel that multiplies inputs of the matrix's own format by `w`.
     pub fn linear_kernel(&self, w: &Matrix) -> LinearKernel {
-        let tiles = w.rows.is_multiple_of(WGMMA_CHANNELS) && w.cols.is_multiple_of(BLOCK);
-        if self.has_wgmma && w.format == WeightFormat::Fp8 && tiles {
-            LinearKernel::Wgmma
-        } else {
-            LinearKernel::Plain
-        }
+        self.stack_kernel(&w.0)
     }
 
-    /// # Safety
-    /// The product is one of FP8 by FP8 whose lengths were checked, and `linear_kernel` says wgmma.
-    unsafe fn wgmma_product(&self, product: Product) -> Result<(), CudaError> {
-        // 16 bytes are copied at a time. Weights start an allocation; inputs may be any part of one.
-        assert!(product.x.is_multiple_of(16), "FP8 inputs start at a multiple of 16 bytes");
-        let m = product.m as usize;
-        let tile = WGMMA_TILES.into_iter().position(|(rows, _)| m <= rows).unwrap_or(WGMMA_TILES.len() - 1);
-        let row_tiles = m.div_ceil(WGMMA_TILES[tile].0);
-        assert!(row_tiles <= 65_535, "{row_tiles} row tiles in one launch");
-        let grid = Grid {
-            blocks: (product.n / WGMMA_CHANNELS as u32, size(row_tiles), 1),
-            threads: 128,
-            shared: wgmma_shared(WGMMA_TILES[tile]),
+    /// As [`Self::linear_kernel`], for every expert's matrix.
+    pub fn expert_kernel(&self, w: &ExpertMatrices) -> LinearKernel {
+        self.stack_kernel(&w.0)
+    }
+
+    fn stack_kernel(&self, w: &Stack) -> LinearKernel {
+        let step = match w.format {
+            WeightFormat::Fp8 => BLOCK,
+            WeightFormat::Bf16 => 64,
+            WeightFormat::F32 => return LinearKernel::Plain,
         };
-        // SAFETY: the caller's promise; rows of the inputs are multiples of 128 bytes, hence aligned as the first.
-        unsafe {
-            match tile {
-                0 => launch!(self, linear_fp8_wgmma_16, grid; product),
-                1 => launch!(self, linear_fp8_wgmma_64, grid; product),
-                _ => launch!(self, linear_fp8_wgmma_128, grid; product),
-            }
+        let tiles = w.rows.is_multiple_of(CHANNELS) && w.cols.is_multiple_of(step);
+        if self.has_wgmma && tiles { LinearKernel::Wgmma } else { LinearKernel::Plain }
+    }
+
+    /// Rows that a tile of grouped rows has, for `rows` rows over `experts`.
+    pub(super) fn group_tile(&self, kernel: LinearKernel, rows: usize, experts: usize) -> usize {
+        match kernel {
+            LinearKernel::Plain => PLAIN_ROWS,
+            // Experts are not loaded evenly: some have twice the mean.
+            LinearKernel::Wgmma => TILES[tile_for(2 * rows.div_ceil(experts))].0,
         }
     }
 
@@ -237,10 +198,11 @@ impl Device {
     /// says [`Self::linear_kernel`].
     ///
     /// # Panics
-    /// If the formats do not go together, a length does not fit, or FP8 inputs for [`LinearKernel::Wgmma`] do not start
+    /// If the formats do not go together, a length does not fit, or inputs for [`LinearKernel::Wgmma`] do not start
     /// at a multiple of 16 bytes.
     pub fn linear(&self, w: &Matrix, x: Inputs<'_>, y: &mut ViewMut<'_, f32>) -> Result<(), CudaError> {
-        self.matrix_product(w, x, None, y)
+        let operands = Operands { first: &w.0, second: None, inputs: x };
+        self.multiply(operands, Order::All, Outputs::F32(y))
     }
 
     /// As [`Self::linear`] for the rows `row_index` of `x`: row `i` of `y` `[row_index.len(), n]` has the bits that
@@ -255,93 +217,325 @@ impl Device {
         row_index: View<'_, u32>,
         y: &mut ViewMut<'_, f32>,
     ) -> Result<(), CudaError> {
-        self.matrix_product(w, x, Some(row_index), y)
+        let operands = Operands { first: &w.0, second: None, inputs: x };
+        self.multiply(operands, Order::Named(row_index), Outputs::F32(y))
     }
 
-    fn matrix_product(
+    /// Two products of the same inputs, side by side: `y[m, n1 + n2]`. Each has the bits of [`Self::linear`], if both
+    /// matrices have the same kernel; else the plain kernel multiplies by both.
+    ///
+    /// # Panics
+    /// As [`Self::linear`], or if the matrices differ in format or input width.
+    pub fn linear_pair(
         &self,
         w: &Matrix,
+        w2: &Matrix,
         x: Inputs<'_>,
-        rows: Option<View<'_, u32>>,
         y: &mut ViewMut<'_, f32>,
     ) -> Result<(), CudaError> {
+        let operands = Operands { first: &w.0, second: Some(&w2.0), inputs: x };
+        self.multiply(operands, Order::All, Outputs::F32(y))
+    }
+
+    /// Each row by the matrices of its experts, sorted as `groups` says: `y[p]` is row `order[p] / rows_per` of `x` by its
+    /// expert's `w`, and beside it by its `w2` where there is one.
+    ///
+    /// # Panics
+    /// As [`Self::linear_pair`].
+    pub fn experts_in(
+        &self,
+        w: &ExpertMatrices,
+        w2: Option<&ExpertMatrices>,
+        x: Inputs<'_>,
+        groups: &Groups,
+        rows_per: usize,
+        y: &mut ViewMut<'_, f32>,
+    ) -> Result<(), CudaError> {
+        let operands = Operands { first: &w.0, second: w2.map(|w| &w.0), inputs: x };
+        self.multiply(operands, Order::ToExperts(groups, rows_per), Outputs::F32(y))
+    }
+
+    /// Sorted rows by their experts' matrices, and back to the order of assignments: `y[order[p]]` is row p of `x` by its
+    /// expert's `w`.
+    ///
+    /// # Panics
+    /// As [`Self::linear`].
+    pub fn experts_out(
+        &self,
+        w: &ExpertMatrices,
+        x: Inputs<'_>,
+        groups: &Groups,
+        y: Outputs<'_, '_>,
+    ) -> Result<(), CudaError> {
+        self.multiply(Operands { first: &w.0, second: None, inputs: x }, Order::FromExperts(groups), y)
+    }
+
+    fn multiply(
+        &self,
+        operands: Operands<'_>,
+        order: Order<'_>,
+        y: Outputs<'_, '_>,
+    ) -> Result<(), CudaError> {
+        let Operands { first: w, second: w2, inputs: x } = operands;
+        assert!(
+            w2.is_none_or(|w2| (w2.format, w2.cols, w2.count) == (w.format, w.cols, w.count)),
+            "two matrices that read the same rows"
+        );
         let x_rows = x.rows(w.cols);
-        let m = rows.map_or(x_rows, |rows| rows.len());
-        assert_eq!(y.len(), m * w.rows, "output [{m}, {}]", w.rows);
-        if y.is_empty() {
+        let n = w.rows + w2.map_or(0, |w2| w2.rows);
+        let (m, groups) = match order {
+            Order::All => (x_rows, None),
+            Order::Named(rows) => (rows.len(), None),
+            Order::ToExperts(groups, _) | Order::FromExperts(groups) => (groups.rows(), Some(groups)),
+        };
+        assert_eq!(y.len(), m * n, "output [{m}, {n}]");
+        if m * n == 0 {
             return Ok(());
         }
-        let ((weights, w_scales), (values, x_scales)) = (w.addresses(), x.addresses());
+        assert!(groups.is_some() || w.count == 1, "rows sorted by expert");
+        let (values, x_scales) = x.addresses();
+        let (rows, rows_per, out_rows) = match order {
+            Order::All => (0, 1, 0),
+            Order::Named(rows) => (rows.address(), 1, 0),
+            Order::ToExperts(groups, per) => (groups.order.view().address(), per, 0),
+            Order::FromExperts(groups) => (0, 1, groups.order.view().address()),
+        };
+        let (w_address, w_scales) = w.addresses();
+        let (w2_address, w2_scales) = w2.map_or((0, 0), Stack::addresses);
         let product = Product {
-            w: weights,
+            w: w_address,
+            w2: w2_address,
             w_scales,
+            w2_scales,
             x: values,
             x_scales,
-            rows: rows.map_or(0, |rows| rows.address()),
+            rows,
+            out_rows,
+            tiles: groups.map_or(0, |groups| groups.tiles.view().address()),
+            tile_count: groups.map_or(0, |groups| groups.totals.slice(1..2).address()),
             y: y.address(),
             x_rows: size(x_rows),
             m: size(m),
-            n: size(w.rows),
+            n: size(n),
+            n1: size(w.rows),
             k: size(w.cols),
+            rows_per: size(rows_per),
+            x_stride: size(w.cols),
+            x_head: 0,
+            heads: 1,
             // Weights start at an allocation's beginning.
             w_vector: u32::from(w.cols.is_multiple_of(4)),
             x_vector: u32::from(x.rows_by_four(w.cols)),
+            y_bf16: u32::from(matches!(y, Outputs::Bf16(_))),
         };
-        let grid = product.grid(1);
+        let wgmma = [Some(w), w2].into_iter().flatten().all(|w| self.stack_kernel(w) == LinearKernel::Wgmma);
+        let kernel = match (x, w.format) {
+            (Inputs::Fp8 { .. }, WeightFormat::Fp8) | (Inputs::Bf16(_), WeightFormat::Bf16) if wgmma => {
+                LinearKernel::Wgmma
+            }
+            _ => LinearKernel::Plain,
+        };
+        let tile_rows = match (groups, kernel) {
+            (Some(groups), _) => groups.tile_rows(),
+            (None, LinearKernel::Plain) => PLAIN_ROWS,
+            (None, LinearKernel::Wgmma) => TILES[tile_for(m)].0,
+        };
+        let row_tiles = groups.map_or(m.div_ceil(tile_rows), Groups::tiles_max);
         // SAFETY: lengths checked above; row indices are checked in the kernel; null rows are all rows in order.
         unsafe {
-            match (x, w.format) {
+            match kernel {
+                LinearKernel::Plain => self.plain_product(w.format, x, product, tile_rows, row_tiles, 1),
+                LinearKernel::Wgmma => self.wgmma_product(w.format, product, tile_rows, row_tiles, 1),
+            }
+        }
+    }
+
+    /// # Safety
+    /// The product's lengths were checked.
+    unsafe fn plain_product(
+        &self,
+        format: WeightFormat,
+        x: Inputs<'_>,
+        product: Product,
+        tile_rows: usize,
+        row_tiles: usize,
+        heads: usize,
+    ) -> Result<(), CudaError> {
+        assert_eq!(tile_rows, PLAIN_ROWS, "rows were sorted for another kernel");
+        assert!(row_tiles <= 65_535 && heads <= 65_535, "{row_tiles} row tiles of {heads} heads");
+        let blocks = (product.n.div_ceil(OUTPUTS as u32), size(row_tiles), size(heads));
+        let grid = Grid { blocks, threads: 32 * OUTPUTS as u32, shared: 0 };
+        // SAFETY: the caller's promise.
+        unsafe {
+            match (x, format) {
                 (Inputs::F32(_), WeightFormat::F32) => launch!(self, linear_f32, grid; product),
                 (Inputs::F32(_), WeightFormat::Bf16) => launch!(self, linear_bf16_f32, grid; product),
                 (Inputs::F32(_), WeightFormat::Fp8) => launch!(self, linear_fp8_f32, grid; product),
                 (Inputs::Bf16(_), WeightFormat::Bf16) => launch!(self, linear_bf16, grid; product),
-                (Inputs::Fp8 { .. }, WeightFormat::Fp8) if self.linear_kernel(w) == LinearKernel::Wgmma => {
-                    self.wgmma_product(product)
-                }
                 (Inputs::Fp8 { .. }, WeightFormat::Fp8) => launch!(self, linear_fp8, grid; product),
                 (_, format) => panic!("inputs of another format than {format:?} weights"),
             }
         }
     }
 
-    /// `y[m, h, o] = Σ_i x[m, h, i] · w[h, o, i]` in f32: `m` rows of one vector per head.
+    /// # Safety
+    /// The product is one of FP8 by FP8 or bf16 by bf16 whose lengths were checked, and `stack_kernel` says wgmma.
+    unsafe fn wgmma_product(
+        &self,
+        format: WeightFormat,
+        product: Product,
+        tile_rows: usize,
+        row_tiles: usize,
+        heads: usize,
+    ) -> Result<(), CudaError> {
+        // 16 bytes are copied at a time. Weights start an allocation; inputs may be any part of one.
+        assert!(product.x.is_multiple_of(16), "inputs start at a multiple of 16 bytes");
+        assert!(row_tiles <= 65_535 && heads <= 65_535, "{row_tiles} row tiles of {heads} heads");
+        let tile = tile_for(tile_rows);
+        assert_eq!(TILES[tile].0, tile_rows, "rows were sorted for another kernel");
+        let grid = Grid {
+            blocks: (product.n / CHANNELS as u32, size(row_tiles), size(heads)),
+            threads: 128,
+            shared: wgmma_shared(tile),
+        };
+        // SAFETY: the caller's promise; rows of the inputs are multiples of 128 bytes, hence aligned as the first.
+        unsafe {
+            match (format, tile) {
+                (WeightFormat::Bf16, 0) => launch!(self, linear_bf16_wgmma_16, grid; product),
+                (WeightFormat::Bf16, 1) => launch!(self, linear_bf16_wgmma_64, grid; product),
+                (WeightFormat::Bf16, _) => launch!(self, linear_bf16_wgmma_128, grid; product),
+                (_, 0) => launch!(self, linear_fp8_wgmma_16, grid; product),
+                (_, 1) => launch!(self, linear_fp8_wgmma_64, grid; product),
+                (_, _) => launch!(self, linear_fp8_wgmma_128, grid; product),
+            }
+        }
+    }
+
+    /// Slices that [`Self::linear_parts`] gives for `k` channels.
+    pub fn parts_slices(&self, k: usize) -> usize {
+        k.div_ceil(SLICE)
+    }
+
+    /// Whether [`Self::linear_parts`] multiplies by `w`.
+    pub fn takes_parts(&self, w: &Matrix) -> bool {
+        w.format() == WeightFormat::Bf16 && self.linear_kernel(w) == LinearKernel::Wgmma
+    }
+
+    /// f32 rows by bf16 weights on the matrix unit: `x` `[m, 3, k]` holds each row as three bf16 parts
+    /// ([`super::InputFormat::Parts`]). `y` is `[slices, m, n]`, the sums over 512 channels each, for its reader to add
+    /// in order.
     ///
     /// # Panics
-    /// If a length does not fit.
-    pub fn head_matmul(
+    /// If a length does not fit or [`Self::takes_parts`] says no.
+    pub fn linear_parts(
         &self,
-        w: &HeadMatrices,
-        x: View<'_, f32>,
-        m: usize,
+        w: &Matrix,
+        x: View<'_, u16>,
         y: &mut ViewMut<'_, f32>,
     ) -> Result<(), CudaError> {
-        assert_eq!(x.len(), m * w.heads * w.in_dim, "input [{m}, {}, {}]", w.heads, w.in_dim);
-        assert_eq!(y.len(), m * w.heads * w.out_dim, "output [{m}, {}, {}]", w.heads, w.out_dim);
-        if y.is_empty() {
+        let (n, k) = (w.rows(), w.cols());
+        assert!(self.takes_parts(w), "a matrix for the matrix unit");
+        assert!(x.len().is_multiple_of(3 * k), "{} values in rows of three times {k}", x.len());
+        let (m, slices) = (x.len() / (3 * k), self.parts_slices(k));
+        assert_eq!(y.len(), slices * m * n, "output [{slices}, {m}, {n}]");
+        if m == 0 {
             return Ok(());
         }
         let product = Product {
-            w: w.weights.view().address(),
-            w_scales: 0,
-            x: x.address(),
-            x_scales: 0,
-            rows: 0,
-            y: y.address(),
-            x_rows: size(m),
-            m: size(m),
-            n: size(w.out_dim),
-            k: size(w.in_dim),
-            w_vector: u32::from(w.in_dim.is_multiple_of(4)),
-            x_vector: u32::from(x.rows_by_four(w.in_dim)),
+            x_stride: size(3 * k),
+            ..Product::of(w.0.addresses().0, x.address(), y.address(), m, n, k)
         };
-        let grid = product.grid(w.heads);
+        let tile = tile_for(m).min(1);
+        let row_tiles = m.div_ceil(TILES[tile].0);
+        assert!(row_tiles <= 65_535 && product.x.is_multiple_of(16), "{row_tiles} row tiles in one launch");
+        let blocks = (product.n / CHANNELS as u32, size(row_tiles), size(slices));
+        let grid = Grid { blocks, threads: 128, shared: wgmma_shared(tile) };
         // SAFETY: lengths checked above.
         unsafe {
-            if w.bf16 {
-                launch!(self, linear_bf16_f32, grid; product)
-            } else {
-                launch!(self, linear_f32, grid; product)
+            match tile {
+                0 => launch!(self, linear_parts_wgmma_16, grid; product),
+                _ => launch!(self, linear_parts_wgmma_64, grid; product),
             }
+        }
+    }
+
+    /// The kernel that multiplies by each head's matrix.
+    pub fn head_kernel(&self, w: &HeadMatrices) -> LinearKernel {
+        let tiles = w.out_dim.is_multiple_of(CHANNELS) && w.in_dim.is_multiple_of(64);
+        if self.has_wgmma && w.bf16 && tiles { LinearKernel::Wgmma } else { LinearKernel::Plain }
+    }
+
+    /// `y[m, h, o] = Σ_i x[m, h, i] · w[h, o, i]`: `m` rows of one vector per head. f32 inputs go to the plain kernel, bf16
+    /// ones need [`LinearKernel::Wgmma`].
+    ///
+    /// # Panics
+    /// If a length does not fit or the inputs' format does not go with the matrices.
+    pub fn head_matmul(
+        &self,
+        w: &HeadMatrices,
+        x: Inputs<'_>,
+        m: usize,
+        y: Outputs<'_, '_>,
+    ) -> Result<(), CudaError> {
+        let HeadMatrices { heads, out_dim, in_dim, .. } = *w;
+        assert_eq!(x.rows(heads * in_dim), m, "input [{m}, {heads}, {in_dim}]");
+        assert_eq!(y.len(), m * heads * out_dim, "output [{m}, {heads}, {out_dim}]");
+        if m == 0 {
+            return Ok(());
+        }
+        let product = Product {
+            x_stride: size(heads * in_dim),
+            x_head: size(in_dim),
+            heads: size(heads),
+            x_vector: u32::from(x.rows_by_four(in_dim)),
+            y_bf16: u32::from(matches!(y, Outputs::Bf16(_))),
+            ..Product::of(w.weights.view().address(), x.addresses().0, y.address(), m, out_dim, in_dim)
+        };
+        // SAFETY: lengths checked above.
+        unsafe {
+            match x {
+                Inputs::F32(_) => {
+                    let format = if w.bf16 { WeightFormat::Bf16 } else { WeightFormat::F32 };
+                    self.plain_product(format, x, product, PLAIN_ROWS, m.div_ceil(PLAIN_ROWS), heads)
+                }
+                Inputs::Bf16(_) => {
+                    assert_eq!(self.head_kernel(w), LinearKernel::Wgmma, "bf16 inputs");
+                    let tile = TILES[tile_for(m)].0;
+                    self.wgmma_product(WeightFormat::Bf16, product, tile, m.div_ceil(tile), heads)
+                }
+                Inputs::Fp8 { .. } => panic!("heads take f32 or bf16"),
+            }
+        }
+    }
+}
+
+impl Product {
+    /// All rows of one unscaled matrix, in order.
+    fn of(w: u64, x: u64, y: u64, m: usize, n: usize, k: usize) -> Self {
+        Self {
+            w,
+            w2: 0,
+            w_scales: 0,
+            w2_scales: 0,
+            x,
+            x_scales: 0,
+            rows: 0,
+            out_rows: 0,
+            tiles: 0,
+            tile_count: 0,
+            y,
+            x_rows: size(m),
+            m: size(m),
+            n: size(n),
+            n1: size(n),
+            k: size(k),
+            rows_per: 1,
+            x_stride: size(k),
+            x_head: 0,
+            heads: 1,
+            w_vector: u32::from(k.is_multiple_of(4)),
+            x_vector: 0,
+            y_bf16: 0,
         }
     }
 }

@@ -130,6 +130,15 @@ pub struct ViewMut<'a, T> {
 }
 
 impl<T: Element> ViewMut<'_, T> {
+    /// A part of it.
+    ///
+    /// # Panics
+    /// If the range reaches past the end.
+    pub fn slice_mut(&mut self, range: Range<usize>) -> ViewMut<'_, T> {
+        let View { address, len, .. } = self.view().slice(range);
+        ViewMut { address, len, owner: PhantomData }
+    }
+
     /// Number of values.
     pub fn len(&self) -> usize {
         self.len
@@ -208,6 +217,43 @@ impl Device {
         unsafe { result::memcpy_dtoh_async(values, from.address, self.stream.cu_stream()) }
             .doing("copy from the device")?;
         self.synchronize()
+    }
+
+    /// Copies from one place on the device to another.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn copy_within<T: Element>(
+        &self,
+        from: View<'_, T>,
+        to: &mut ViewMut<'_, T>,
+    ) -> Result<(), CudaError> {
+        assert_eq!(from.len(), to.len(), "values and room for them");
+        if from.is_empty() {
+            return Ok(());
+        }
+        self.bind()?;
+        let bytes = from.len * size_of::<T>();
+        // SAFETY: both sides have the length.
+        unsafe { result::memcpy_dtod_async(to.address, from.address, bytes, self.stream.cu_stream()) }
+            .doing("copy on the device")
+    }
+
+    /// As [`Self::copy_out`], beside the work that was asked for: what is copied must be there already, which
+    /// [`super::Mark::wait`] tells.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn copy_out_beside<T: Element>(&self, from: View<'_, T>, values: &mut [T]) -> Result<(), CudaError> {
+        assert_eq!(values.len(), from.len(), "values and room for them");
+        if values.is_empty() {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: both sides have the length; any bits are values; `values` outlives the copy, which is waited for.
+        unsafe { result::memcpy_dtoh_async(values, from.address, self.copies.cu_stream()) }
+            .doing("copy from the device")?;
+        self.copies.synchronize().doing("finish a copy")
     }
 
     /// Sets every byte.

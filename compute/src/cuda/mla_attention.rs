@@ -1,34 +1,80 @@
 //! MLA in its absorbed form over the paged cache.
 
-use cudarc::driver::sys::CUfunction_attribute;
-
-use super::error::Doing;
-use super::kernels::Functions;
 use super::kv_write::blocks;
 use super::launch::{Argument, Grid, launch, size};
-use super::{CudaError, Device, View, ViewMut};
+use super::{Buffer, CudaError, Device, View, ViewMut};
 use crate::{KvFormat, KvGeometry, MlaShape};
 
-/// Query rows of a step, on the device: row `r` sees the cache rows [`MlaShape::first`]`..contexts[r]` (its own included) of sequence
-/// `sequences[r]`, whose blocks are `tables[sequences[r] * table_stride..]`.
+/// Query rows of a step, on the device: row `r` sees the cache rows [`MlaShape::first`]`..contexts[r]` (its own included) of the sequence
+/// whose blocks are `tables[starts[r]..]`.
 #[derive(Clone, Copy)]
 pub struct MlaRows<'a> {
-    /// Blocks of every sequence `[sequences, table_stride]`.
+    /// Block tables, one after the other.
     pub tables: View<'a, u32>,
-    /// Blocks that a sequence has room for in `tables`.
-    pub table_stride: usize,
-    /// Which sequence each row belongs to.
-    pub sequences: View<'a, u32>,
+    /// Where each row's begins.
+    pub starts: View<'a, u32>,
     /// Cache rows visible to each row.
     pub contexts: View<'a, u32>,
+    /// No context is longer.
+    pub context_max: usize,
+}
+
+/// Queries and room for results, in the format that [`Device::attention_kernel`] takes.
+pub enum MlaQueries<'a, 'b> {
+    /// For [`AttentionKernel::Plain`].
+    F32 {
+        /// `[rows, heads, latent]`
+        latent: View<'a, f32>,
+        /// `[rows, heads, rope]`
+        rope: View<'a, f32>,
+        /// `[rows, heads, latent]`
+        out: &'a mut ViewMut<'b, f32>,
+    },
+    /// For [`AttentionKernel::Wgmma`].
+    Bf16 {
+        /// `[rows, heads, latent]`
+        latent: View<'a, u16>,
+        /// `[rows, heads, rope]`
+        rope: View<'a, u16>,
+        /// `[rows, heads, latent]`
+        out: &'a mut ViewMut<'b, u16>,
+        /// For contexts of more than one part.
+        parts: &'a mut MlaParts,
+    },
+}
+
+/// Room for the parts of long contexts, which are computed apart and then added.
+pub struct MlaParts {
+    values: Buffer<f32>,
+    sums: Buffer<f32>,
+}
+
+impl MlaParts {
+    /// Room for `queries` queries (rows × heads) that see `context_max` tokens. Rows that do not fit at once are computed
+    /// one after the other.
+    pub fn new(device: &Device, queries: usize, context_max: usize) -> Result<Self, CudaError> {
+        let parts = queries * Self::of(context_max);
+        Ok(Self { values: device.alloc(parts * LATENT)?, sums: device.alloc(2 * parts)? })
+    }
+
+    /// Parts of a query that sees `context_max` tokens.
+    pub fn of(context_max: usize) -> usize {
+        context_max.div_ceil(SPLIT).max(1)
+    }
+
+    /// (query, part) pairs there is room for.
+    fn len(&self) -> usize {
+        self.sums.len() / 2
+    }
 }
 
 /// The kernel's parameters; `struct Attention` there.
 #[repr(C)]
+#[derive(Clone, Copy)]
 struct Attention {
     pool: u64,
     tables: u64,
-    sequences: u64,
+    starts: u64,
     contexts: u64,
     q_latent: u64,
     q_rope: u64,
@@ -38,12 +84,15 @@ struct Attention {
     row_bytes: u32,
     block_tokens: u32,
     blocks: u32,
-    table_stride: u32,
+    table_len: u32,
     heads: u32,
     latent: u32,
     rope: u32,
     scale: f32,
     first: u32,
+    splits: u32,
+    parts: u64,
+    part_sums: u64,
 }
 
 // SAFETY: the same fields in the same order, C layout.
@@ -54,41 +103,34 @@ unsafe impl Argument for Attention {}
 pub enum AttentionKernel {
     /// Any widths and format, f32 throughout.
     Plain,
-    /// FP8 rows of 512 + 64 channels: bf16 operands on the matrix unit, f32 sums.
-    Mma,
+    /// FP8 rows of 512 + 64 channels: bf16 operands on Hopper's matrix unit, f32 sums.
+    Wgmma,
 }
 
-/// Heads of a block of the matrix kernel, and its shared memory: 64 queries and 64 rows of 576 bf16, 64×64 weights (each
-/// row padded by 16 bytes), five floats a head.
-const MMA_HEADS: usize = 64;
-const MMA_SHARED: usize = (64 + 64) * (2 * 576 + 16) + 64 * (2 * 64 + 16) + 5 * 64 * 4;
-
-/// Lets the matrix kernel have the shared memory it needs.
-pub(super) fn prepare(functions: &Functions) -> Result<(), CudaError> {
-    let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-    let bytes = MMA_SHARED as i32;
-    functions.mla_attention_mma.set_attribute(attribute, bytes).doing("give a kernel shared memory")
-}
+/// The matrix kernel's own numbers: heads of a block, tokens of a part, channels of a latent.
+const HEADS: usize = 64;
+const SPLIT: usize = 1024;
+const LATENT: usize = 512;
+/// Its shared memory: queries and two tiles of cache rows, nine pieces of 8 KiB each, weights, one piece, and alignment.
+pub(super) const MLA_SHARED: usize = (3 * 9 + 1) * 8192 + 1024;
 
 impl Device {
     /// The kernel that attends over a cache of this geometry.
     pub fn attention_kernel(&self, geometry: &KvGeometry) -> AttentionKernel {
-        let widths = geometry.format == KvFormat::Fp8 && (geometry.latent, geometry.rope) == (512, 64);
+        let widths = geometry.format == KvFormat::Fp8 && (geometry.latent, geometry.rope) == (LATENT, 64);
         // Rows are read 16 bytes at a time.
         let aligned = [geometry.row_bytes, geometry.layer_stride, geometry.block_stride]
             .into_iter()
             .all(|stride| stride.is_multiple_of(16));
-        if self.has_wgmma && widths && aligned { AttentionKernel::Mma } else { AttentionKernel::Plain }
+        if self.has_wgmma && widths && aligned { AttentionKernel::Wgmma } else { AttentionKernel::Plain }
     }
 
     /// `out[r, h, :] = softmax((q_latent[r, h]·c + q_rope[r, h]·k) · scale) · c` over the cache rows that query row `r`
-    /// sees. `q_latent` and `out` are `[rows, heads, latent]`, `q_rope` `[rows, heads, rope]`. An empty context gives
-    /// zeros. A context longer than its table, or a block outside the pool, ends the context of the device; a sequence
-    /// past the tables is the caller's to prevent. Which kernel runs says [`Self::attention_kernel`].
+    /// sees. An empty context gives zeros. A context longer than its table or `context_max`, or a block outside the pool,
+    /// ends the context of the device.
     ///
     /// # Panics
-    /// If the lengths do not go together.
-    #[allow(clippy::too_many_arguments)] // As on the CPU.
+    /// If the lengths do not go together, or the queries' format is not that of [`Self::attention_kernel`].
     pub fn mla_attention(
         &self,
         pool: View<'_, u8>,
@@ -96,60 +138,110 @@ impl Device {
         layer: usize,
         shape: MlaShape,
         rows: MlaRows<'_>,
-        q_latent: View<'_, f32>,
-        q_rope: View<'_, f32>,
-        out: &mut ViewMut<'_, f32>,
+        queries: MlaQueries<'_, '_>,
     ) -> Result<(), CudaError> {
-        let queries = rows.contexts.len() * shape.heads;
+        let count = rows.contexts.len() * shape.heads;
         assert!(
             shape.latent == geometry.latent && shape.rope == geometry.rope,
             "widths of queries and cache"
         );
-        assert_eq!(rows.sequences.len(), rows.contexts.len(), "a sequence a row");
-        assert_eq!(q_latent.len(), queries * shape.latent, "latent queries");
-        assert_eq!(q_rope.len(), queries * shape.rope, "rope queries");
-        assert_eq!(out.len(), queries * shape.latent, "output");
+        assert_eq!(rows.starts.len(), rows.contexts.len(), "a table a row");
+        let (lengths, (q_latent, q_rope, out)) = match &queries {
+            MlaQueries::F32 { latent, rope, out } => {
+                ((latent.len(), rope.len(), out.len()), (latent.address(), rope.address(), out.address()))
+            }
+            MlaQueries::Bf16 { latent, rope, out, .. } => {
+                ((latent.len(), rope.len(), out.len()), (latent.address(), rope.address(), out.address()))
+            }
+        };
+        let latents = count * shape.latent;
+        assert_eq!(lengths, (latents, count * shape.rope, latents), "latent queries, rope queries, output");
         assert!(geometry.block_tokens > 0, "tokens in a block");
         let blocks = blocks(pool.len(), geometry, layer);
-        if queries == 0 {
+        if count == 0 {
             return Ok(());
         }
-        let arguments = Attention {
+        let attention = Attention {
             pool: pool.address(),
             tables: rows.tables.address(),
-            sequences: rows.sequences.address(),
+            starts: rows.starts.address(),
             contexts: rows.contexts.address(),
-            q_latent: q_latent.address(),
-            q_rope: q_rope.address(),
-            out: out.address(),
+            q_latent,
+            q_rope,
+            out,
             layer_offset: (layer * geometry.layer_stride) as u64,
             block_stride: geometry.block_stride as u64,
             row_bytes: size(geometry.row_bytes),
             block_tokens: size(geometry.block_tokens),
             blocks: size(blocks),
-            table_stride: size(rows.table_stride),
+            table_len: size(rows.tables.len()),
             heads: size(shape.heads),
             latent: size(shape.latent),
             rope: size(shape.rope),
             scale: shape.scale,
             first: size(shape.first),
+            parts: 0,
+            part_sums: 0,
+            splits: size(MlaParts::of(rows.context_max)),
         };
-        if self.attention_kernel(geometry) == AttentionKernel::Mma {
-            assert!(pool.address().is_multiple_of(16), "the pool starts at a multiple of 16 bytes");
-            let heads = size(shape.heads.div_ceil(MMA_HEADS));
-            let blocks = (size(rows.contexts.len()), heads, 1);
-            let grid = Grid { blocks, threads: 256, shared: MMA_SHARED };
-            // SAFETY: a thread block has a row and 64 heads; the kernel checks contexts and blocks.
-            return unsafe { launch!(self, mla_attention_mma, grid; arguments) };
+        match (queries, self.attention_kernel(geometry)) {
+            (MlaQueries::Bf16 { parts, .. }, AttentionKernel::Wgmma) => {
+                assert!(pool.address().is_multiple_of(16), "the pool starts at a multiple of 16 bytes");
+                self.wgmma_attention(attention, rows.contexts.len(), parts)
+            }
+            (MlaQueries::F32 { .. }, AttentionKernel::Plain) => {
+                let shared = (2 * shape.latent + shape.rope) * size_of::<f32>();
+                self.plain_attention(attention, geometry.format, Grid::line(count, 128).with_shared(shared))
+            }
+            _ => panic!("queries in another format than the kernel's"),
         }
-        let grid = Grid::line(queries, 128).with_shared((2 * shape.latent + shape.rope) * size_of::<f32>());
+    }
+
+    fn plain_attention(&self, attention: Attention, format: KvFormat, grid: Grid) -> Result<(), CudaError> {
         // SAFETY: a thread block a query; the kernel checks contexts and blocks.
         unsafe {
-            match geometry.format {
-                KvFormat::F32 => launch!(self, mla_attention_f32, grid; arguments),
-                KvFormat::Bf16 => launch!(self, mla_attention_bf16, grid; arguments),
-                KvFormat::Fp8 => launch!(self, mla_attention_fp8, grid; arguments),
+            match format {
+                KvFormat::F32 => launch!(self, mla_attention_f32, grid; attention),
+                KvFormat::Bf16 => launch!(self, mla_attention_bf16, grid; attention),
+                KvFormat::Fp8 => launch!(self, mla_attention_fp8, grid; attention),
             }
         }
+    }
+
+    fn wgmma_attention(
+        &self,
+        attention: Attention,
+        rows: usize,
+        parts: &mut MlaParts,
+    ) -> Result<(), CudaError> {
+        let (heads, splits) = (attention.heads as usize, attention.splits as usize);
+        let at_once = if splits == 1 { rows } else { (parts.len() / (heads * splits)).min(rows) };
+        assert!(at_once > 0, "no room for the parts of a row's {splits}");
+        // A launch has at most 65,535 rows.
+        for first in (0..rows).step_by(at_once.min(65_535)) {
+            let count = at_once.min(65_535).min(rows - first);
+            let queries = (first * heads) as u64;
+            let here = Attention {
+                starts: attention.starts + 4 * first as u64,
+                contexts: attention.contexts + 4 * first as u64,
+                q_latent: attention.q_latent + queries * LATENT as u64 * 2,
+                q_rope: attention.q_rope + queries * 64 * 2,
+                out: attention.out + queries * LATENT as u64 * 2,
+                parts: parts.values.view().address(),
+                part_sums: parts.sums.view().address(),
+                ..attention
+            };
+            let blocks = (size(heads.div_ceil(HEADS)), size(count), size(splits));
+            let grid = Grid { blocks, threads: 384, shared: MLA_SHARED };
+            // SAFETY: a thread block has a row, 64 heads and a part; there is room for every part of `count` rows; the
+            // kernel checks contexts and blocks.
+            unsafe { launch!(self, mla_attention_wgmma, grid; here) }?;
+            if splits > 1 {
+                let grid = Grid { blocks: (attention.heads, size(count), 1), threads: 128, shared: 0 };
+                // SAFETY: a thread block a query; as above.
+                unsafe { launch!(self, mla_combine, grid; here) }?;
+            }
+        }
+        Ok(())
     }
 }

@@ -9,32 +9,51 @@
 //! every call after it fails too. Lengths that do not fit are programming errors and panic; an index *on the device* that
 //! is out of range (a token, a block) ends the context instead of reading elsewhere.
 
+mod activations;
 mod elementwise;
 mod embed;
 mod error;
+mod experts;
+mod graph;
 mod kernels;
 mod kv_write;
 mod launch;
 mod linear;
 mod logprob;
+mod mark;
+mod matrix;
 mod memory;
 mod mla_attention;
+mod norm;
 pub mod nvrtc;
+mod pinned;
 mod quantise;
+mod query;
 mod rms_norm;
 mod rope;
 mod route;
 mod store;
+mod swiglu;
+mod synthetic;
 
 use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaStream, result, sys};
 
+pub use activations::{Activations, InputFormat};
 pub use error::CudaError;
+pub use experts::{Groups, ResultBuffer, Results};
+pub use graph::Graph;
 pub use kernels::{SOURCES, Source};
-pub use linear::{HeadMatrices, Inputs, LinearKernel, Matrix};
+pub use kv_write::CacheRows;
+pub use linear::{Inputs, LinearKernel, Outputs};
+pub use mark::Mark;
+pub use matrix::{ExpertMatrices, HeadMatrices, Matrix};
 pub use memory::{Buffer, Element, View, ViewMut};
-pub use mla_attention::{AttentionKernel, MlaRows};
+pub use mla_attention::{AttentionKernel, MlaParts, MlaQueries, MlaRows};
+pub use norm::NormRows;
+pub use pinned::Pinned;
+pub use query::{QueryParts, QueryShape};
 pub use rope::RopeTable;
 pub use store::{BuildError, KernelStore};
 
@@ -47,6 +66,8 @@ const DRIVER_VERSION_MIN: u32 = 13_000;
 /// One GPU: a context, a stream and the loaded kernels; every operator is a method.
 pub struct Device {
     stream: Arc<CudaStream>,
+    /// Copies beside the work of `stream`.
+    copies: Arc<CudaStream>,
     functions: Functions,
     name: String,
     architecture: String,
@@ -81,13 +102,13 @@ impl Device {
         let (functions, [prebuilt, cached, compiled]) = Functions::load(&context, store, &architecture)?;
         let has_wgmma = capability == (9, 0);
         if has_wgmma {
-            linear::prepare(&functions)?;
-            mla_attention::prepare(&functions)?;
+            functions.allow_shared_memory()?;
         }
         let stream = context.new_stream().doing("create a stream")?;
+        let copies = context.new_stream().doing("create a stream")?;
         let fp8_linear = if has_wgmma { "wgmma where the shape allows" } else { "plain" };
         tracing::info!(device = name, architecture, prebuilt, cached, compiled, fp8_linear, "kernels loaded");
-        Ok(Self { stream, functions, name, architecture, has_wgmma })
+        Ok(Self { stream, copies, functions, name, architecture, has_wgmma })
     }
 
     /// The device's name, such as `NVIDIA H200`.

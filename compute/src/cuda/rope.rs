@@ -20,6 +20,15 @@ impl RopeTable {
         let angles: Vec<f32> = (0..positions_max).flat_map(|p| table.at(p as u32).iter().copied()).collect();
         Ok(Self { angles: device.upload(&angles)?, pairs: table.pairs(), positions_max })
     }
+
+    pub(super) fn pairs(&self) -> usize {
+        self.pairs
+    }
+
+    /// The angles, and how many positions there are.
+    pub(super) fn addresses(&self) -> (u64, u32) {
+        (self.angles.view().address(), size(self.positions_max))
+    }
 }
 
 impl Device {

@@ -5,9 +5,10 @@ use super::{CudaError, Device, View, ViewMut};
 use crate::{RoutingRule, Scoring, Selection};
 
 impl Device {
-    /// Chooses `rule.top_k` of `experts` for each row of `logits` `[m, experts]`: `ids` and `weights` `[m, top_k]`, in
+    /// Chooses `rule.top_k` of `experts` for each row of `logits` `[slices, m, experts]`, slices added in order: `ids` and `weights` `[m, top_k]`, in
     /// descending order of the score they were selected by (bias included), ties by the lower id. `bias` `[experts]`
-    /// counts for the selection of [`Selection::NoauxTc`] only.
+    /// counts for the selection of [`Selection::NoauxTc`] only. Rows from `row_count` (one number on the device) on are
+    /// padding: their ids are `u16::MAX`, their weights zero.
     ///
     /// # Panics
     /// If a length does not fit, `top_k` exceeds the experts of the groups kept, or groups do not divide the experts.
@@ -15,7 +16,9 @@ impl Device {
     pub fn route(
         &self,
         logits: View<'_, f32>,
+        slices: usize,
         experts: usize,
+        row_count: Option<View<'_, u32>>,
         bias: Option<View<'_, f32>>,
         rule: &RoutingRule,
         ids: &mut ViewMut<'_, u16>,
@@ -31,7 +34,9 @@ impl Device {
         assert!(experts > 0 && logits.len().is_multiple_of(experts), "{} logits of {experts}", logits.len());
         assert!(groups > 0 && experts.is_multiple_of(groups) && kept <= groups, "groups of experts");
         assert!(rule.top_k > 0 && rule.top_k <= kept * (experts / groups), "more chosen than eligible");
-        let rows = logits.len() / experts;
+        assert!(slices > 0 && (logits.len() / experts).is_multiple_of(slices), "{slices} slices of rows");
+        assert!(row_count.is_none_or(|count| !count.is_empty()), "a number of rows");
+        let rows = logits.len() / experts / slices;
         assert!(ids.len() == rows * rule.top_k && weights.len() == ids.len(), "room for the choices");
         assert!(bias.is_none_or(|bias| bias.len() == experts), "a bias per expert");
         let bias = bias.filter(|_| rule.selection == Selection::NoauxTc).map_or(0, |bias| bias.address());
@@ -45,11 +50,13 @@ impl Device {
             Selection::NoauxTc => 2,
         };
         let grid = Grid::line(rows, 32).with_shared((2 * experts + groups) * size_of::<f32>());
+        let row_count = row_count.map_or(0, |count| count.address());
         // SAFETY: a warp a row; lengths checked above; a null bias is none.
         unsafe {
             launch!(self, route, grid;
-                logits.address(), size(experts), bias, scoring, selection, size(rule.top_k), size(groups),
-                size(kept), u32::from(rule.normalise), rule.scale, ids.address(), weights.address())
+                logits.address(), size(slices), size(experts), bias, scoring, selection, size(rule.top_k),
+                size(groups), size(kept), u32::from(rule.normalise), rule.scale, row_count, ids.address(),
+                weights.address())
         }
     }
 }

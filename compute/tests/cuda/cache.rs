@@ -1,7 +1,7 @@
 //! The paged cache: writing rows, attending over them.
 
-use compute::cuda::{AttentionKernel, MlaRows};
-use compute::{Cpu, KvFormat, KvGeometry, KvSlot, KvView, KvViewMut, MlaRow, MlaShape, reference};
+use compute::cuda::{AttentionKernel, CacheRows, MlaParts, MlaQueries, MlaRows};
+use compute::{Cpu, KvFormat, KvGeometry, KvSlot, KvView, KvViewMut, MlaRow, MlaShape, fp8, reference};
 use rand::RngExt;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
@@ -61,9 +61,9 @@ fn kv_write_has_the_bytes_of_the_cpu() {
                 let slots = device.upload(&flat).expect("slots");
                 let latents = device.upload(&pad(&latents, latent)).expect("latents");
                 let ropes = device.upload(&pad(&ropes, rope)).expect("ropes");
-                device
-                    .kv_write(&mut there.view_mut(), &geometry, 1, slots.view(), latents.view(), ropes.view())
-                    .expect("written");
+                let pool = &mut there.view_mut();
+                let rows = CacheRows { pool, geometry: &geometry, layer: 1, slots: slots.view() };
+                device.kv_write(rows, latents.view(), ropes.view()).expect("written");
                 assert!(read(device, there.view()) == expected, "{format:?} [{m}, {latent} + {rope}]");
             }
         }
@@ -117,7 +117,13 @@ fn mla_attention() {
     ];
     for format in FORMATS {
         for (heads, latent, rope, block_tokens) in shapes {
-            let lengths = if heads == 128 { [700, 64, 1, 0] } else { [200, 64, 1, 0] };
+            // Longer than two parts of the matrix kernel, and once only a little longer than one.
+            let long = match heads {
+                128 => 2500,
+                16 => 1030,
+                _ => 200,
+            };
+            let lengths = [long, 64, 1, 0];
             let cache = Cache::new(&mut rng, geometry(format, latent, rope, block_tokens), &lengths);
             // (sequence, context): decode rows, a chunk of a prompt, an empty context.
             let rows = [
@@ -129,7 +135,8 @@ fn mla_attention() {
                 (0, 63),
                 (0, 64),
                 (0, 65),
-                (0, lengths[0] as u32),
+                (0, long as u32),
+                (0, long as u32 - 3),
             ];
             let scale = 1.0 / (4.0 * ((latent + rope) as f32).sqrt());
             // One head count of each kernel leaves the first row out.
@@ -149,37 +156,60 @@ fn mla_attention() {
                 .collect();
             reference::mla_attention(&view, 1, shape, &host_rows, &q_latent, &q_rope, &mut expected);
 
-            let stride = cache.tables.iter().map(Vec::len).max().unwrap_or(0);
-            let mut tables = vec![u32::MAX; cache.tables.len() * stride];
-            for (i, table) in cache.tables.iter().enumerate() {
-                tables[i * stride..][..table.len()].copy_from_slice(table);
-            }
+            let mut tables = Vec::new();
+            let begins: Vec<u32> = cache
+                .tables
+                .iter()
+                .map(|table| {
+                    let begin = tables.len() as u32;
+                    tables.extend(table);
+                    begin
+                })
+                .collect();
             let pool = device.upload(&cache.bytes).expect("pool");
             let tables = device.upload(&tables).expect("tables");
-            let sequences = device.upload(&rows.map(|row| row.0)).expect("sequences");
+            let starts = device.upload(&rows.map(|row| begins[row.0 as usize])).expect("starts");
             let contexts = device.upload(&rows.map(|row| row.1)).expect("contexts");
+            let short = |x: &[f32]| {
+                device.upload(&x.iter().map(|&x| fp8::to_bf16(x)).collect::<Vec<_>>()).expect("q")
+            };
+            let (q_latent_bf16, q_rope_bf16) = (short(&q_latent), short(&q_rope));
             let (q_latent, q_rope) =
                 (device.upload(&q_latent).expect("q"), device.upload(&q_rope).expect("q"));
-            let attend = |first: usize, end: usize| {
+            let kernel = device.attention_kernel(&cache.geometry);
+            // Room for two rows' parts, so that more rows are computed in turns.
+            let mut parts = MlaParts::new(device, 2 * heads, long).expect("parts");
+            let mut attend = |first: usize, end: usize| {
                 let rows = MlaRows {
                     tables: tables.view(),
-                    table_stride: stride,
-                    sequences: sequences.slice(first..end),
+                    starts: starts.slice(first..end),
                     contexts: contexts.slice(first..end),
+                    context_max: long,
                 };
-                let q_latent = q_latent.slice(first * width..end * width);
-                let q_rope = q_rope.slice(first * heads * rope..end * heads * rope);
+                let (latents, ropes) = (first * width..end * width, first * heads * rope..end * heads * rope);
+                let geometry = &cache.geometry;
+                if kernel == AttentionKernel::Wgmma {
+                    let (latent, rope) = (q_latent_bf16.slice(latents), q_rope_bf16.slice(ropes));
+                    let out: Vec<u16> = output(device, (end - first) * width, |out| {
+                        let out = &mut out.view_mut();
+                        let queries = MlaQueries::Bf16 { latent, rope, out, parts: &mut parts };
+                        device.mla_attention(pool.view(), geometry, 1, shape, rows, queries)
+                    });
+                    return out.into_iter().map(fp8::from_bf16).collect::<Vec<f32>>();
+                }
+                let (latent, rope) = (q_latent.slice(latents), q_rope.slice(ropes));
                 output(device, (end - first) * width, |out| {
                     let out = &mut out.view_mut();
-                    device.mla_attention(pool.view(), &cache.geometry, 1, shape, rows, q_latent, q_rope, out)
+                    let queries = MlaQueries::F32 { latent, rope, out };
+                    device.mla_attention(pool.view(), geometry, 1, shape, rows, queries)
                 })
             };
             let out = attend(0, rows.len());
             let what = format!("{format:?} {heads} x ({latent} + {rope})");
-            let tolerance = match device.attention_kernel(&cache.geometry) {
+            let tolerance = match kernel {
                 AttentionKernel::Plain => 5e-5,
                 // Queries, cache rows and weights rounded to bf16 (3.8e-3 seen).
-                AttentionKernel::Mma => 1e-2,
+                AttentionKernel::Wgmma => 1e-2,
             };
             assert_close(&what, &out, &expected, tolerance);
             for row in 0..rows.len() {

@@ -19,7 +19,16 @@ fn route(
     let mut weights = poisoned(device, chosen);
     let ids = output(device, chosen, |ids| {
         let bias = bias.as_ref().map(|bias| bias.view());
-        device.route(logits.view(), experts, bias, rule, &mut ids.view_mut(), &mut weights.view_mut())
+        device.route(
+            logits.view(),
+            1,
+            experts,
+            None,
+            bias,
+            rule,
+            &mut ids.view_mut(),
+            &mut weights.view_mut(),
+        )
     });
     (ids, read(device, weights.view()))
 }

@@ -7,6 +7,8 @@
 mod cache;
 mod choice;
 mod device;
+mod experts;
+mod fused;
 mod products;
 mod rows;
 mod support;

@@ -1,13 +1,13 @@
 //! Matrix products and lookups.
 
-use compute::cuda::{Buffer, CudaError, Device, HeadMatrices, Inputs, LinearKernel, Matrix};
+use compute::cuda::{Buffer, CudaError, Device, HeadMatrices, Inputs, LinearKernel, Matrix, Outputs};
 use compute::{ActivationFormat, Activations, Cpu, ScaleFormat, WeightFormat, fp8, reference};
 use rand::RngExt;
 use rand::rngs::StdRng;
 
 use super::support::{assert_close, bits, device, floats, fresh, output};
 
-fn matrix(rng: &mut StdRng, format: WeightFormat, n: usize, k: usize) -> compute::Matrix {
+pub fn matrix(rng: &mut StdRng, format: WeightFormat, n: usize, k: usize) -> compute::Matrix {
     match format {
         WeightFormat::F32 => compute::Matrix::f32(n, k, floats(rng, n * k)),
         WeightFormat::Bf16 => {
@@ -101,9 +101,13 @@ fn linear() {
             let there = Matrix::new(device, &w).expect("weights");
             let x = Prepared::new(device, &x, k, format).expect("inputs");
             let y = output(device, m * n, |y| device.linear(&there, x.rows(0, m), &mut y.view_mut()));
-            let own_format = matches!(format, ActivationFormat::Fp8(_));
+            let own_format = format != ActivationFormat::F32;
             let kernel = if own_format { device.linear_kernel(&there) } else { LinearKernel::Plain };
-            let tolerance = if kernel == LinearKernel::Wgmma { WGMMA_TOLERANCE } else { 2e-6 };
+            let tolerance = match (kernel, format) {
+                (LinearKernel::Wgmma, ActivationFormat::Fp8(_)) => WGMMA_TOLERANCE,
+                (LinearKernel::Wgmma, _) => BF16_TOLERANCE,
+                (LinearKernel::Plain, _) => 2e-6,
+            };
             assert_close(&what, &y, &expected, tolerance);
             for row in 0..m {
                 let alone =
@@ -125,6 +129,9 @@ fn linear() {
 
 /// What the matrix unit's adder may lose within a 128-block (2.5e-4 seen).
 const WGMMA_TOLERANCE: f64 = 1e-3;
+
+/// And when it adds products of bf16.
+const BF16_TOLERANCE: f64 = 1e-5;
 
 /// The two kernels' outputs, checked apart: right within the tolerance, and every output of every tile the same bits.
 #[test]
@@ -187,14 +194,15 @@ fn head_matmul() {
             let mut expected = vec![f32::NAN; m * heads * out];
             reference::head_matmul(&w, &x, m, &mut expected);
             let (w, x) = (HeadMatrices::new(device, &w).expect("w"), device.upload(&x).expect("x"));
-            let y =
-                output(device, m * heads * out, |y| device.head_matmul(&w, x.view(), m, &mut y.view_mut()));
+            let y = output(device, m * heads * out, |y| {
+                device.head_matmul(&w, Inputs::F32(x.view()), m, Outputs::F32(&mut y.view_mut()))
+            });
             let what = format!("[{m}, {heads}, {out}, {ins}]");
             assert_close(&what, &y, &expected, 2e-6);
             for row in 0..m {
                 let alone = output(device, heads * out, |y| {
                     let x = x.slice(row * heads * ins..(row + 1) * heads * ins);
-                    device.head_matmul(&w, x, 1, &mut y.view_mut())
+                    device.head_matmul(&w, Inputs::F32(x), 1, Outputs::F32(&mut y.view_mut()))
                 });
                 assert_eq!(bits(&alone), bits(&y[row * heads * out..][..heads * out]), "{what}: row {row}");
             }
@@ -219,5 +227,41 @@ fn embed() {
                 output(device, count * width, |out| device.embed(&w, tokens.view(), &mut out.view_mut()));
             assert_eq!(bits(&out), bits(&expected), "{format:?} [{vocab}, {width}]");
         }
+    }
+}
+
+/// V3's heads on the matrix unit: bf16 in, f32 or bf16 out.
+#[test]
+fn head_matmul_of_bf16() {
+    let Some(device) = device() else { return };
+    let mut rng = fresh();
+    for (m, heads, out, ins) in [(1, 3, 512, 128), (70, 2, 128, 512), (9, 4, 64, 64)] {
+        let w = compute::HeadMatrices::new(heads, out, ins, floats(&mut rng, heads * out * ins)).expect("w");
+        let there = HeadMatrices::new_bf16(device, &w).expect("w");
+        if device.head_kernel(&there) == LinearKernel::Plain {
+            continue;
+        }
+        let bits_of_x: Vec<u16> =
+            floats(&mut rng, m * heads * ins).iter().map(|&x| fp8::to_bf16(x)).collect();
+        let x: Vec<f32> = bits_of_x.iter().map(|&x| fp8::from_bf16(x)).collect();
+        let mut expected = vec![f32::NAN; m * heads * out];
+        reference::head_matmul(&w, &x, m, &mut expected);
+        let x = device.upload(&bits_of_x).expect("x");
+        let run = |first: usize, end: usize| {
+            output(device, (end - first) * heads * out, |y| {
+                let x = Inputs::Bf16(x.slice(first * heads * ins..end * heads * ins));
+                device.head_matmul(&there, x, end - first, Outputs::F32(&mut y.view_mut()))
+            })
+        };
+        let y = run(0, m);
+        // Weights rounded to bf16.
+        assert_close(&format!("[{m}, {heads}, {out}, {ins}]"), &y, &expected, 3e-3);
+        for row in 0..m {
+            assert_eq!(bits(&run(row, row + 1)), bits(&y[row * heads * out..][..heads * out]), "row {row}");
+        }
+        let short: Vec<u16> = output(device, m * heads * out, |y| {
+            device.head_matmul(&there, Inputs::Bf16(x.view()), m, Outputs::Bf16(&mut y.view_mut()))
+        });
+        assert_eq!(short, y.iter().map(|&y| fp8::to_bf16(y)).collect::<Vec<_>>());
     }
 }

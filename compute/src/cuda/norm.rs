@@ -1,0 +1,112 @@
+//! RMS norm fused with what comes before (a sum) and after (rounding for the next product).
+
+use super::launch::{Argument, Grid, launch, size};
+use super::{Activations, CudaError, Device, InputFormat, View, ViewMut};
+use crate::fp8::{self, ScaleFormat};
+
+/// The kernel's parameters; `struct Norm` there.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Norm {
+    x: u64,
+    add: u64,
+    rows: u64,
+    w: u64,
+    y: u64,
+    y_bf16: u64,
+    y_parts: u64,
+    codes: u64,
+    scales: u64,
+    x_rows: u32,
+    stride: u32,
+    dim: u32,
+    vector: u32,
+    power_of_two: u32,
+    eps: f32,
+    amax_min: f32,
+}
+
+// SAFETY: the same fields in the same order, C layout.
+unsafe impl Argument for Norm {}
+
+/// Rows to norm: the first values, as many as the norm's weight has, of every `stride` in `x`.
+pub struct NormRows<'a, 'b> {
+    /// `[rows, stride]`.
+    pub x: &'a mut ViewMut<'b, f32>,
+    /// Values from row to row.
+    pub stride: usize,
+    /// Added to `x` first, and stored there: `[rows, stride]`.
+    pub add: Option<View<'a, f32>>,
+    /// Which rows of `x`, in the order of the outputs; none: all. An index past the rows ends the context.
+    pub index: Option<View<'a, u32>>,
+}
+
+impl Device {
+    /// `x / sqrt(mean(x²) + eps) · w` for each row, as f32 into `plain` and rounded into each of `outputs`, which have
+    /// different formats.
+    ///
+    /// # Panics
+    /// If a length does not fit, or two outputs have formats that lie in the same place.
+    pub fn norm(
+        &self,
+        rows: NormRows<'_, '_>,
+        w: View<'_, f32>,
+        eps: f32,
+        plain: Option<&mut ViewMut<'_, f32>>,
+        outputs: &mut [&mut Activations],
+    ) -> Result<(), CudaError> {
+        let NormRows { x, stride, add, index } = rows;
+        let dim = w.len();
+        assert!(dim > 0 && dim <= stride && x.len().is_multiple_of(stride), "rows of {dim} in {stride}");
+        assert!(add.is_none_or(|add| add.len() == x.len()), "a summand for each value");
+        let x_rows = x.len() / stride;
+        let count = index.map_or(x_rows, |index| index.len());
+        if count == 0 {
+            return Ok(());
+        }
+        let mut norm = Norm {
+            x: x.address(),
+            add: add.map_or(0, |add| add.address()),
+            rows: index.map_or(0, |index| index.address()),
+            w: w.address(),
+            y: 0,
+            y_bf16: 0,
+            y_parts: 0,
+            codes: 0,
+            scales: 0,
+            x_rows: size(x_rows),
+            stride: size(stride),
+            dim: size(dim),
+            vector: 0,
+            power_of_two: 0,
+            eps,
+            amax_min: fp8::ACTIVATION_AMAX_MIN,
+        };
+        if let Some(plain) = plain {
+            assert_eq!(plain.len(), count * dim, "rows out");
+            norm.y = plain.address();
+        }
+        for output in outputs {
+            assert_eq!(output.channels(), dim, "channels out");
+            // Slicing checks that there is room.
+            output.inputs(count);
+            let place = match output.format() {
+                InputFormat::F32 => (&mut norm.y, output.f32.view().address()),
+                InputFormat::Bf16 => (&mut norm.y_bf16, output.bf16.view().address()),
+                InputFormat::Parts => (&mut norm.y_parts, output.bf16.view().address()),
+                InputFormat::Fp8(format) => {
+                    norm.power_of_two = u32::from(format == ScaleFormat::Ue8m0);
+                    norm.scales = output.scales.view().address();
+                    (&mut norm.codes, output.codes.view().address())
+                }
+            };
+            assert!(*place.0 == 0, "two outputs of one format");
+            *place.0 = place.1;
+        }
+        let by_four = |address: u64| address.is_multiple_of(16);
+        let all = [norm.x, norm.add, norm.w, norm.y].into_iter().all(by_four);
+        norm.vector = u32::from(all && stride.is_multiple_of(4) && dim.is_multiple_of(4));
+        // SAFETY: a thread block a row; indices are checked in the kernel, everything else above; null is not written.
+        unsafe { launch!(self, norm_rows, Grid::line(count, 512); norm) }
+    }
+}
