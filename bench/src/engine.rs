@@ -5,6 +5,7 @@
 //! where a step's time goes. What it must be compared with runs in alternating rounds on the same machine; this prints
 //! its own spread.
 
+mod gpu;
 mod runner;
 mod stages;
 mod traffic;
@@ -15,19 +16,13 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, ensure};
 use compute::Cpu;
-use model::{Checkpoint, KvFormat, Numerics};
+use model::{Checkpoint, Device, KvFormat, Numerics};
 use serde::Serialize;
 
+pub use self::gpu::Prompts;
 use self::runner::{Round, Runner};
 use crate::demo;
 use crate::table::{aligned, number};
-
-/// Where the step runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Device {
-    /// This machine's processors.
-    Cpu,
-}
 
 /// Flags of `trireme bench engine`.
 #[derive(Debug, Clone, clap::Args)]
@@ -35,9 +30,15 @@ pub struct Args {
     /// A checkpoint folder in the Hugging Face layout. Default: the demo model.
     #[arg(long)]
     pub model: Option<PathBuf>,
-    /// Where to run it.
-    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    /// Where to run it: cpu or cuda:N.
+    #[arg(long, default_value = "cpu")]
     pub device: Device,
+    /// Not a checkpoint but DeepSeek-V3's dimensions cut to so many layers, with weights made on the GPU.
+    #[arg(long, value_name = "LAYERS", conflicts_with = "model", value_parser = clap::value_parser!(u16).range(2..=61))]
+    pub synthetic: Option<u16>,
+    /// Prompts whose rate is measured, on a GPU: count and tokens, several with commas between them.
+    #[arg(long, value_delimiter = ',', default_value = "32x1024,8x4096")]
+    pub prefill: Vec<Prompts>,
     /// Threads, this one included. Default: all cores.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
@@ -157,6 +158,11 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         }
         None => None,
     };
+    if args.device != Device::Cpu {
+        ensure!(json.is_none(), "--json is for the CPU's figures");
+        return gpu::run(args);
+    }
+    ensure!(args.synthetic.is_none(), "--synthetic makes its weights on a GPU: name one with --device");
     let report = measure(args)?;
     print!("{}", render(&report));
     if let Some((path, mut file)) = json {
@@ -189,9 +195,7 @@ pub fn measure(args: &Args) -> anyhow::Result<Report> {
     );
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = args.threads.map_or(cores, usize::from);
-    let bandwidth = || match args.device {
-        Device::Cpu => Cpu::new(threads).memory_read_bandwidth() / 1e9,
-    };
+    let bandwidth = || Cpu::new(threads).memory_read_bandwidth() / 1e9;
 
     let mut runner = Runner::load(args, &checkpoint, threads, batch_max)?;
     let before = bandwidth();

@@ -141,6 +141,20 @@ impl StepBatch {
         self.slots.push(main.slots[row]);
     }
 
+    /// All block tables, one after the other.
+    pub fn tables(&self) -> &[u32] {
+        &self.tables
+    }
+
+    /// For each row where its sequence's table begins in [`Self::tables`], and how many cache rows it sees.
+    pub fn tables_of_rows(&self) -> impl Iterator<Item = (usize, u32)> {
+        let shift = self.rows_of.shift();
+        let starts = std::iter::once(0).chain(self.sequences.iter().map(|sequence| sequence.table_end));
+        let rows = self.sequences.iter().zip(starts);
+        let starts = rows.flat_map(|(sequence, start)| std::iter::repeat_n(start, sequence.rows));
+        starts.zip(&self.positions).map(move |(start, position)| (start, position + shift + 1))
+    }
+
     /// Number of rows of each sequence, in order.
     pub fn sequence_rows(&self) -> impl Iterator<Item = usize> {
         self.sequences.iter().map(|sequence| sequence.rows)

@@ -35,10 +35,36 @@ pub enum EngineError {
         numerics: Numerics,
     },
     /// The engine has no back end for the device.
-    #[error("no engine runs on {device} yet")]
+    #[error("no engine with such weights runs on {device}")]
     NoBackEnd {
         /// The device asked for.
         device: model::Device,
+    },
+    /// Drafts are made by engines of other devices only.
+    #[error("mtp: engines on {device} do not run the MTP module yet")]
+    NoMtpOnDevice {
+        /// The device asked for.
+        device: model::Device,
+    },
+    /// The device cannot be used.
+    #[error(transparent)]
+    Cuda(#[from] compute::cuda::CudaError),
+    /// Model, cache and workspace do not fit the device.
+    #[error(
+        "out of device memory before the start: weights {weights} + KV pool {kv} + workspace {workspace} bytes, {free} free; \
+         {blocks_fit} KV blocks would fit beside the rest"
+    )]
+    DeviceMemory {
+        /// Bytes of weights.
+        weights: u64,
+        /// Bytes of the KV pool.
+        kv: u64,
+        /// Bytes of a step's buffers, about.
+        workspace: u64,
+        /// Bytes free.
+        free: u64,
+        /// KV blocks that would fit.
+        blocks_fit: u64,
     },
     /// An option is outside its range.
     #[error("{option} must be at least 1")]
@@ -79,6 +105,9 @@ pub enum StepError {
     /// The routed experts did not answer.
     #[error(transparent)]
     Experts(#[from] ExpertsError),
+    /// The device failed. It gives nothing any more: the worker must end.
+    #[error("the device failed")]
+    Device(#[from] compute::cuda::CudaError),
     /// The batch itself cannot be run; nothing was computed.
     #[error("invalid batch: {0}")]
     Invalid(#[from] InvalidBatch),

@@ -15,11 +15,21 @@ pub fn execution_fingerprint(
     numerics: Numerics,
     cpu: &Cpu,
 ) -> ExecutionFingerprint {
+    fingerprint_of(checkpoint.weights_hash(), layout, numerics, format!("cpu-{}", cpu.isa().name()))
+}
+
+/// The same for any back end.
+pub(crate) fn fingerprint_of(
+    weights: [u8; 16],
+    layout: &KvLayout,
+    numerics: Numerics,
+    backend: String,
+) -> ExecutionFingerprint {
     ExecutionFingerprint {
-        weights: checkpoint.weights_hash(),
+        weights,
         numerics,
         kv_layout_digest: layout.digest(),
-        backend: format!("cpu-{}", cpu.isa().name()),
+        backend,
         arithmetic_revision: ARITHMETIC_REVISION,
     }
 }

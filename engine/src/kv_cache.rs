@@ -1,4 +1,4 @@
-//! The paged KV cache: memory for latents and rotated keys.
+//! The paged KV cache: memory for latents and rotated keys, the host's or a device's.
 //!
 //! The pool is `[block][layer][token]`: a block's layers lie together and one layer of a block is one contiguous piece,
 //! which is what a hand-off moves. The format of a row is [`model::KvLayout`]'s business.
@@ -7,7 +7,11 @@
 //! engine and [`crate::BlockPool`]; nobody else ever writes here.
 
 use std::borrow::Cow;
+use std::cell::RefCell;
+use std::ops::Range;
+use std::sync::Arc;
 
+use compute::cuda::{self, Buffer, CudaError, Pinned};
 use compute::{KvFormat as StoredFormat, KvGeometry, KvView, KvViewMut};
 use model::{BlockId, KvFormat, KvLayout};
 
@@ -17,22 +21,56 @@ use crate::error::EngineError;
 pub struct KvPool {
     layout: KvLayout,
     blocks: usize,
-    bytes: Vec<u8>,
+    memory: Memory,
+}
+
+enum Memory {
+    Host(Vec<u8>),
+    Device(DeviceMemory),
+}
+
+struct DeviceMemory {
+    device: Arc<cuda::Device>,
+    bytes: Buffer<u8>,
+    /// One layer of one block, page-locked, on its way to or from the device.
+    staging: RefCell<Pinned<u8>>,
+    /// Likewise, written in place by whoever asked for it, and where its first bytes belong.
+    landing: Pinned<u8>,
+    landed: Option<Range<usize>>,
+}
+
+impl DeviceMemory {
+    /// Sends what was written in place.
+    fn settle(&mut self) {
+        if let Some(range) = self.landed.take() {
+            let rows = &self.landing[..range.len()];
+            expect_device(self.device.copy_in(rows, &mut self.bytes.slice_mut(range)));
+        }
+    }
 }
 
 impl KvPool {
-    /// Memory for `blocks` blocks of `layout`, all zero.
+    /// Memory of the host for `blocks` blocks of `layout`, all zero.
     pub fn new(layout: KvLayout, blocks: usize) -> Result<Self, EngineError> {
-        let too_large = || EngineError::KvPoolTooLarge { blocks, block_bytes: layout.block_bytes() };
-        // Block ids are u32 on the wire.
-        if u32::try_from(blocks).is_err() {
-            return Err(too_large());
-        }
-        let size = layout.block_bytes().checked_mul(blocks).ok_or_else(too_large)?;
+        let size = size_of_pool(&layout, blocks)?;
         let mut bytes = Vec::new();
-        bytes.try_reserve_exact(size).map_err(|_| too_large())?;
+        bytes.try_reserve_exact(size).map_err(|_| too_large(&layout, blocks))?;
         bytes.resize(size, 0);
-        Ok(Self { layout, blocks, bytes })
+        Ok(Self { layout, blocks, memory: Memory::Host(bytes) })
+    }
+
+    /// Memory of a device for `blocks` blocks of `layout`, all zero.
+    pub(crate) fn on_device(
+        layout: KvLayout,
+        blocks: usize,
+        device: &Arc<cuda::Device>,
+    ) -> Result<Self, EngineError> {
+        let mut bytes = device.alloc(size_of_pool(&layout, blocks)?)?;
+        device.fill(&mut bytes.view_mut(), 0)?;
+        let staging = RefCell::new(device.pinned(layout.layer_stride())?);
+        let (landing, device) = (device.pinned(layout.layer_stride())?, Arc::clone(device));
+        let memory = Memory::Device(DeviceMemory { device, bytes, staging, landing, landed: None });
+        Ok(Self { layout, blocks, memory })
     }
 
     /// How a row, a layer and a block are laid out.
@@ -48,24 +86,47 @@ impl KvPool {
     /// The rows of one layer of one block: `block_tokens * row_bytes` bytes, copied where the pool is a device's.
     ///
     /// # Panics
-    /// Where block or layer does not exist: both come from tables that their owner has checked.
+    /// Where block or layer does not exist: both come from tables that their owner has checked. Where the device has
+    /// failed, which ends the thread that owns it.
     pub fn block_layer(&self, block: BlockId, layer: usize) -> Cow<'_, [u8]> {
         let start = self.offset(block, layer);
-        Cow::Borrowed(&self.bytes[start..start + self.layout.layer_stride()])
+        let range = start..start + self.layout.layer_stride();
+        match &self.memory {
+            Memory::Host(bytes) => Cow::Borrowed(&bytes[range]),
+            Memory::Device(DeviceMemory { device, bytes, staging, landing, landed }) => {
+                let mut staging = staging.borrow_mut();
+                // Beside the step that may be running: these rows are stored, or their observer was not told.
+                expect_device(device.copy_out_beside(bytes.slice(range), &mut staging));
+                if let Some(landed) = landed.as_ref().filter(|landed| landed.start == start) {
+                    staging[..landed.len()].copy_from_slice(&landing[..landed.len()]);
+                }
+                Cow::Owned(staging.to_vec())
+            }
+        }
     }
 
     /// Overwrites the first rows of one layer of one block; `rows` holds whole rows, at most a block of them.
     ///
     /// # Panics
-    /// Where block or layer does not exist, or `rows` is no whole number of rows or longer than a block's layer.
+    /// As [`Self::block_layer`], or where `rows` is no whole number of rows or longer than a block's layer.
     pub fn write_block_layer(&mut self, block: BlockId, layer: usize, rows: &[u8]) {
         assert!(rows.len().is_multiple_of(self.layout.row_bytes()), "{} bytes are no whole rows", rows.len());
         assert!(rows.len() <= self.layout.layer_stride(), "{} bytes exceed a block's layer", rows.len());
         let start = self.offset(block, layer);
-        self.bytes[start..start + rows.len()].copy_from_slice(rows);
+        let range = start..start + rows.len();
+        match &mut self.memory {
+            Memory::Host(bytes) => bytes[range].copy_from_slice(rows),
+            Memory::Device(memory) => {
+                memory.settle();
+                memory.landing[..rows.len()].copy_from_slice(rows);
+                memory.landed = Some(range);
+                memory.settle();
+            }
+        }
     }
 
-    /// The first `bytes` bytes of one layer of one block, to be written in place. `None` where block or layer does not
+    /// The first `bytes` bytes of one layer of one block, to be written in place; what a device's pool had there is not
+    /// shown, and the bytes reach it before anything else happens to the pool. `None` where block or layer does not
     /// exist, or `bytes` is no whole number of rows or more than a block's layer has.
     pub fn block_layer_mut(&mut self, block: BlockId, layer: usize, bytes: usize) -> Option<&mut [u8]> {
         let whole = bytes.is_multiple_of(self.layout.row_bytes()) && bytes <= self.layout.layer_stride();
@@ -74,7 +135,14 @@ impl KvPool {
             return None;
         }
         let start = self.offset(block, layer);
-        self.bytes.get_mut(start..start + bytes)
+        match &mut self.memory {
+            Memory::Host(pool) => pool.get_mut(start..start + bytes),
+            Memory::Device(memory) => {
+                memory.settle();
+                memory.landed = Some(start..start + bytes);
+                memory.landing.get_mut(..bytes)
+            }
+        }
     }
 
     fn offset(&self, block: BlockId, layer: usize) -> usize {
@@ -83,15 +151,62 @@ impl KvPool {
         block.0 as usize * self.layout.block_bytes() + layer * self.layout.layer_stride()
     }
 
-    /// The pool as the attention operators read it.
-    pub(crate) fn view(&self) -> KvView<'_> {
-        KvView { bytes: &self.bytes, geometry: geometry(&self.layout) }
+    /// How the operators see the pool.
+    pub(crate) fn geometry(&self) -> KvGeometry {
+        geometry(&self.layout)
     }
 
-    /// The pool as the operator that stores rows writes it.
-    pub(crate) fn view_mut(&mut self) -> KvViewMut<'_> {
-        KvViewMut { geometry: geometry(&self.layout), bytes: &mut self.bytes }
+    /// The pool as the CPU's attention operators read it.
+    ///
+    /// # Panics
+    /// If it is a device's.
+    pub(crate) fn view(&self) -> KvView<'_> {
+        let Memory::Host(bytes) = &self.memory else {
+            unreachable!("the CPU's engine has a pool of its own")
+        };
+        KvView { bytes, geometry: geometry(&self.layout) }
     }
+
+    /// The pool as the CPU's operator that stores rows writes it.
+    ///
+    /// # Panics
+    /// If it is a device's.
+    pub(crate) fn view_mut(&mut self) -> KvViewMut<'_> {
+        let Memory::Host(bytes) = &mut self.memory else {
+            unreachable!("the CPU's engine has a pool of its own")
+        };
+        KvViewMut { geometry: geometry(&self.layout), bytes }
+    }
+
+    /// The pool as a device's operators take it.
+    ///
+    /// # Panics
+    /// If it is the host's.
+    pub(crate) fn device_parts(&mut self) -> (KvGeometry, &mut Buffer<u8>) {
+        let Memory::Device(memory) = &mut self.memory else {
+            unreachable!("a device's engine has its pool on the device")
+        };
+        memory.settle();
+        (geometry(&self.layout), &mut memory.bytes)
+    }
+}
+
+/// A device that has failed gives nothing any more: its thread ends here, loudly, and the worker with it.
+fn expect_device(outcome: Result<(), CudaError>) {
+    if let Err(error) = outcome {
+        tracing::error!(%error, cause = ?std::error::Error::source(&error), "the device failed");
+        panic!("the device failed: {error}");
+    }
+}
+
+fn too_large(layout: &KvLayout, blocks: usize) -> EngineError {
+    EngineError::KvPoolTooLarge { blocks, block_bytes: layout.block_bytes() }
+}
+
+fn size_of_pool(layout: &KvLayout, blocks: usize) -> Result<usize, EngineError> {
+    // Block ids are u32 on the wire.
+    u32::try_from(blocks).map_err(|_| too_large(layout, blocks))?;
+    layout.block_bytes().checked_mul(blocks).ok_or_else(|| too_large(layout, blocks))
 }
 
 /// `compute` does not know `model`: the same facts in its words.

@@ -9,7 +9,9 @@
 
 mod batch;
 mod block_pool;
+mod cuda;
 mod deepseek;
+mod engine;
 mod error;
 mod experts;
 mod fingerprint;
@@ -22,6 +24,7 @@ mod step;
 
 pub use batch::{LogitsWanted, SequenceInput};
 pub use block_pool::{BlockPool, BlockTable, Reservation};
+pub use engine::Engine;
 pub use error::{EngineError, InvalidBatch, StepError};
 pub use experts::{
     ExpertBank, ExpertBatch, ExpertGroup, ExpertJobs, ExpertScratch, Experts, ExpertsError, LocalExperts,
@@ -31,6 +34,4 @@ pub use kv_cache::KvPool;
 pub use options::{EngineOptions, ResultFormat, wire_activation_format};
 pub use sampler::{Sampled, SequenceSampler};
 pub use stage::Stage;
-pub use step::{
-    DraftInput, Engine, FollowedInput, FollowedOutput, MtpInput, StepObserver, StepOutput, Watched,
-};
+pub use step::{DraftInput, FollowedInput, FollowedOutput, MtpInput, StepObserver, StepOutput, Watched};

@@ -1,7 +1,7 @@
-//! The engine: everything one worker needs to run forward steps, and the step itself.
+//! A step, and the engine that runs it on the CPU.
 
 use compute::{Activations, Cpu, MlaRow, RopeTable};
-use model::{Checkpoint, Device, ExecutionFingerprint, KvLayout, ModelConfig, schema};
+use model::{Checkpoint, ExecutionFingerprint, ModelConfig, schema};
 
 use crate::batch::{BatchLimits, RowsOf, SequenceInput, StepBatch, recycle};
 use crate::deepseek::{
@@ -22,7 +22,7 @@ mod mtp;
 pub trait StepObserver {
     /// What it looks at: a device brings nothing else to the host.
     fn watched(&self) -> Watched {
-        Watched { layers_done: true, values: true }
+        Watched { layers_done: true, values: true, stages: false }
     }
 
     /// The KV rows that this step adds to `layer` are in the pool, and will not change: they may be pushed while the
@@ -46,11 +46,13 @@ pub struct Watched {
     pub layers_done: bool,
     /// [`StepObserver::routed`] and [`StepObserver::layer_hidden`].
     pub values: bool,
+    /// [`StepObserver::stage`] at the moment when the stage is done, for which a device must be waited for.
+    pub stages: bool,
 }
 
 impl StepObserver for () {
     fn watched(&self) -> Watched {
-        Watched { layers_done: false, values: false }
+        Watched { layers_done: false, values: false, stages: false }
     }
 }
 
@@ -63,8 +65,8 @@ pub struct StepOutput<'a> {
     pub hidden: &'a [f32],
 }
 
-/// A model ready to step, with its KV cache.
-pub struct Engine {
+/// The engine on the CPU.
+pub(crate) struct CpuEngine {
     config: ModelConfig,
     fingerprint: ExecutionFingerprint,
     limits: BatchLimits,
@@ -79,7 +81,7 @@ pub struct Engine {
     workspace: Workspace,
 }
 
-impl Engine {
+impl CpuEngine {
     /// Loads everything but the routed experts, which `experts` reaches.
     ///
     /// `progress` is told `(bytes done, bytes in all)`.
@@ -89,9 +91,6 @@ impl Engine {
         experts: Box<dyn Experts>,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, EngineError> {
-        if options.device != Device::Cpu {
-            return Err(EngineError::NoBackEnd { device: options.device });
-        }
         let config = checkpoint.config().clone();
         let layout = options.kv_layout(&config)?;
         let cpu = Cpu::new(options.threads);
@@ -132,11 +131,6 @@ impl Engine {
     /// The model's configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.config
-    }
-
-    /// How the cache is laid out.
-    pub fn kv_layout(&self) -> &KvLayout {
-        self.kv.layout()
     }
 
     /// What must be equal for two workers to give the same bits.

@@ -8,8 +8,8 @@ mod support;
 
 use std::collections::BTreeMap;
 
-use model::{KvFormat, Numerics, TokenId, Tokenizer};
-use support::{Bench, FIXTURES, Golden, Setup, argmax, fixture, tiny};
+use model::{Device, KvFormat, Numerics, TokenId, Tokenizer};
+use support::{Bench, FIXTURES, Golden, Setup, argmax, device, fixture, tiny};
 
 /// The table has the worst of the instruction sets. Another order of sums moves the means by a few percent, because a
 /// router near-tie falls the other way or a value rounds to its other neighbour.
@@ -22,6 +22,8 @@ const AGREEMENT_SLACK: f64 = 0.012;
 const PERPLEXITY_TOLERANCE: f64 = 0.005;
 
 const TABLE: &str = include_str!("data/fp8_quality.tsv");
+/// The GPU's, whose matrix unit keeps some 14 bits within a block of 128.
+const CUDA_TABLE: &str = include_str!("data/fp8_quality_cuda.tsv");
 const CONVERSATION: &str = include_str!("data/demo_conversation.txt");
 
 /// Distance of two sets of logits.
@@ -34,7 +36,8 @@ struct Quality {
 
 /// The frozen numbers by what they were measured on.
 fn frozen() -> BTreeMap<&'static str, Quality> {
-    let lines = TABLE.lines().filter(|line| !line.starts_with('#') && !line.is_empty());
+    let table = if device() == Device::Cpu { TABLE } else { CUDA_TABLE };
+    let lines = table.lines().filter(|line| !line.starts_with('#') && !line.is_empty());
     lines
         .map(|line| {
             let (name, values) = line.split_once('\t').expect("a name and its values");
@@ -135,6 +138,10 @@ fn fixtures_are_as_close_as_they_were() {
 /// before one moves roundings, and is then as large as the distance to the golden logits: 0.13.)
 #[test]
 fn fp8_agrees_with_the_authors_arithmetic() {
+    if device() != Device::Cpu {
+        println!("skipped: the matrix unit's sums move roundings, which this test is about");
+        return;
+    }
     let name = "v3_fp8_aligned";
     let golden = Golden::open(&fixture(name).join("golden.safetensors"));
     let authors = Golden::open(&fixture(name).join("w8a8.safetensors")).f32("p0.logits");

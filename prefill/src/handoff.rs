@@ -202,7 +202,7 @@ pub(crate) struct PushWhileComputing<'a> {
 
 impl StepObserver for PushWhileComputing<'_> {
     fn watched(&self) -> Watched {
-        Watched { layers_done: true, values: false }
+        Watched { layers_done: true, values: false, stages: false }
     }
 
     fn layer_done(&mut self, layer: usize, kv: &KvPool) {

@@ -281,7 +281,8 @@ fn engine_options(
         kv_blocks_max: engine.kv_blocks_max,
         threads,
         step_tokens_max: engine.step_tokens_max,
-        mtp: engine.mtp.applies_to(checkpoint),
+        // Engines on a GPU have no MTP module yet.
+        mtp: device == Device::Cpu && engine.mtp.applies_to(checkpoint),
     }
 }
 
@@ -294,6 +295,10 @@ fn load_engine(
     let Surroundings { config, checkpoint, experts, .. } = surroundings;
     let numerics = config.model.numerics;
     let options = engine_options(config, checkpoint.config(), worker.device, worker.threads);
+    if experts.is_empty() && worker.device != Device::Cpu {
+        let bar = progress::Weights::new(&worker.id, "weights and experts", surroundings.supervised);
+        return Ok(Engine::load_with_experts(checkpoint, &options, &mut |d, t| bar.at(d, t))?);
+    }
     let experts: Box<dyn Experts> = if experts.is_empty() {
         let bar = progress::Weights::new(&worker.id, "experts", surroundings.supervised);
         Box::new(LocalExperts::new(ExpertBank::load_all(checkpoint, numerics, options.mtp, &mut |d, t| {
@@ -322,6 +327,12 @@ fn load_experts(surroundings: &Surroundings, worker: &Worker) -> anyhow::Result<
         .workers_of(Role::Expert)
         .position(|w| w.id == worker.id)
         .with_context(|| format!("{} is not in the configuration", worker.id))?;
+    anyhow::ensure!(
+        worker.device == Device::Cpu,
+        "{}: expert workers compute on the CPU only; on {} experts run inside prefill and decode",
+        worker.id,
+        worker.device
+    );
     let bar = progress::Weights::new(&worker.id, "experts", surroundings.supervised);
     let bank = ExpertBank::load(checkpoint, &placement.share(rank), config.model.numerics, &mut |d, t| {
         bar.at(d, t)

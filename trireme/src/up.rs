@@ -46,9 +46,9 @@ pub struct Shape {
     /// Decode workers.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub decode: u16,
-    /// Expert workers; 0 keeps the experts inside prefill and decode.
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(0..=256))]
-    pub expert: u16,
+    /// Expert workers; 0 keeps the experts inside prefill and decode. Default: 2, on a GPU 0.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(0..=256))]
+    pub expert: Option<u16>,
     /// What the workers compute on: cpu or cuda:N.
     #[arg(long, default_value = "cpu")]
     pub device: Device,
@@ -136,11 +136,12 @@ impl Shape {
         config.router.http_listen = http;
         config.router.grpc_listen = grpc;
         config.router.control_listen = control;
-        let workers = usize::from(self.prefill + self.decode + self.expert);
+        let expert = self.expert.unwrap_or(if self.device == Device::Cpu { 2 } else { 0 });
+        let workers = usize::from(self.prefill + self.decode + expert);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = self.threads.map_or_else(|| (cores / workers).max(1), usize::from);
         for (role, count) in
-            [(Role::Expert, self.expert), (Role::Prefill, self.prefill), (Role::Decode, self.decode)]
+            [(Role::Expert, expert), (Role::Prefill, self.prefill), (Role::Decode, self.decode)]
         {
             for i in 0..count {
                 config.workers.push(Worker {

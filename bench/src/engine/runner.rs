@@ -1,14 +1,14 @@
 //! One engine and its rounds: all prompts in chunks, then one token of every sequence a step.
 
 use anyhow::Context as _;
-use engine::{Engine, EngineOptions, ExpertBank, LocalExperts, LogitsWanted, SequenceInput, SequenceSampler};
+use engine::{Engine, EngineOptions, LogitsWanted, SequenceInput, SequenceSampler};
 use model::{BlockId, Checkpoint, KvFormat, KvLayout, SamplingParams, TokenId};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 
+use super::Args;
 use super::stages::{Times, Watch};
 use super::traffic::Traffic;
-use super::{Args, Device};
 
 /// What a round measured.
 pub(super) struct Round {
@@ -65,12 +65,7 @@ impl Runner {
             step_tokens_max: args.chunk as usize,
             mtp: false,
         };
-        let engine = match args.device {
-            Device::Cpu => {
-                let bank = ExpertBank::load_all(checkpoint, args.numerics, false, &mut |_, _| {})?;
-                Engine::load(checkpoint, &options, Box::new(LocalExperts::new(bank)), &mut |_, _| {})?
-            }
-        };
+        let engine = Engine::load_with_experts(checkpoint, &options, &mut |_, _| {})?;
         Ok(Self {
             engine,
             traffic: Traffic::new(checkpoint)?,

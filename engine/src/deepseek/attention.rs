@@ -14,7 +14,7 @@ use crate::error::EngineError;
 use crate::stage::Stage;
 
 /// The norms of the two latents use this whatever `rms_norm_eps` says (transformers and DeepSeek's own code).
-const LATENT_NORM_EPS: f32 = 1e-6;
+pub(crate) const LATENT_NORM_EPS: f32 = 1e-6;
 
 /// Attention of one layer.
 pub(crate) struct Attention {

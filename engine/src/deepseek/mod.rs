@@ -12,8 +12,9 @@ mod mtp;
 mod weights;
 
 pub(crate) use absorb::absorb;
-pub(crate) use attention::rope_table;
+pub(crate) use attention::{LATENT_NORM_EPS, rope_table};
 pub(crate) use dense::{GatedMlp, GatedMlpWorkspace};
+pub(crate) use moe::routing_rule;
 pub(crate) use mtp::{MtpModule, MtpWorkspace};
 pub(crate) use weights::{Linear, Loader, RmsNorm, expect_input_format};
 

@@ -93,7 +93,7 @@ impl Moe {
 }
 
 /// `compute` does not know `model`: the same facts in its words.
-fn routing_rule(config: &ModelConfig) -> RoutingRule {
+pub(crate) fn routing_rule(config: &ModelConfig) -> RoutingRule {
     RoutingRule {
         scoring: match config.scoring {
             model::Scoring::Sigmoid => Scoring::Sigmoid,

@@ -20,6 +20,11 @@ pub(crate) struct Linear {
 }
 
 impl Linear {
+    /// The weights.
+    pub fn matrix(&self) -> &Matrix {
+        &self.matrix
+    }
+
     /// What [`Self::forward`] expects its input in.
     pub fn input_format(&self) -> ActivationFormat {
         self.input_format
@@ -76,6 +81,8 @@ pub(crate) struct Loader<'a> {
     bytes_total: u64,
     /// Where matrices lie in the order that the processor reads fastest.
     arena: Arena,
+    /// Whether they are to.
+    arranges: bool,
 }
 
 impl<'a> Loader<'a> {
@@ -91,7 +98,20 @@ impl<'a> Loader<'a> {
             bytes_total += checkpoint.tensor(&spec.name)?.data.len() as u64;
         }
         progress(0, bytes_total);
-        Ok(Self { checkpoint, numerics, progress, bytes_done: 0, bytes_total, arena: Arena::new() })
+        Ok(Self {
+            checkpoint,
+            numerics,
+            progress,
+            bytes_done: 0,
+            bytes_total,
+            arena: Arena::new(),
+            arranges: true,
+        })
+    }
+
+    /// Leaves matrices as they lie in the file: for a device that copies them.
+    pub fn as_stored(self) -> Self {
+        Self { arranges: false, ..self }
     }
 
     pub fn config(&self) -> &'a ModelConfig {
@@ -105,6 +125,11 @@ impl<'a> Loader<'a> {
     /// Bytes of weights read so far, as stored, without scales.
     pub fn bytes_done(&self) -> u64 {
         self.bytes_done
+    }
+
+    /// Bytes of weights that the plan asks for.
+    pub fn bytes_total(&self) -> u64 {
+        self.bytes_total
     }
 
     /// Whether an optional tensor is stored.
@@ -124,6 +149,9 @@ impl<'a> Loader<'a> {
             WeightFormat::Bf16 => ActivationFormat::Bf16,
             WeightFormat::Fp8 => fp8_activation_format(self.config()),
         };
+        if !self.arranges {
+            return Ok(Linear { matrix, input_format });
+        }
         let matrix = matrix.arranged(&mut self.arena).map_err(|source| no_memory(spec, source))?;
         Ok(Linear { matrix, input_format })
     }
@@ -165,6 +193,9 @@ impl<'a> Loader<'a> {
         spec: &TensorSpec,
         heads: HeadMatrices,
     ) -> Result<HeadMatrices, EngineError> {
+        if !self.arranges {
+            return Ok(heads);
+        }
         heads.arranged(&mut self.arena).map_err(|source| no_memory(spec, source))
     }
 

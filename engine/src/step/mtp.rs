@@ -1,16 +1,16 @@
 //! The MTP module in a step: keeping its cache beside the main model's, and drafting with it.
 //!
-//! [`Engine::step_with_mtp`] is a step of the main model that also stores the module's row of each of its tokens, made from
+//! [`crate::Engine::step_with_mtp`] is a step of the main model that also stores the module's row of each of its tokens, made from
 //! the main model's own hidden states. So the module's cache is a function of the tokens, like the main model's, and
 //! neither knows nor needs to know which of the step's tokens will stand: the rows of the others are behind the
-//! sequence's end and will be overwritten. [`Engine::draft`] lets the module guess a few tokens ahead by feeding its own
+//! sequence's end and will be overwritten. [`crate::Engine::draft`] lets the module guess a few tokens ahead by feeding its own
 //! hidden state back; what it stores for its guesses is such rows as well.
 //!
 //! Deliberately not here: how many tokens to draft, how to choose one from its logits, and which of them stand.
 
 use model::{BlockId, ModelConfig, TokenId};
 
-use super::{Engine, StepObserver, StepOutput, gather, run_head};
+use super::{CpuEngine, StepObserver, StepOutput, gather, run_head};
 use crate::batch::{LogitsWanted, RowsOf, SequenceInput, StepBatch, recycle};
 use crate::deepseek::{MtpModule, MtpWorkspace, StepContext};
 use crate::error::{InvalidBatch, StepError};
@@ -81,7 +81,7 @@ impl Mtp {
     }
 }
 
-impl Engine {
+impl CpuEngine {
     /// Whether the MTP module is loaded.
     pub fn has_mtp(&self) -> bool {
         self.mtp.is_some()

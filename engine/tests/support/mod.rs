@@ -4,8 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use engine::{
-    BlockPool, BlockTable, Engine, EngineOptions, ExpertBank, LocalExperts, LogitsWanted, MtpInput,
-    Reservation, SequenceInput, StepObserver,
+    BlockPool, BlockTable, Engine, EngineOptions, LogitsWanted, MtpInput, Reservation, SequenceInput,
+    StepObserver,
 };
 use model::{BlockId, Checkpoint, Device, KvFormat, Numerics, TokenId};
 use safetensors::SafeTensors;
@@ -16,9 +16,18 @@ pub const FIXTURES: [&str; 5] = ["v3_bf16", "v3_fp8_mtp", "v3_fp8_aligned", "v2_
 /// Rows of a test engine's largest step: the longest prompt whole.
 pub const STEP_TOKENS_MAX: usize = 1600;
 
-/// The repository's root.
+/// The repository's root, which a machine that has only the built tests names in `TRIREME_ROOT`.
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+    std::env::var_os("TRIREME_ROOT")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join(".."), PathBuf::from)
+}
+
+/// What engines are tested on: the CPU, or what `TRIREME_TEST_DEVICE` names.
+pub fn device() -> Device {
+    match std::env::var("TRIREME_TEST_DEVICE") {
+        Ok(name) => name.parse().expect("TRIREME_TEST_DEVICE is a device"),
+        Err(_) => Device::Cpu,
+    }
 }
 
 /// A fixture's folder.
@@ -106,11 +115,10 @@ pub struct Rows {
 impl Bench {
     pub fn open(dir: &Path, setup: Setup) -> Self {
         let checkpoint = Checkpoint::open(dir).expect("the checkpoint is valid");
-        let has_mtp = checkpoint.config().num_nextn_predict_layers > 0;
-        let bank =
-            ExpertBank::load_all(&checkpoint, setup.numerics, has_mtp, &mut |_, _| {}).expect("experts load");
+        let device = device();
+        let has_mtp = checkpoint.config().num_nextn_predict_layers > 0 && device == Device::Cpu;
         let options = EngineOptions {
-            device: Device::Cpu,
+            device,
             numerics: setup.numerics,
             kv_format: setup.kv_format,
             kv_blocks_max: 96,
@@ -118,8 +126,8 @@ impl Bench {
             step_tokens_max: STEP_TOKENS_MAX,
             mtp: has_mtp,
         };
-        let experts = Box::new(LocalExperts::new(bank));
-        let engine = Engine::load(&checkpoint, &options, experts, &mut |_, _| {}).expect("the engine loads");
+        let engine =
+            Engine::load_with_experts(&checkpoint, &options, &mut |_, _| {}).expect("the engine loads");
         let pool = BlockPool::new(options.kv_blocks_max, engine.kv_layout().block_tokens);
         Self { engine, pool, has_mtp }
     }

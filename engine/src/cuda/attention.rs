@@ -1,0 +1,279 @@
+//! Multi-head latent attention in its absorbed form, as `deepseek::attention` has it, over the device's operators.
+
+use compute::cuda::{
+    Activations, AttentionKernel, Buffer, CacheRows, CudaError, Device, HeadMatrices, InputFormat, Inputs,
+    MlaParts, MlaQueries, MlaRows, NormRows, Outputs, QueryParts, QueryShape,
+};
+use compute::{KvGeometry, MlaShape};
+use model::ModelConfig;
+use model::schema::{AttentionTensors, QueryTensors};
+
+use super::step::Step;
+use super::weights::{Linear, Norm, Weights};
+use crate::deepseek::LATENT_NORM_EPS;
+use crate::error::EngineError;
+use crate::stage::Stage;
+
+/// Attention of one layer.
+pub(super) struct Attention {
+    query: Query,
+    compress: Linear,
+    latent_norm: Norm,
+    /// `W_UK`, `[heads, latent, nope]`.
+    key_up: HeadMatrices,
+    /// `W_UV`, `[heads, v, latent]`.
+    value_up: HeadMatrices,
+    output: Linear,
+    queries: QueryShape,
+    shape: MlaShape,
+}
+
+/// How queries are projected.
+enum Query {
+    /// V2-Lite.
+    Direct(Linear),
+    /// Over a normed latent of its own.
+    LowRank { down: Linear, norm: Norm, up: Linear },
+}
+
+impl Attention {
+    pub fn load(
+        weights: &mut Weights<'_, '_>,
+        tensors: &AttentionTensors,
+        kernel: AttentionKernel,
+    ) -> Result<Self, EngineError> {
+        let query = match &tensors.query {
+            QueryTensors::Direct(q_proj) => Query::Direct(weights.linear(q_proj)?),
+            QueryTensors::LowRank { q_a_proj, q_a_layernorm, q_b_proj } => Query::LowRank {
+                down: weights.linear(q_a_proj)?,
+                norm: weights.norm(q_a_layernorm, LATENT_NORM_EPS)?,
+                up: weights.linear(q_b_proj)?,
+            },
+        };
+        let compress = weights.linear(&tensors.kv_a_proj_with_mqa)?;
+        let latent_norm = weights.norm(&tensors.kv_a_layernorm, LATENT_NORM_EPS)?;
+        let heads = weights.absorbed(&tensors.kv_b_proj, kernel == AttentionKernel::Wgmma)?;
+        if kernel == AttentionKernel::Wgmma && !weights.heads_fit_matrix_unit(&heads) {
+            return Err(EngineError::MixedFormats { tensor: tensors.kv_b_proj.name.clone() });
+        }
+        let output = weights.linear(&tensors.o_proj)?;
+        let config = weights.config();
+        Ok(Self {
+            query,
+            compress,
+            latent_norm,
+            key_up: heads.0,
+            value_up: heads.1,
+            output,
+            queries: QueryShape {
+                heads: config.num_attention_heads,
+                nope: config.qk_nope_head_dim,
+                rope: config.qk_rope_head_dim,
+            },
+            shape: MlaShape {
+                heads: config.num_attention_heads,
+                latent: config.kv_lora_rank,
+                rope: config.qk_rope_head_dim,
+                scale: config.softmax_scale(),
+                first: 0,
+            },
+        })
+    }
+
+    /// What the hidden state must be rounded to.
+    pub fn input_format(&self) -> InputFormat {
+        self.compress.input
+    }
+
+    /// From the rounded hidden states in `input` to what is added to them, in `out` `[rows, hidden]`; stores the rows'
+    /// cache entries on the way.
+    pub fn forward(
+        &self,
+        step: &mut Step<'_>,
+        layer: usize,
+        work: &mut AttentionWorkspace,
+        input: &Activations,
+        out: &mut Buffer<f32>,
+    ) -> Result<(), CudaError> {
+        let (device, rows) = (step.device, step.inputs.rows());
+        let read = input.inputs(rows);
+        let down = match &self.query {
+            Query::Direct(_) => None,
+            Query::LowRank { down, .. } => Some(down),
+        };
+        let query_width = down.map_or(0, |down| down.matrix.rows());
+        let width = query_width + self.compress.matrix.rows();
+        let compressed = &mut work.compressed.slice_mut(0..rows * width);
+        match down {
+            Some(down) => device.linear_pair(&down.matrix, &self.compress.matrix, read, compressed)?,
+            None => device.linear(&self.compress.matrix, read, compressed)?,
+        }
+        step.stage(Stage::Compress)?;
+
+        let latents = work.compressed.slice(query_width..rows * width);
+        let cache = CacheRows {
+            pool: &mut step.pool.view_mut(),
+            geometry: step.geometry,
+            layer,
+            slots: step.inputs.slots(),
+        };
+        let norm = (self.latent_norm.weight.view(), self.latent_norm.eps);
+        device.latent_write(cache, latents, width, norm, step.inputs.positions(), step.rope)?;
+        step.layer_stored()?;
+        step.stage(Stage::CacheRows)?;
+
+        let QueryShape { heads, nope, rope } = self.queries;
+        let queries = &mut work.queries.slice_mut(0..rows * heads * (nope + rope));
+        match &self.query {
+            Query::Direct(query) => device.linear(&query.matrix, read, queries)?,
+            Query::LowRank { norm, up, .. } => {
+                let x = &mut work.compressed.slice_mut(0..rows * width);
+                let normed = NormRows { x, stride: width, add: None, index: None };
+                device.norm(normed, norm.weight.view(), norm.eps, None, &mut [&mut work.query_input])?;
+                device.linear(&up.matrix, work.query_input.inputs(rows), queries)?;
+            }
+        }
+        self.attend(step, layer, work)?;
+        let values = work.values.slice(0..rows * self.output.matrix.cols());
+        device.prepare(values, &mut work.value_input)?;
+        let out = &mut out.slice_mut(0..rows * self.output.matrix.rows());
+        device.linear(&self.output.matrix, work.value_input.inputs(rows), out)?;
+        step.stage(Stage::Output)
+    }
+
+    /// From projected queries to values.
+    fn attend(
+        &self,
+        step: &mut Step<'_>,
+        layer: usize,
+        work: &mut AttentionWorkspace,
+    ) -> Result<(), CudaError> {
+        let (device, rows) = (step.device, step.inputs.rows());
+        let QueryShape { heads, nope, rope } = self.queries;
+        let latents = rows * heads * self.shape.latent;
+        let (nopes, ropes) = (rows * heads * nope, rows * heads * rope);
+        let mla = MlaRows {
+            tables: step.inputs.tables(),
+            starts: step.inputs.starts(),
+            contexts: step.inputs.contexts(),
+            context_max: step.context_max,
+        };
+        let queries = work.queries.slice(0..rows * heads * (nope + rope));
+        let positions = step.inputs.positions();
+        let values = &mut work.values.slice_mut(0..rows * self.output.matrix.cols());
+        match &mut work.core {
+            Core::F32 { nope, rope, absorbed, attended } => {
+                let parts = QueryParts::F32(&mut nope.slice_mut(0..nopes), &mut rope.slice_mut(0..ropes));
+                device.split_queries(queries, self.queries, positions, step.rope, parts)?;
+                step.stage(Stage::Queries)?;
+                let to = Outputs::F32(&mut absorbed.slice_mut(0..latents));
+                device.head_matmul(&self.key_up, Inputs::F32(nope.slice(0..nopes)), rows, to)?;
+                step.stage(Stage::Absorb)?;
+                let (latent, rope) = (absorbed.slice(0..latents), rope.slice(0..ropes));
+                let out = &mut attended.slice_mut(0..latents);
+                let queries = MlaQueries::F32 { latent, rope, out };
+                device.mla_attention(step.pool.view(), step.geometry, layer, self.shape, mla, queries)?;
+                step.stage(Stage::Attention)?;
+                let read = Inputs::F32(attended.slice(0..latents));
+                device.head_matmul(&self.value_up, read, rows, Outputs::F32(values))?;
+            }
+            Core::Bf16 { nope, rope, absorbed, attended, parts } => {
+                let split = QueryParts::Bf16(&mut nope.slice_mut(0..nopes), &mut rope.slice_mut(0..ropes));
+                device.split_queries(queries, self.queries, positions, step.rope, split)?;
+                step.stage(Stage::Queries)?;
+                let to = Outputs::Bf16(&mut absorbed.slice_mut(0..latents));
+                device.head_matmul(&self.key_up, Inputs::Bf16(nope.slice(0..nopes)), rows, to)?;
+                step.stage(Stage::Absorb)?;
+                let (latent, rope) = (absorbed.slice(0..latents), rope.slice(0..ropes));
+                let out = &mut attended.slice_mut(0..latents);
+                let queries = MlaQueries::Bf16 { latent, rope, out, parts };
+                device.mla_attention(step.pool.view(), step.geometry, layer, self.shape, mla, queries)?;
+                step.stage(Stage::Attention)?;
+                let read = Inputs::Bf16(attended.slice(0..latents));
+                device.head_matmul(&self.value_up, read, rows, Outputs::F32(values))?;
+            }
+        }
+        step.stage(Stage::Values)
+    }
+}
+
+/// Intermediate values of attention for up to `rows_max` rows; all layers share one.
+pub(super) struct AttentionWorkspace {
+    /// q_lora, then latent and rope.
+    compressed: Buffer<f32>,
+    query_input: Activations,
+    /// heads × (nope + rope)
+    queries: Buffer<f32>,
+    core: Core,
+    /// heads × v
+    values: Buffer<f32>,
+    value_input: Activations,
+}
+
+/// Around the attention kernel, in its format; widths per row in the comments.
+enum Core {
+    F32 {
+        /// heads × nope
+        nope: Buffer<f32>,
+        /// heads × rope
+        rope: Buffer<f32>,
+        /// heads × latent: queries in the latent space.
+        absorbed: Buffer<f32>,
+        /// heads × latent: what the heads read.
+        attended: Buffer<f32>,
+    },
+    Bf16 {
+        nope: Buffer<u16>,
+        rope: Buffer<u16>,
+        absorbed: Buffer<u16>,
+        attended: Buffer<u16>,
+        parts: MlaParts,
+    },
+}
+
+/// (query, part) pairs that attention keeps at once at most: 1 GiB. A prompt's rows with long contexts take turns.
+const PARTS_MAX: usize = 1 << 19;
+
+impl AttentionWorkspace {
+    pub fn new(
+        device: &Device,
+        config: &ModelConfig,
+        geometry: &KvGeometry,
+        format: InputFormat,
+        rows_max: usize,
+    ) -> Result<Self, CudaError> {
+        let heads = config.num_attention_heads;
+        let query_latent = config.q_lora_rank.unwrap_or(0);
+        let latents = rows_max * heads * config.kv_lora_rank;
+        let (nopes, ropes) =
+            (rows_max * heads * config.qk_nope_head_dim, rows_max * heads * config.qk_rope_head_dim);
+        let core = match device.attention_kernel(geometry) {
+            AttentionKernel::Plain => Core::F32 {
+                nope: device.alloc(nopes)?,
+                rope: device.alloc(ropes)?,
+                absorbed: device.alloc(latents)?,
+                attended: device.alloc(latents)?,
+            },
+            AttentionKernel::Wgmma => {
+                let row = heads * MlaParts::of(config.max_position_embeddings);
+                let pairs = (rows_max * row).min(PARTS_MAX).max(row);
+                Core::Bf16 {
+                    nope: device.alloc(nopes)?,
+                    rope: device.alloc(ropes)?,
+                    absorbed: device.alloc(latents)?,
+                    attended: device.alloc(latents)?,
+                    parts: MlaParts::new(device, pairs, 1)?,
+                }
+            }
+        };
+        Ok(Self {
+            compressed: device
+                .alloc(rows_max * (query_latent + config.kv_lora_rank + config.qk_rope_head_dim))?,
+            query_input: Activations::new(device, format, rows_max, query_latent.max(1))?,
+            queries: device.alloc(rows_max * heads * config.q_head_dim())?,
+            core,
+            values: device.alloc(rows_max * heads * config.v_head_dim)?,
+            value_input: Activations::new(device, format, rows_max, heads * config.v_head_dim)?,
+        })
+    }
+}

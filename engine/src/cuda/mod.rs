@@ -1,0 +1,492 @@
+//! The engine on a GPU: the layers of `deepseek` over `compute::cuda`, weights and KV pool in the device's memory.
+//!
+//! One stream, and nothing in a step waits for the host, unless experts are on other workers or an observer looks inside.
+//! Steps in which every row wants logits (decoding) are recorded once for each size and replayed; padding rows belong to
+//! no sequence, are stored nowhere and routed to no expert.
+//!
+//! Not here: the MTP module.
+
+mod attention;
+mod inputs;
+mod layer;
+mod mlp;
+mod moe;
+mod plan;
+mod step;
+mod weights;
+
+use std::sync::Arc;
+
+use compute::Cpu;
+use compute::cuda::{
+    self, Activations, Buffer, CudaError, Device, Graph, InputFormat, Inputs, NormRows, Pinned,
+};
+use model::{Checkpoint, ExecutionFingerprint, KvLayout, ModelConfig, Numerics, schema};
+
+use crate::batch::{BatchLimits, RowsOf, SequenceInput, StepBatch};
+use crate::deepseek::{Loader, rope_table};
+use crate::error::{EngineError, StepError};
+use crate::experts::Experts;
+use crate::fingerprint::fingerprint_of;
+use crate::kv_cache::KvPool;
+use crate::options::{EngineOptions, wire_activation_format};
+use crate::stage::Stage;
+use crate::step::{StepObserver, StepOutput};
+use inputs::StepInputs;
+use layer::{Layer, LayerWorkspace};
+use plan::Plan;
+use step::{Remote, Step};
+use weights::{Linear, Norm, Source, Weights};
+
+/// Rows of a recorded step at most: more take long enough for their launches not to matter.
+const RECORDED_ROWS_MAX: usize = 256;
+/// Blocks of all block tables of a step at first; more make the room grow.
+const TABLE_BLOCKS: usize = 1 << 16;
+
+/// An engine whose weights, cache and steps are on a GPU.
+pub(crate) struct CudaEngine {
+    config: ModelConfig,
+    fingerprint: ExecutionFingerprint,
+    limits: BatchLimits,
+    device: Arc<Device>,
+    /// For experts on other workers.
+    cpu: Cpu,
+    remote: Option<Box<dyn Experts>>,
+    numerics: Numerics,
+    model: Model,
+    kv: KvPool,
+    rope: cuda::RopeTable,
+    batch: StepBatch,
+    inputs: StepInputs,
+    workspace: Workspace,
+    recorded: Vec<Recorded>,
+}
+
+/// The main model.
+struct Model {
+    embedding: cuda::Matrix,
+    layers: Vec<Layer>,
+    norm: Norm,
+    head: Linear,
+}
+
+/// A step of `rows` rows that see at most `context_max` cache rows.
+struct Recorded {
+    rows: usize,
+    context_max: usize,
+    graph: Graph,
+}
+
+/// Where the routed experts are.
+pub(crate) enum RoutedExperts {
+    /// On the same device.
+    Local,
+    /// Elsewhere.
+    Remote(Box<dyn Experts>),
+}
+
+impl CudaEngine {
+    /// Loads a checkpoint onto GPU `ordinal`.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        options: &EngineOptions,
+        ordinal: u32,
+        experts: RoutedExperts,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self, EngineError> {
+        let config = checkpoint.config();
+        let layout = options.kv_layout(config)?;
+        let local = matches!(experts, RoutedExperts::Local);
+        let mut specs: Vec<_> = Vec::new();
+        let schema::GlobalTensors { embed_tokens, norm, lm_head } = schema::global(config);
+        specs.extend([embed_tokens, norm, lm_head]);
+        for layer in 0..config.num_hidden_layers {
+            specs.extend(schema::layer(config, layer).into_specs());
+            if local && config.is_moe_layer(layer) {
+                let experts = (0..config.n_routed_experts).map(|expert| model::ExpertId(expert as u16));
+                specs.extend(experts.flat_map(|expert| schema::expert(config, layer, expert).into_specs()));
+            }
+        }
+        let mut loader = Loader::new(checkpoint, options.numerics, specs.into_iter(), progress)?.as_stored();
+        let weight_bytes = loader.bytes_total();
+        let source = Source::Checkpoint(&mut loader);
+        let hash = checkpoint.weights_hash();
+        Self::build(config, options, layout, ordinal, experts, source, (weight_bytes, hash))
+    }
+
+    /// An engine with weights made from a seed, experts included.
+    pub fn synthetic(
+        config: &ModelConfig,
+        options: &EngineOptions,
+        ordinal: u32,
+        seed: u64,
+    ) -> Result<Self, EngineError> {
+        let layout = options.kv_layout(config)?;
+        let bytes = schema::all(config).map(|spec| spec.elements() as u64).sum();
+        let source = Source::Synthetic { config, seed };
+        Self::build(
+            config,
+            options,
+            layout,
+            ordinal,
+            RoutedExperts::Local,
+            source,
+            (bytes, Default::default()),
+        )
+    }
+
+    fn build(
+        config: &ModelConfig,
+        options: &EngineOptions,
+        layout: KvLayout,
+        ordinal: u32,
+        experts: RoutedExperts,
+        source: Source<'_, '_>,
+        (weight_bytes, hash): (u64, WeightsHash),
+    ) -> Result<Self, EngineError> {
+        if options.mtp {
+            return Err(EngineError::NoMtpOnDevice { device: options.device });
+        }
+        let device = Arc::new(Device::open(ordinal as usize)?);
+        let rows_max = options.step_tokens_max;
+        let plan = Plan::new(&device, config, options, &layout, weight_bytes)?;
+        plan.check()?;
+        let local = matches!(experts, RoutedExperts::Local);
+        let format: InputFormat = wire_activation_format(config, options.numerics).into();
+        let kv = KvPool::on_device(layout, options.kv_blocks_max, &device)?;
+        let mut weights = Weights { device: &device, source, numerics: options.numerics };
+        let model = Model::load(&mut weights, kv.geometry(), local, format)?;
+        let workspace = Workspace::new(&device, config, &kv, &model, format, (rows_max, local))?;
+        let table = rope_table(config);
+        let backend = format!("cuda-{}", device.architecture());
+        Ok(Self {
+            fingerprint: fingerprint_of(hash, kv.layout(), options.numerics, backend),
+            limits: BatchLimits::new(config, rows_max, options.kv_blocks_max, kv.layout().block_tokens),
+            rope: cuda::RopeTable::new(&device, &table, config.max_position_embeddings)?,
+            inputs: StepInputs::new(&device, rows_max, TABLE_BLOCKS)?,
+            batch: StepBatch::default(),
+            cpu: Cpu::new(options.threads),
+            remote: match experts {
+                RoutedExperts::Local => None,
+                RoutedExperts::Remote(experts) => Some(experts),
+            },
+            numerics: options.numerics,
+            config: config.clone(),
+            recorded: Vec::new(),
+            model,
+            kv,
+            workspace,
+            device,
+        })
+    }
+
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    pub fn fingerprint(&self) -> &ExecutionFingerprint {
+        &self.fingerprint
+    }
+
+    pub fn kv(&self) -> &KvPool {
+        &self.kv
+    }
+
+    pub fn kv_mut(&mut self) -> &mut KvPool {
+        &mut self.kv
+    }
+
+    pub fn step_tokens_max(&self) -> usize {
+        self.limits.step_tokens_max
+    }
+
+    /// As [`crate::Engine::step`].
+    pub fn step(
+        &mut self,
+        inputs: &[SequenceInput<'_>],
+        observer: &mut dyn StepObserver,
+    ) -> Result<StepOutput<'_>, StepError> {
+        let _span = tracing::debug_span!("step", hop = 7, sequences = inputs.len()).entered();
+        self.run(inputs, observer)?;
+        let wanted = self.batch.wanted.len();
+        let (logits, hidden) = (wanted * self.config.vocab_size, wanted * self.config.hidden_size);
+        let Workspace { normed, logits: logits_there, host, .. } = &mut self.workspace;
+        if host.logits.len() < logits {
+            host.logits = self.device.pinned(logits)?;
+        }
+        self.device.copy_out_later(logits_there.slice(0..logits), &mut host.logits)?;
+        self.device.copy_out_later(normed.slice(0..hidden), &mut host.hidden)?;
+        self.device.synchronize()?;
+        Ok(StepOutput { logits: &host.logits[..logits], hidden: &host.hidden[..hidden] })
+    }
+
+    /// As [`crate::Engine::step_greedy`].
+    pub fn step_greedy(
+        &mut self,
+        inputs: &[SequenceInput<'_>],
+        observer: &mut dyn StepObserver,
+    ) -> Result<(&[u32], &[f32]), StepError> {
+        self.run(inputs, observer)?;
+        let wanted = self.batch.wanted.len();
+        let Workspace { logits, tokens, logprobs, host, .. } = &mut self.workspace;
+        let vocab = self.config.vocab_size;
+        let (to, to_logprobs) = (&mut tokens.slice_mut(0..wanted), &mut logprobs.slice_mut(0..wanted));
+        self.device.logprob(logits.slice(0..wanted * vocab), vocab, None, to, to_logprobs)?;
+        self.device.copy_out_later(tokens.slice(0..wanted), &mut host.tokens)?;
+        self.device.copy_out_later(logprobs.slice(0..wanted), &mut host.logprobs)?;
+        self.device.synchronize()?;
+        Ok((&host.tokens[..wanted], &host.logprobs[..wanted]))
+    }
+
+    /// Leaves logits and hidden states of the wanted rows on the device.
+    fn run(
+        &mut self,
+        inputs: &[SequenceInput<'_>],
+        observer: &mut dyn StepObserver,
+    ) -> Result<(), StepError> {
+        self.batch.form(RowsOf::Model, inputs.iter().copied(), &self.limits)?;
+        let watched = observer.watched();
+        let count = self.batch.rows();
+        let each_wanted = self.batch.wanted.len() == count;
+        let silent = !(watched.layers_done || watched.values || watched.stages);
+        let record = each_wanted && silent && self.remote.is_none() && count <= RECORDED_ROWS_MAX;
+        let rows = if record { recorded_rows(count).min(self.limits.step_tokens_max) } else { count };
+        if !self.inputs.fits(&self.batch, rows) {
+            // Recorded steps name the old room.
+            self.recorded.clear();
+            let blocks = 2 * self.batch.tables().len();
+            self.inputs = StepInputs::new(&self.device, self.limits.step_tokens_max, blocks)?;
+        }
+        self.workspace.make_room(
+            &self.device,
+            self.batch.wanted.len().max(rows * usize::from(record)),
+            &mut self.recorded,
+        )?;
+        self.inputs.take(&self.batch, rows);
+        self.inputs.send(&self.device)?;
+        if !record {
+            let context_max = self.inputs.context_max();
+            let wanted = self.inputs.wanted();
+            return self.launch(context_max, wanted, observer);
+        }
+        let context_max = self.inputs.context_max().next_power_of_two().max(1024);
+        let found = |recorded: &Recorded| recorded.rows == rows && recorded.context_max == context_max;
+        if !self.recorded.iter().any(found) {
+            // Once as it is: what a kernel does at its first launch cannot be recorded.
+            let device = Arc::clone(&self.device);
+            self.launch(context_max, rows, &mut ())?;
+            let mut outcome = Ok(());
+            let graph = device.record(|| {
+                outcome = self.launch(context_max, rows, &mut ());
+                Ok(())
+            })?;
+            outcome?;
+            self.recorded.push(Recorded { rows, context_max, graph });
+            return Ok(());
+        }
+        if let Some(recorded) = self.recorded.iter().find(|recorded| found(recorded)) {
+            self.device.replay(&recorded.graph)?;
+        }
+        Ok(())
+    }
+
+    /// Asks for the whole step: from tokens to logits of the first `wanted` wanted rows.
+    fn launch(
+        &mut self,
+        context_max: usize,
+        wanted: usize,
+        observer: &mut dyn StepObserver,
+    ) -> Result<(), StepError> {
+        let Self { device, cpu, remote, model, kv, rope, inputs, workspace, config, numerics, .. } = self;
+        let rows = inputs.rows();
+        let watched = observer.watched();
+        let wire = wire_activation_format(config, *numerics);
+        let remote = remote.as_deref_mut().map(|experts| Remote { experts, cpu, wire });
+        let (geometry, pool) = kv.device_parts();
+        let mut step = Step {
+            device,
+            inputs,
+            pool,
+            geometry: &geometry,
+            rope,
+            context_max,
+            remote,
+            observer: &mut *observer,
+            watched,
+            stored: Vec::new(),
+        };
+        let Workspace { hidden, layer: layer_work, .. } = workspace;
+        let size = rows * config.hidden_size;
+        device.embed(&model.embedding, inputs.tokens(), &mut hidden.slice_mut(0..size))?;
+        step.stage(Stage::Embedding)?;
+        let mut pending = false;
+        for layer in &model.layers {
+            pending = layer.forward(&mut step, layer_work, hidden, pending)?;
+        }
+        if pending {
+            device.add_in_place(&mut hidden.slice_mut(0..size), layer_work.output.slice(0..size))?;
+        }
+        if wanted > 0 {
+            workspace.finish(device, model, inputs, wanted)?;
+        }
+        step.stage(Stage::Head)?;
+        let Step { stored, .. } = step;
+        for (layer, mark) in stored.into_iter().enumerate() {
+            mark.wait()?;
+            observer.layer_done(layer, kv);
+        }
+        Ok(())
+    }
+}
+
+/// What tells checkpoints apart.
+type WeightsHash = [u8; 16];
+
+/// Rows of the recorded step that `rows` rows run in.
+fn recorded_rows(rows: usize) -> usize {
+    match rows {
+        0..=2 => rows,
+        3..=8 => rows.next_multiple_of(2),
+        9..=32 => rows.next_multiple_of(8),
+        33..=128 => rows.next_multiple_of(16),
+        _ => rows.next_multiple_of(64),
+    }
+}
+
+impl Model {
+    fn load(
+        weights: &mut Weights<'_, '_>,
+        geometry: compute::KvGeometry,
+        local: bool,
+        format: InputFormat,
+    ) -> Result<Self, EngineError> {
+        let config = weights.config().clone();
+        let global = schema::global(&config);
+        let kernel = weights.device.attention_kernel(&geometry);
+        let embedding = weights.table(&global.embed_tokens)?;
+        let layers = (0..config.num_hidden_layers)
+            .map(|index| Layer::load(weights, index, &schema::layer(&config, index), kernel, (local, format)))
+            .collect::<Result<_, _>>()?;
+        let norm = weights.norm(&global.norm, config.rms_norm_eps)?;
+        Ok(Self { embedding, layers, norm, head: weights.head(&global.lm_head)? })
+    }
+}
+
+/// Buffers of a step, sized for the largest one.
+struct Workspace {
+    /// `[rows, hidden]`: the residual stream.
+    hidden: Buffer<f32>,
+    layer: LayerWorkspace,
+    /// `[wanted, hidden]`, after the final norm.
+    normed: Buffer<f32>,
+    head_input: Activations,
+    /// `[wanted, vocab]`; both grow to the most rows ever wanted at once.
+    logits: Buffer<f32>,
+    tokens: Buffer<u32>,
+    logprobs: Buffer<f32>,
+    host: Host,
+    wanted_max: usize,
+    head_format: InputFormat,
+    vocab_size: usize,
+    hidden_size: usize,
+}
+
+/// What comes back.
+struct Host {
+    logits: Pinned<f32>,
+    hidden: Pinned<f32>,
+    tokens: Pinned<u32>,
+    logprobs: Pinned<f32>,
+}
+
+impl Workspace {
+    fn new(
+        device: &Device,
+        config: &ModelConfig,
+        kv: &KvPool,
+        model: &Model,
+        format: InputFormat,
+        (rows_max, local): (usize, bool),
+    ) -> Result<Self, EngineError> {
+        let head_format = model.head.input;
+        let router_format = model.layers.iter().find_map(Layer::router_format);
+        Ok(Self {
+            hidden: device.alloc(rows_max * config.hidden_size)?,
+            layer: LayerWorkspace::new(
+                device,
+                config,
+                &kv.geometry(),
+                (format, router_format),
+                rows_max,
+                local,
+            )?,
+            normed: device.alloc(0)?,
+            head_input: Activations::new(device, head_format, 0, config.hidden_size)?,
+            logits: device.alloc(0)?,
+            tokens: device.alloc(0)?,
+            logprobs: device.alloc(0)?,
+            host: Host {
+                logits: device.pinned(0)?,
+                hidden: device.pinned(0)?,
+                tokens: device.pinned(0)?,
+                logprobs: device.pinned(0)?,
+            },
+            wanted_max: 0,
+            head_format,
+            vocab_size: config.vocab_size,
+            hidden_size: config.hidden_size,
+        })
+    }
+
+    /// Makes room for the logits of `wanted` rows. Recorded steps name the old room.
+    fn make_room(
+        &mut self,
+        device: &Device,
+        wanted: usize,
+        recorded: &mut Vec<Recorded>,
+    ) -> Result<(), CudaError> {
+        if wanted <= self.wanted_max {
+            return Ok(());
+        }
+        recorded.clear();
+        let room = wanted.next_power_of_two();
+        // The old room goes first: both may not fit.
+        self.logits = device.alloc(0)?;
+        self.logits = device.alloc(room * self.vocab_size)?;
+        self.normed = device.alloc(room * self.hidden_size)?;
+        self.head_input = Activations::new(device, self.head_format, room, self.hidden_size)?;
+        self.tokens = device.alloc(room)?;
+        self.logprobs = device.alloc(room)?;
+        self.host.hidden = device.pinned(room * self.hidden_size)?;
+        self.host.tokens = device.pinned(room)?;
+        self.host.logprobs = device.pinned(room)?;
+        self.wanted_max = room;
+        Ok(())
+    }
+
+    /// Final norm and head for the first `wanted` wanted rows.
+    fn finish(
+        &mut self,
+        device: &Device,
+        model: &Model,
+        inputs: &StepInputs,
+        wanted: usize,
+    ) -> Result<(), CudaError> {
+        let size = inputs.rows() * self.hidden_size;
+        let rows = NormRows {
+            x: &mut self.hidden.slice_mut(0..size),
+            stride: self.hidden_size,
+            add: None,
+            index: Some(inputs.wanted_rows(wanted)),
+        };
+        let (weight, normed) =
+            (model.norm.weight.view(), &mut self.normed.slice_mut(0..wanted * self.hidden_size));
+        let logits = &mut self.logits.slice_mut(0..wanted * self.vocab_size);
+        if self.head_format == InputFormat::F32 {
+            device.norm(rows, weight, model.norm.eps, Some(normed), &mut [])?;
+            return device.linear(&model.head.matrix, Inputs::F32(normed.view()), logits);
+        }
+        device.norm(rows, weight, model.norm.eps, Some(normed), &mut [&mut self.head_input])?;
+        device.linear(&model.head.matrix, self.head_input.inputs(wanted), logits)
+    }
+}

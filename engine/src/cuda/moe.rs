@@ -1,0 +1,277 @@
+//! A mixture-of-experts layer: route, sort, grouped products, combine, without asking the host.
+//!
+//! Where the routed experts are on other workers the host does ask: tokens leave and results come back by way of
+//! page-locked memory, and the step waits for them.
+
+use compute::RoutingRule;
+use compute::cuda::{
+    Activations, Buffer, CudaError, Device, Groups, InputFormat, Inputs, Pinned, ResultBuffer,
+};
+use model::ModelConfig;
+use model::schema::{MlpTensors, TensorSpec};
+
+use super::mlp::{Mlp, MlpWorkspace};
+use super::step::Step;
+use super::weights::{Experts, Linear, Weights};
+use crate::deepseek::routing_rule;
+use crate::error::{EngineError, StepError};
+use crate::experts::ExpertBatch;
+use crate::stage::Stage;
+
+/// Router, shared and routed experts of one layer.
+pub(super) struct Moe {
+    router: Linear,
+    correction_bias: Option<Buffer<f32>>,
+    rule: RoutingRule,
+    shared: Option<Mlp>,
+    /// None: on other workers.
+    experts: Option<Experts>,
+}
+
+impl Moe {
+    pub fn load(
+        weights: &mut Weights<'_, '_>,
+        gate: &TensorSpec,
+        correction_bias: Option<&TensorSpec>,
+        shared: Option<&MlpTensors>,
+    ) -> Result<Self, EngineError> {
+        Ok(Self {
+            router: weights.router(gate)?,
+            correction_bias: correction_bias.map(|spec| weights.values(spec)).transpose()?,
+            rule: routing_rule(weights.config()),
+            shared: shared.map(|tensors| Mlp::load(weights, tensors)).transpose()?,
+            experts: None,
+        })
+    }
+
+    /// Takes the layer's routed experts in.
+    pub fn hold(&mut self, experts: Experts) {
+        self.experts = Some(experts);
+    }
+
+    /// What the router reads.
+    pub fn router_format(&self) -> InputFormat {
+        self.router.input
+    }
+
+    /// From normed hidden states, rounded for the router (`router_input`; none: `input`) and for the experts, to
+    /// `hidden += shared expert + weighted sum of the routed experts in top-k order`.
+    #[allow(clippy::too_many_arguments)] // Two inputs, two workspaces, one output.
+    pub fn forward(
+        &self,
+        step: &mut Step<'_>,
+        layer: usize,
+        work: &mut MoeWorkspace,
+        router_input: Option<&Activations>,
+        input: &Activations,
+        shared_out: &mut Buffer<f32>,
+        hidden: &mut Buffer<f32>,
+    ) -> Result<(), StepError> {
+        let (device, rows, top_k) = (step.device, step.inputs.rows(), self.rule.top_k);
+        let (experts, width) = (self.router.matrix.rows(), self.router.matrix.cols());
+        let assignments = rows * top_k;
+        let read = router_input.unwrap_or(input).inputs(rows);
+        let slices = match (self.router.input, read) {
+            (InputFormat::Parts, Inputs::Bf16(parts)) => {
+                let slices = device.parts_slices(width);
+                let logits = &mut work.logits.slice_mut(0..slices * rows * experts);
+                device.linear_parts(&self.router.matrix, parts, logits)?;
+                slices
+            }
+            (_, read) => {
+                device.linear(&self.router.matrix, read, &mut work.logits.slice_mut(0..rows * experts))?;
+                1
+            }
+        };
+        let logits = work.logits.slice(0..slices * rows * experts);
+        let bias = self.correction_bias.as_ref().map(Buffer::view);
+        let (ids, weights) =
+            (&mut work.ids.slice_mut(0..assignments), &mut work.weights.slice_mut(0..assignments));
+        device.route(
+            logits,
+            slices,
+            experts,
+            Some(step.inputs.row_count()),
+            bias,
+            &self.rule,
+            ids,
+            weights,
+        )?;
+        step.routed(layer, ids.view(), weights.view(), top_k)?;
+        step.stage(Stage::Router)?;
+
+        match &self.experts {
+            Some(experts) => self.run_local(step, work, experts, input)?,
+            None => self.run_remote(step, layer, work, input)?,
+        }
+        step.stage(Stage::Experts)?;
+        let shared = match &self.shared {
+            Some(shared) => {
+                shared.forward(device, &mut work.shared, input, rows, shared_out)?;
+                Some(shared_out.slice(0..rows * width))
+            }
+            None => None,
+        };
+        step.stage(Stage::SharedExpert)?;
+        let hidden = &mut hidden.slice_mut(0..rows * width);
+        let (ids, weights) = (work.ids.slice(0..assignments), work.weights.slice(0..assignments));
+        device.combine(hidden, shared, work.results.results(assignments * width), ids, weights, top_k)?;
+        step.stage(Stage::Combine)?;
+        Ok(())
+    }
+
+    fn run_local(
+        &self,
+        step: &Step<'_>,
+        work: &mut MoeWorkspace,
+        experts: &Experts,
+        input: &Activations,
+    ) -> Result<(), CudaError> {
+        let (device, rows, top_k) = (step.device, step.inputs.rows(), self.rule.top_k);
+        let (assignments, inside) = (rows * top_k, experts.down.cols());
+        let ids = work.ids.slice(0..assignments);
+        device.group_rows(ids, device.expert_kernel(&experts.gate), &mut work.groups)?;
+        let (up, groups) = (Some(&experts.up), &work.groups);
+        let gate_up = &mut work.gate_up.slice_mut(0..assignments * 2 * inside);
+        device.experts_in(&experts.gate, up, input.inputs(rows), groups, top_k, gate_up)?;
+        let gate_up = work.gate_up.slice(0..assignments * 2 * inside);
+        device.swiglu(gate_up, Some(groups.row_count()), &mut work.inside)?;
+        let read = work.inside.inputs(assignments);
+        work.results.write(assignments * experts.down.rows(), |out| {
+            device.experts_out(&experts.down, read, groups, out)
+        })
+    }
+
+    /// By way of the host. The step is not recorded, and its rows are not padded, where this runs.
+    fn run_remote(
+        &self,
+        step: &mut Step<'_>,
+        layer: usize,
+        work: &mut MoeWorkspace,
+        input: &Activations,
+    ) -> Result<(), StepError> {
+        let (device, rows, top_k) = (step.device, step.inputs.rows(), self.rule.top_k);
+        let (assignments, width) = (rows * top_k, input.channels());
+        let remote = step
+            .remote
+            .as_mut()
+            .ok_or(crate::experts::ExpertsError::NotHeld { layer, expert: model::ExpertId(0) })?;
+        let staging = &mut work.staging;
+        device.copy_out_later(work.ids.slice(0..assignments), &mut staging.ids)?;
+        let format = remote.wire;
+        match input.inputs(rows) {
+            Inputs::F32(x) => device.copy_out_later(x, &mut staging.values)?,
+            Inputs::Bf16(x) => device.copy_out_later(x, &mut staging.bf16)?,
+            Inputs::Fp8 { codes, scales } => {
+                device.copy_out_later(codes, &mut staging.codes)?;
+                device.copy_out_later(scales, &mut staging.values)?;
+            }
+        }
+        device.synchronize()?;
+        staging.encode(input.format(), rows, width);
+        staging
+            .activations
+            .read_wire(format, rows, width, &staging.wire)
+            .map_err(|error| crate::experts::ExpertsError::Rejected { layer, detail: error.to_string() })?;
+        let expert_ids = &staging.ids[..assignments];
+        let batch = ExpertBatch { layer, activations: &staging.activations, topk: top_k, expert_ids };
+        remote.experts.dispatch(remote.cpu, &batch)?;
+        let len = assignments * width;
+        remote.experts.combine(remote.cpu, &mut staging.results[..len])?;
+        work.results.fill(device, &staging.results[..len])?;
+        Ok(())
+    }
+}
+
+/// Intermediate values of a MoE layer for up to `rows_max` rows.
+pub(super) struct MoeWorkspace {
+    /// `[slices, rows, experts]`
+    logits: Buffer<f32>,
+    /// `[rows, topk]`
+    ids: Buffer<u16>,
+    /// `[rows, topk]`
+    weights: Buffer<f32>,
+    groups: Groups,
+    /// `[rows * topk, 2 * intermediate]`, expert by expert.
+    gate_up: Buffer<f32>,
+    inside: Activations,
+    /// `[rows * topk, hidden]`, token by token.
+    results: ResultBuffer,
+    shared: MlpWorkspace,
+    staging: Staging,
+}
+
+/// What goes to experts elsewhere and comes back.
+struct Staging {
+    ids: Pinned<u16>,
+    codes: Pinned<u8>,
+    bf16: Pinned<u16>,
+    /// Values, or scales of codes.
+    values: Pinned<f32>,
+    wire: Vec<u8>,
+    activations: compute::Activations,
+    results: Vec<f32>,
+}
+
+impl Staging {
+    fn new(device: &Device, rows: usize, config: &ModelConfig) -> Result<Self, CudaError> {
+        let values = rows * config.hidden_size;
+        Ok(Self {
+            ids: device.pinned(rows * config.num_experts_per_tok)?,
+            codes: device.pinned(values)?,
+            bf16: device.pinned(values)?,
+            values: device.pinned(values)?,
+            wire: Vec::new(),
+            activations: compute::Activations::new(),
+            results: vec![0.0; values * config.num_experts_per_tok],
+        })
+    }
+
+    /// The rows that were copied, in wire form.
+    fn encode(&mut self, format: InputFormat, rows: usize, width: usize) {
+        self.wire.clear();
+        match format {
+            InputFormat::Fp8(_) => {
+                let blocks = width.div_ceil(compute::fp8::BLOCK);
+                for row in 0..rows {
+                    self.wire.extend_from_slice(&self.codes[row * width..][..width]);
+                    let scales = &self.values[row * blocks..][..blocks];
+                    self.wire.extend(scales.iter().flat_map(|scale| scale.to_le_bytes()));
+                }
+            }
+            InputFormat::Bf16 | InputFormat::Parts => {
+                self.wire.extend(self.bf16[..rows * width].iter().flat_map(|value| value.to_le_bytes()));
+            }
+            InputFormat::F32 => {
+                self.wire.extend(self.values[..rows * width].iter().flat_map(|value| value.to_le_bytes()));
+            }
+        }
+    }
+}
+
+impl MoeWorkspace {
+    /// `local`: whether the routed experts are computed here.
+    pub fn new(
+        device: &Device,
+        config: &ModelConfig,
+        format: InputFormat,
+        rows_max: usize,
+        local: bool,
+    ) -> Result<Self, CudaError> {
+        let assignments = rows_max * config.num_experts_per_tok;
+        let inside = config.moe_intermediate_size;
+        let here = if local { assignments } else { 0 };
+        let slices = device.parts_slices(config.hidden_size);
+        Ok(Self {
+            logits: device.alloc(slices * rows_max * config.n_routed_experts)?,
+            ids: device.alloc(assignments)?,
+            weights: device.alloc(assignments)?,
+            groups: Groups::new(device, here, config.n_routed_experts)?,
+            gate_up: device.alloc(here * 2 * inside)?,
+            inside: Activations::new(device, format, here, inside.max(1))?,
+            results: ResultBuffer::new(device, format != InputFormat::F32, assignments * config.hidden_size)?,
+            shared: MlpWorkspace::new(device, format, rows_max, config.shared_intermediate_size())?,
+            staging: Staging::new(device, if local { 0 } else { rows_max }, config)?,
+        })
+    }
+}

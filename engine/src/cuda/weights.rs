@@ -1,0 +1,248 @@
+//! Weights on their way to the device: from a checkpoint, or made there from a seed.
+
+use compute::cuda::{self, Buffer, Device, ExpertMatrices, HeadMatrices, InputFormat, LinearKernel, Matrix};
+use compute::{HeadMatrices as HostHeads, WeightFormat};
+use model::schema::{MlpTensors, TensorSpec};
+use model::{ExpertId, ModelConfig, Numerics, schema};
+
+use crate::deepseek::{Loader, absorb};
+use crate::error::EngineError;
+use crate::options::fp8_activation_format;
+
+/// A weight matrix and what its input is rounded to.
+pub(super) struct Linear {
+    pub matrix: Matrix,
+    pub input: InputFormat,
+}
+
+/// A norm's weight.
+pub(super) struct Norm {
+    pub weight: Buffer<f32>,
+    pub eps: f32,
+}
+
+/// One matrix of every expert of a layer.
+pub(super) struct Experts {
+    pub gate: ExpertMatrices,
+    pub up: ExpertMatrices,
+    pub down: ExpertMatrices,
+}
+
+/// Where weights come from.
+pub(super) enum Source<'a, 'b> {
+    Checkpoint(&'a mut Loader<'b>),
+    /// As a checkpoint of this configuration would store them, with values from a seed.
+    Synthetic {
+        config: &'a ModelConfig,
+        seed: u64,
+    },
+}
+
+/// Brings weights to a device.
+pub(super) struct Weights<'a, 'b> {
+    pub device: &'a Device,
+    pub source: Source<'a, 'b>,
+    pub numerics: Numerics,
+}
+
+impl Weights<'_, '_> {
+    pub fn config(&self) -> &ModelConfig {
+        match &self.source {
+            Source::Checkpoint(loader) => loader.config(),
+            Source::Synthetic { config, .. } => config,
+        }
+    }
+
+    /// A matrix with the activations that the numerics gives it.
+    pub fn linear(&mut self, spec: &TensorSpec) -> Result<Linear, EngineError> {
+        let format = self.linear_format();
+        let matrix = match &mut self.source {
+            Source::Checkpoint(loader) => Matrix::new(self.device, loader.linear(spec)?.matrix())?,
+            Source::Synthetic { .. } => self.made(spec, format)?,
+        };
+        Ok(Linear { input: self.input_format(matrix.format()), matrix })
+    }
+
+    /// The head, which checkpoints keep in bf16.
+    pub fn head(&mut self, spec: &TensorSpec) -> Result<Linear, EngineError> {
+        match self.source {
+            Source::Checkpoint(_) => self.linear(spec),
+            Source::Synthetic { .. } => {
+                Ok(Linear { matrix: self.made(spec, WeightFormat::Bf16)?, input: InputFormat::Bf16 })
+            }
+        }
+    }
+
+    /// The router, whose choices must not hang on rounding: bf16 weights by f32 inputs in three parts where the device
+    /// can, else f32 by f32.
+    pub fn router(&mut self, spec: &TensorSpec) -> Result<Linear, EngineError> {
+        let matrix = match &mut self.source {
+            Source::Checkpoint(loader) => {
+                let stored = loader.table(spec)?;
+                if self.numerics == Numerics::Fp8 && stored.format() == WeightFormat::Bf16 {
+                    let matrix = Matrix::new(self.device, &stored)?;
+                    if self.device.takes_parts(&matrix) {
+                        return Ok(Linear { matrix, input: InputFormat::Parts });
+                    }
+                }
+                let (rows, cols) = (stored.rows(), stored.cols());
+                let wide = compute::Matrix::f32(rows, cols, stored.to_f32());
+                let wide =
+                    wide.map_err(|source| EngineError::Matrix { tensor: spec.name.clone(), source })?;
+                Matrix::new(self.device, &wide)?
+            }
+            Source::Synthetic { .. } => {
+                let matrix = self.made(spec, WeightFormat::Bf16)?;
+                let input =
+                    if self.device.takes_parts(&matrix) { InputFormat::Parts } else { InputFormat::F32 };
+                return Ok(Linear { matrix, input });
+            }
+        };
+        Ok(Linear { matrix, input: InputFormat::F32 })
+    }
+
+    /// A table whose rows are looked up.
+    pub fn table(&mut self, spec: &TensorSpec) -> Result<Matrix, EngineError> {
+        match &mut self.source {
+            Source::Checkpoint(loader) => Ok(Matrix::new(self.device, &loader.table(spec)?)?),
+            Source::Synthetic { .. } => self.made(spec, WeightFormat::Bf16),
+        }
+    }
+
+    /// A vector in f32.
+    pub fn values(&mut self, spec: &TensorSpec) -> Result<Buffer<f32>, EngineError> {
+        match &mut self.source {
+            Source::Checkpoint(loader) => Ok(self.device.upload(&loader.values(spec)?)?),
+            Source::Synthetic { seed, .. } => {
+                let mut values = self.device.alloc(spec.elements())?;
+                // A norm's weight, or a correction bias, which adds the same to every expert's score.
+                self.device.fill_normal(&mut values.view_mut(), seed_of(*seed, &spec.name), 1.0, 0.0)?;
+                Ok(values)
+            }
+        }
+    }
+
+    /// A norm's weight.
+    pub fn norm(&mut self, spec: &TensorSpec, eps: f32) -> Result<Norm, EngineError> {
+        Ok(Norm { weight: self.values(spec)?, eps })
+    }
+
+    /// The two absorbed halves of `kv_b`; see [`absorb`]. In bf16 if the matrix unit is to multiply by them and can.
+    pub fn absorbed(
+        &mut self,
+        spec: &TensorSpec,
+        bf16: bool,
+    ) -> Result<(HeadMatrices, HeadMatrices), EngineError> {
+        let device = self.device;
+        match &mut self.source {
+            Source::Checkpoint(loader) => {
+                let (key, value) = absorb(loader, spec)?;
+                let copy = |heads: &HostHeads| {
+                    if bf16 {
+                        HeadMatrices::new_bf16(device, heads)
+                    } else {
+                        HeadMatrices::new(device, heads)
+                    }
+                };
+                Ok((copy(&key)?, copy(&value)?))
+            }
+            Source::Synthetic { config, seed } => {
+                let (heads, latent) = (config.num_attention_heads, config.kv_lora_rank);
+                let mut key = HeadMatrices::alloc_bf16(device, heads, latent, config.qk_nope_head_dim)?;
+                let mut value = HeadMatrices::alloc_bf16(device, heads, config.v_head_dim, latent)?;
+                device.fill_heads(&mut key, seed_of(*seed, &spec.name))?;
+                device.fill_heads(&mut value, !seed_of(*seed, &spec.name))?;
+                Ok((key, value))
+            }
+        }
+    }
+
+    /// All routed experts of a layer.
+    pub fn experts(&mut self, layer: usize) -> Result<Experts, EngineError> {
+        let device = self.device;
+        let config = self.config();
+        let count = config.n_routed_experts;
+        let (inside, hidden) = (config.moe_intermediate_size, config.hidden_size);
+        let alloc = |format| -> Result<Experts, cuda::CudaError> {
+            Ok(Experts {
+                gate: ExpertMatrices::alloc(device, count, (inside, hidden), format)?,
+                up: ExpertMatrices::alloc(device, count, (inside, hidden), format)?,
+                down: ExpertMatrices::alloc(device, count, (hidden, inside), format)?,
+            })
+        };
+        let made_format = self.linear_format();
+        match &mut self.source {
+            Source::Checkpoint(loader) => {
+                let mut experts = None;
+                for expert in 0..count {
+                    let tensors = schema::expert(loader.config(), layer, ExpertId(expert as u16));
+                    let MlpTensors { gate_proj, up_proj, down_proj } = &tensors;
+                    for (spec, which) in [(gate_proj, 0), (up_proj, 1), (down_proj, 2)] {
+                        let linear = loader.linear(spec)?;
+                        let matrix = linear.matrix();
+                        let experts = match &mut experts {
+                            Some(experts) => experts,
+                            None => experts.insert(alloc(matrix.format())?),
+                        };
+                        let stack = match which {
+                            0 => &mut experts.gate,
+                            1 => &mut experts.up,
+                            _ => &mut experts.down,
+                        };
+                        if !stack.takes(matrix) {
+                            return Err(EngineError::MixedFormats { tensor: spec.name.clone() });
+                        }
+                        stack.set(device, expert, matrix)?;
+                    }
+                }
+                experts.ok_or(EngineError::NoSuchExpert { layer, expert: ExpertId(0) })
+            }
+            Source::Synthetic { seed, .. } => {
+                let mut experts = alloc(made_format)?;
+                let seed = seed_of(*seed, &format!("experts of layer {layer}"));
+                device.fill_experts(&mut experts.gate, seed)?;
+                device.fill_experts(&mut experts.up, seed.wrapping_mul(3))?;
+                device.fill_experts(&mut experts.down, seed.wrapping_mul(5))?;
+                Ok(experts)
+            }
+        }
+    }
+
+    /// Whether a layer's kernels for both of its heads' matrices are the matrix unit's.
+    pub fn heads_fit_matrix_unit(&self, heads: &(HeadMatrices, HeadMatrices)) -> bool {
+        [&heads.0, &heads.1].into_iter().all(|heads| self.device.head_kernel(heads) == LinearKernel::Wgmma)
+    }
+
+    fn linear_format(&self) -> WeightFormat {
+        match (self.numerics, &self.config().quantization) {
+            (Numerics::Reference, _) => WeightFormat::F32,
+            (Numerics::Fp8, None) => WeightFormat::Bf16,
+            (Numerics::Fp8, Some(_)) => WeightFormat::Fp8,
+        }
+    }
+
+    fn input_format(&self, weights: WeightFormat) -> InputFormat {
+        match weights {
+            WeightFormat::F32 => InputFormat::F32,
+            WeightFormat::Bf16 => InputFormat::Bf16,
+            WeightFormat::Fp8 => fp8_activation_format(self.config()).into(),
+        }
+    }
+
+    fn made(&self, spec: &TensorSpec, format: WeightFormat) -> Result<Matrix, EngineError> {
+        let Source::Synthetic { seed, .. } = self.source else {
+            unreachable!("only a seed makes weights");
+        };
+        let cols = spec.shape.last().copied().unwrap_or(1);
+        let mut matrix = Matrix::alloc(self.device, spec.elements() / cols, cols, format)?;
+        self.device.fill_matrix(&mut matrix, seed_of(seed, &spec.name))?;
+        Ok(matrix)
+    }
+}
+
+/// Another seed for each tensor: FNV-1a over its name.
+fn seed_of(seed: u64, name: &str) -> u64 {
+    name.bytes().fold(seed ^ 0xCBF2_9CE4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01B3)
+    })
+}

@@ -1,0 +1,138 @@
+//! DeepSeek-V3's widths on a GPU, with weights made there: the kernels of the matrix unit, whose shapes no fixture has.
+//!
+//! A position's bits depend on its own sequence alone: not on chunks, company, block numbers, or whether its step was
+//! recorded and replayed. Without a GPU named by `TRIREME_TEST_DEVICE` nothing is checked, and the test says so.
+
+mod support;
+
+use engine::{Engine, EngineOptions, LogitsWanted, SequenceInput};
+use model::{BlockId, Device, ModelConfig, Numerics, TokenId};
+use support::{assert_same_bits, device};
+
+/// V3's configuration with fewer layers, experts and tokens.
+const CONFIG: &str = r#"{
+    "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3",
+    "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 3,
+    "first_k_dense_replace": 1, "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536,
+    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "n_routed_experts": 32, "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4,
+    "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": true, "routed_scaling_factor": 2.5,
+    "moe_layer_freq": 1, "vocab_size": 4096, "max_position_embeddings": 8192, "rms_norm_eps": 1e-6,
+    "rope_theta": 10000, "hidden_act": "silu", "attention_bias": false, "tie_word_embeddings": false,
+    "torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1,
+    "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+                            "weight_block_size": [128, 128]}
+}"#;
+
+const BLOCKS: usize = 400;
+
+fn engine() -> Option<Engine> {
+    let device = device();
+    if device == Device::Cpu {
+        println!("skipped: TRIREME_TEST_DEVICE names no GPU");
+        return None;
+    }
+    let config = ModelConfig::from_json(CONFIG).expect("a configuration");
+    let options = EngineOptions {
+        device,
+        numerics: Numerics::Fp8,
+        kv_format: None,
+        kv_blocks_max: BLOCKS,
+        threads: 2,
+        step_tokens_max: 1024,
+        mtp: false,
+    };
+    Some(Engine::synthetic(&config, &options, 7).expect("an engine"))
+}
+
+fn tokens(seed: u32, count: usize) -> Vec<TokenId> {
+    (0..count as u32).map(|i| TokenId((i * 2654 + seed * 977 + i * i % 31) % 4096)).collect()
+}
+
+/// Logits of the last token of a prompt, which lies in blocks from `first` on, run in chunks.
+fn prefill(engine: &mut Engine, prompt: &[TokenId], chunk: usize, first: u32) -> Vec<f32> {
+    let blocks: Vec<BlockId> =
+        (0..prompt.len().div_ceil(64) as u32 + 1).map(|i| BlockId(first + i)).collect();
+    let mut logits = Vec::new();
+    for (index, tokens) in prompt.chunks(chunk).enumerate() {
+        let input = SequenceInput {
+            tokens,
+            position: index * chunk,
+            block_table: &blocks,
+            logits: LogitsWanted::Last,
+        };
+        logits = engine.step(&[input], &mut ()).expect("a step").logits.to_vec();
+    }
+    logits
+}
+
+#[test]
+fn chunks_blocks_and_recording_do_not_matter() {
+    let Some(mut engine) = engine() else { return };
+    let prompt = tokens(1, 1500);
+    let whole = prefill(&mut engine, &prompt, 1000, 3);
+    assert!(whole.iter().all(|x| x.is_finite()), "logits are numbers");
+    assert!(whole.iter().any(|x| x.abs() > 1e-3), "logits are not all zero");
+    for (chunk, first) in [(1024, 30), (511, 60), (64, 90), (17, 120)] {
+        assert_same_bits(&format!("chunks of {chunk}"), &prefill(&mut engine, &prompt, chunk, first), &whole);
+    }
+    // A token at a time, recorded steps: from position 0, and the last ones after a chunk.
+    let short = &prompt[..130];
+    let expected = prefill(&mut engine, short, 130, 3);
+    assert_same_bits("single tokens", &prefill(&mut engine, short, 1, 200), &expected);
+}
+
+/// Sequences of several lengths, one token each in one step of many, have the bits that they have alone.
+#[test]
+fn company_does_not_matter() {
+    let Some(mut engine) = engine() else { return };
+    let lengths = [5, 64, 65, 300, 1023, 1024, 1025, 1100, 7, 1];
+    let mut first = 0;
+    let sequences: Vec<(Vec<TokenId>, Vec<BlockId>)> = lengths
+        .iter()
+        .enumerate()
+        .map(|(index, &length)| {
+            let blocks = (length as u32).div_ceil(64) + 1;
+            let table = (first..first + blocks).map(BlockId).collect();
+            first += blocks;
+            (tokens(index as u32, length + 1), table)
+        })
+        .collect();
+    assert!(first as usize <= BLOCKS);
+    for (tokens, blocks) in &sequences {
+        let prompt = &tokens[..tokens.len() - 1];
+        for (index, chunk) in prompt.chunks(1000).enumerate() {
+            let position = index * 1000;
+            let input =
+                SequenceInput { tokens: chunk, position, block_table: blocks, logits: LogitsWanted::None };
+            engine.step(&[input], &mut ()).expect("a step");
+        }
+    }
+    let inputs: Vec<SequenceInput<'_>> = sequences
+        .iter()
+        .map(|(tokens, blocks)| SequenceInput {
+            tokens: &tokens[tokens.len() - 1..],
+            position: tokens.len() - 1,
+            block_table: blocks,
+            logits: LogitsWanted::Last,
+        })
+        .collect();
+    let vocab = engine.config().vocab_size;
+    let together = engine.step(&inputs, &mut ()).expect("a step").logits.to_vec();
+    let again = engine.step(&inputs, &mut ()).expect("a step").logits.to_vec();
+    assert_same_bits("recorded and replayed", &together, &again);
+    for (index, input) in inputs.iter().enumerate() {
+        let alone = engine.step(&[*input], &mut ()).expect("a step").logits.to_vec();
+        let what = format!("length {}", lengths[index]);
+        assert_same_bits(&what, &alone, &together[index * vocab..(index + 1) * vocab]);
+    }
+    for count in [2, 3, 7] {
+        let some = engine.step(&inputs[..count], &mut ()).expect("a step").logits.to_vec();
+        assert_same_bits(&format!("{count} together"), &some, &together[..count * vocab]);
+    }
+    let greedy = engine.step_greedy(&inputs, &mut ()).expect("a GPU").expect("a step");
+    for (row, (token, logprob)) in greedy.0.iter().zip(greedy.1).enumerate() {
+        assert_eq!(*token as usize, support::argmax(&together[row * vocab..(row + 1) * vocab]));
+        assert!(*logprob <= 0.0 && logprob.is_finite());
+    }
+}
