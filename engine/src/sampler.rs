@@ -10,6 +10,7 @@
 
 use std::collections::HashMap;
 
+use compute::{Isa, WEIGHT_BLOCK, WeightBlock};
 use model::{SamplingParams, TokenId};
 
 use crate::rng;
@@ -44,8 +45,12 @@ pub struct SequenceSampler {
     choice: u32,
     /// Kept only where a penalty is in force: the common request pays nothing for it.
     occurrences: Option<HashMap<TokenId, Occurrence>>,
+    /// Softmax weights of the vocabulary and of its blocks; stay empty where the best token is taken.
+    weights: Vec<f32>,
+    blocks: Vec<WeightBlock>,
     /// Tokens that survive truncation; stays empty unless top-k, top-p or min-p is in force.
     candidates: Vec<Candidate>,
+    isa: Isa,
 }
 
 impl SequenceSampler {
@@ -60,7 +65,15 @@ impl SequenceSampler {
             let seen = Occurrence { in_prompt: true, generated: 0 };
             prompt.iter().map(|&token| (token, seen)).collect()
         });
-        Self { params: params.clone(), choice, occurrences, candidates: Vec::new() }
+        Self {
+            params: params.clone(),
+            choice,
+            occurrences,
+            weights: Vec::new(),
+            blocks: Vec::new(),
+            candidates: Vec::new(),
+            isa: Isa::detect(),
+        }
     }
 
     /// Notes a token of the completion, sampled here or (after a hand-off) elsewhere.
@@ -75,8 +88,8 @@ impl SequenceSampler {
     /// Tokens in `suppress` get probability zero. The caller passes the token to [`Self::observe`] once it is accepted.
     pub fn sample(&mut self, logits: &mut [f32], position: usize, suppress: &[TokenId]) -> Sampled {
         self.adjust(logits, suppress);
-        let best = argmax(logits);
-        let log_total = log_sum_exp(logits, logits[best]);
+        let best = self.isa.argmax(logits);
+        let log_total = f64::from(logits[best]) + self.isa.sum_exp(logits, logits[best]).ln();
         let logprob = |index: usize, logits: &[f32]| log_probability(logits[index], log_total);
         let top = match self.params.logprobs {
             Some(count) if count > 0 => largest(logits, count as usize)
@@ -94,7 +107,7 @@ impl SequenceSampler {
     /// one; the most probable token would be right only as often as it is probable.
     pub fn guess(&mut self, logits: &mut [f32], position: usize, suppress: &[TokenId]) -> TokenId {
         self.adjust(logits, suppress);
-        TokenId(self.choose(logits, argmax(logits), position) as u32)
+        TokenId(self.choose(logits, self.isa.argmax(logits), position) as u32)
     }
 
     /// Greedy, or by the random number of `position`.
@@ -142,28 +155,38 @@ impl SequenceSampler {
 
     /// The index that `uniform` in `[0, 1)` falls on.
     fn draw(&mut self, logits: &[f32], peak: f32, uniform: f64) -> usize {
-        let temperature = self.params.temperature;
-        let limits =
-            Truncation { top_k: self.params.top_k, top_p: self.params.top_p, min_p: self.params.min_p };
+        let Self { params, isa, weights, blocks, candidates, .. } = self;
+        let limits = Truncation { top_k: params.top_k, top_p: params.top_p, min_p: params.min_p };
+        isa.softmax_weights(logits, peak, params.temperature, weights, blocks);
         if limits.keeps_all(logits.len()) {
-            let weights = logits.iter().map(|&logit| weight(logit, peak, temperature));
-            return pick(weights.clone().enumerate(), weights.map(f64::from).sum(), uniform);
+            return pick_block(weights, blocks, uniform);
         }
-        limits.apply(logits, peak, temperature, &mut self.candidates);
-        let total = self.candidates.iter().map(|candidate| f64::from(candidate.weight)).sum();
-        let weights = self.candidates.iter().map(|candidate| (candidate.token as usize, candidate.weight));
-        pick(weights, total, uniform)
+        limits.apply(logits, weights, blocks, candidates);
+        let total: f64 = candidates.iter().map(|candidate| f64::from(candidate.weight)).sum();
+        let weights = candidates.iter().map(|candidate| (candidate.token as usize, candidate.weight));
+        pick(weights, uniform * total)
     }
 }
 
-/// Probability relative to the best token's.
-fn weight(logit: f32, peak: f32, temperature: f32) -> f32 {
-    ((logit - peak) / temperature).exp()
+/// Inverts the cumulative distribution by way of its blocks: adds up these, then the weights of the one that is hit.
+fn pick_block(weights: &[f32], blocks: &[WeightBlock], uniform: f64) -> usize {
+    let total: f64 = blocks.iter().map(|block| f64::from(block.sum)).sum();
+    let target = uniform * total;
+    let (mut before, mut hit, mut cumulative) = (0.0, 0, 0.0);
+    for (index, block) in blocks.iter().enumerate().filter(|(_, block)| block.sum > 0.0) {
+        (before, hit) = (cumulative, index);
+        cumulative += f64::from(block.sum);
+        if cumulative > target {
+            break;
+        }
+    }
+    let first = hit * WEIGHT_BLOCK;
+    let weights = weights[first..].iter().take(WEIGHT_BLOCK).copied();
+    pick((first..).zip(weights), target - before)
 }
 
-/// Inverts the cumulative distribution. Rounding may leave `uniform * total` unreached: the last possible token then.
-fn pick(weights: impl Iterator<Item = (usize, f32)>, total: f64, uniform: f64) -> usize {
-    let target = uniform * total;
+/// Where the cumulative weight exceeds `target`. Rounding may leave it unreached: the last possible token then.
+fn pick(weights: impl Iterator<Item = (usize, f32)>, target: f64) -> usize {
     let mut cumulative = 0.0;
     let mut last = 0;
     for (index, weight) in weights {
@@ -176,24 +199,6 @@ fn pick(weights: impl Iterator<Item = (usize, f32)>, total: f64, uniform: f64) -
         }
     }
     last
-}
-
-/// Index of the largest value, the lowest index among equals. NaN never wins.
-fn argmax(logits: &[f32]) -> usize {
-    let mut best = 0;
-    let mut highest = f32::NEG_INFINITY;
-    for (index, &logit) in logits.iter().enumerate() {
-        if logit > highest {
-            (best, highest) = (index, logit);
-        }
-    }
-    best
-}
-
-/// `ln(sum(exp(logits)))`, summed in index order.
-fn log_sum_exp(logits: &[f32], peak: f32) -> f64 {
-    let total: f64 = logits.iter().map(|&logit| f64::from(weight(logit, peak, 1.0))).sum();
-    f64::from(peak) + total.ln()
 }
 
 /// Of a token that cannot come, and in a row without any finite logit: negative infinity, never NaN.

@@ -191,9 +191,6 @@ impl Walk<'_> {
         scratch.sums[..self.queries * latent_padded].fill(0.0);
         scratch.largest[..self.queries].fill(f32::NEG_INFINITY);
         scratch.totals[..self.queries].fill(0.0);
-        // Scores are computed for four tokens at a time, also past the context; those must not be signalling NaN or
-        // subnormal leftovers of another operator that cost time.
-        scratch.cache.fill(0.0);
     }
 
     /// Divides the sums and hands them out.
@@ -224,10 +221,15 @@ impl Operation for Walk<'_> {
             i += 1;
         }
         let mut token = self.shape.first;
+        // Scores are computed for four tokens at a time, also past the context; those must not be signalling NaN or
+        // subnormal leftovers of another operator that cost time. Later blocks find rows of the first there.
+        let first = TOKENS.min(tokens.saturating_sub(token));
+        let width = padded(self.shape).1;
+        scratch.cache[first * width..first.next_multiple_of(4) * width].fill(0.0);
         while token < tokens {
             // SAFETY: the machine has the instruction set; the scratch is split by the same shape.
             unsafe {
-                self.decode::<V>(&mut scratch, token, TOKENS.min(tokens - token));
+                self.decode::<V>(&mut scratch, token, tokens);
                 self.score::<V>(&mut scratch, token);
                 self.weigh::<V>(&mut scratch, token);
                 self.sum::<V>(&mut scratch, token);

@@ -5,6 +5,7 @@ mod elementwise;
 mod isa;
 mod kv_write;
 mod linear;
+mod logits;
 mod mla_attention;
 mod norm;
 mod pool;
@@ -19,6 +20,7 @@ use std::ops::Range;
 pub(crate) use disjoint::Disjoint;
 pub use isa::Isa;
 pub use linear::{InputRows, LinearJob};
+pub use logits::{WEIGHT_BLOCK, WeightBlock};
 pub use pool::ThreadPool;
 pub(crate) use quantise::ScaleRule;
 

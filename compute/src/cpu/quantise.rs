@@ -88,6 +88,11 @@ impl Operation for E4m3ToBf16<'_> {
     unsafe fn run<V: Vector>(self) {
         let len = self.codes.len();
         let mut i = 0;
+        while i + 64 <= len {
+            // SAFETY: the machine has the instruction set; 64 values are left in both slices.
+            unsafe { V::e4m3_to_bf16_64(self.codes.as_ptr().add(i), self.out.as_mut_ptr().add(i).cast()) }
+            i += 64;
+        }
         while i + V::LANES <= len {
             // SAFETY: the machine has the instruction set; a whole vector is left in both slices.
             unsafe {

@@ -50,6 +50,28 @@ pub(super) trait Vector: Copy {
     /// The sums over the lanes of four vectors, each in the same fixed tree.
     unsafe fn sum4(vectors: [Self; 4]) -> [f32; 4];
 
+    /// 64 E4M3 codes times `scale`.
+    #[inline(always)]
+    unsafe fn scale_e4m3_64(codes: *const u8, scale: Self, out: *mut f32) {
+        let mut i = 0;
+        while i < 64 {
+            // SAFETY: the same contract, for 64 values in and out.
+            unsafe { Self::load_e4m3(codes.add(i)).mul(scale).store(out.add(i)) }
+            i += Self::LANES;
+        }
+    }
+
+    /// 64 E4M3 codes as bf16; exact.
+    #[inline(always)]
+    unsafe fn e4m3_to_bf16_64(codes: *const u8, out: *mut u8) {
+        let mut i = 0;
+        while i < 64 {
+            // SAFETY: the same contract, for 64 values in and out.
+            unsafe { Self::load_e4m3(codes.add(i)).store_bf16(out.add(2 * i)) }
+            i += Self::LANES;
+        }
+    }
+
     /// Asks for the line at an address, which may be any.
     #[inline(always)]
     fn prefetch(_at: *const u8) {}

@@ -249,6 +249,11 @@ fn odd_logits_give_a_token() {
     }
 }
 
+/// Probability relative to the best token's.
+fn weight(logit: f32, peak: f32, temperature: f32) -> f32 {
+    ((logit - peak) / temperature).exp()
+}
+
 /// vLLM's way, step by step over the whole vocabulary: probabilities sorted ascending, masked by cumulative sums.
 fn survivors_by_definition(limits: &Truncation, logits: &[f32], temperature: f32) -> Vec<u32> {
     let peak = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -275,16 +280,18 @@ fn survivors_by_definition(limits: &Truncation, logits: &[f32], temperature: f32
 proptest! {
     #[test]
     fn truncation_is_what_its_definition_says(
-        logits in prop::collection::vec(-6.0f32..6.0, 1..80),
+        // Several blocks of weights at times.
+        logits in prop::collection::vec(-6.0f32..6.0, 1..400),
         temperature in 0.2f32..2.0,
         top_k in 0u32..20,
         top_p in prop_oneof![Just(1.0f32), 0.01f32..1.0],
         min_p in prop_oneof![Just(0.0f32), 0.0f32..0.5],
     ) {
         let limits = Truncation { top_k, top_p, min_p };
-        let peak = logits[argmax(&logits)];
-        let mut kept = Vec::new();
-        limits.apply(&logits, peak, temperature, &mut kept);
+        let peak = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let (mut weights, mut blocks, mut kept) = (Vec::new(), Vec::new(), Vec::new());
+        Isa::detect().softmax_weights(&logits, peak, temperature, &mut weights, &mut blocks);
+        limits.apply(&logits, &weights, &blocks, &mut kept);
         let mut tokens: Vec<u32> = kept.iter().map(|candidate| candidate.token).collect();
         tokens.sort_unstable();
         prop_assert_eq!(tokens, survivors_by_definition(&limits, &logits, temperature));

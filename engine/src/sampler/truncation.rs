@@ -4,7 +4,10 @@
 //! that ties with the k-th; top-p looks at what top-k left, renormalised, and keeps a token while the mass before it is
 //! less than p, so that the best token always stays.
 
-use super::weight;
+use compute::{WEIGHT_BLOCK, WeightBlock};
+
+/// Weights are good to some 2⁻²¹.
+const SLACK: f32 = 1.0 - 1e-5;
 
 /// A token that may be drawn.
 #[derive(Clone, Copy, Debug)]
@@ -32,17 +35,51 @@ impl Truncation {
         (self.top_k == 0 || self.top_k as usize >= vocab) && self.top_p >= 1.0 && self.min_p <= 0.0
     }
 
-    /// Fills `kept` with the tokens that survive, in an order that depends on the logits alone.
-    pub fn apply(&self, logits: &[f32], peak: f32, temperature: f32, kept: &mut Vec<Candidate>) {
+    /// Fills `kept` with the tokens that survive, in an order that depends on the logits alone. `weights` are relative
+    /// to the best token's probability, and `blocks` what they come to.
+    pub fn apply(&self, logits: &[f32], weights: &[f32], blocks: &[WeightBlock], kept: &mut Vec<Candidate>) {
         kept.clear();
-        kept.extend(logits.iter().enumerate().filter_map(|(token, &logit)| {
-            let weight = weight(logit, peak, temperature);
-            (weight > 0.0 && weight >= self.min_p).then_some(Candidate { token: token as u32, logit, weight })
-        }));
+        let floor = self.floor(weights.len(), blocks);
+        // Almost all blocks lie below the floor as a whole.
+        for (block, _) in blocks.iter().enumerate().filter(|(_, block)| block.max > 0.0 && block.max >= floor)
+        {
+            let first = block * WEIGHT_BLOCK;
+            let weights = weights[first..].iter().take(WEIGHT_BLOCK);
+            kept.extend(weights.zip(first..).filter_map(|(&weight, token)| {
+                let candidate = Candidate { token: token as u32, logit: logits[token], weight };
+                (weight > 0.0 && weight >= floor && weight >= self.min_p).then_some(candidate)
+            }));
+        }
         self.keep_top_k(kept);
         if self.top_p < 1.0 {
-            self.keep_top_p(kept);
+            let total = if self.top_k == 0 && self.min_p <= 0.0 { Some(total(blocks)) } else { None };
+            self.keep_top_p(kept, total);
         }
+    }
+
+    /// A weight below which no token can survive. It is lowered by more than weights are rounded by, so that the
+    /// decision is always made on what remains.
+    fn floor(&self, vocab: usize, blocks: &[WeightBlock]) -> f32 {
+        let mut floor = self.min_p * SLACK;
+        let k = self.top_k as usize;
+        if k > 0 && k <= blocks.len() {
+            // At least k tokens weigh as much as the k-th largest block's largest. Without a buffer of the maxima: halve
+            // the interval of bit patterns, which are ordered as the positive floats are.
+            let (mut low, mut high) = (0, 1.0f32.to_bits() + 1);
+            while high - low > 1 {
+                let middle = low + (high - low) / 2;
+                let as_large = blocks.iter().filter(|block| block.max.to_bits() >= middle).count();
+                if as_large >= k { low = middle } else { high = middle }
+            }
+            floor = floor.max(f32::from_bits(low) * SLACK);
+        }
+        if self.top_p < 1.0 && k == 0 && self.min_p <= 0.0 {
+            // All tokens at or below an even share of the mass to be cut have at most that mass together, so none of them
+            // can survive.
+            let share = total(blocks) * (1.0 - f64::from(self.top_p)) / vocab as f64;
+            floor = floor.max((share as f32 * SLACK).min(SLACK));
+        }
+        floor
     }
 
     fn keep_top_k(&self, kept: &mut Vec<Candidate>) {
@@ -50,21 +87,17 @@ impl Truncation {
         if k == 0 || kept.len() <= k {
             return;
         }
-        // On a copy of the order only: the tokens themselves stay sorted by id for the sums that follow.
-        let mut by_logit: Vec<f32> = kept.iter().map(|candidate| candidate.logit).collect();
-        let (_, threshold, _) = by_logit.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a));
-        let threshold = *threshold;
+        kept.select_nth_unstable_by(k - 1, |a, b| b.logit.total_cmp(&a.logit));
+        let threshold = kept[k - 1].logit;
         kept.retain(|candidate| candidate.logit >= threshold);
+        // The sums that follow go by id.
+        kept.sort_unstable_by_key(|candidate| candidate.token);
     }
 
-    fn keep_top_p(&self, kept: &mut Vec<Candidate>) {
-        let total: f64 = kept.iter().map(|candidate| f64::from(candidate.weight)).sum();
+    /// `total`: the weight of all that `kept` was taken from, where it is known.
+    fn keep_top_p(&self, kept: &mut Vec<Candidate>, total: Option<f64>) {
+        let total = total.unwrap_or_else(|| kept.iter().map(|candidate| f64::from(candidate.weight)).sum());
         let limit = f64::from(self.top_p) * total;
-        // All tokens at or below an even share of the mass to be cut have at most that mass together, so none of them
-        // can survive. Dropping them first spares sorting a whole vocabulary.
-        let negligible = (total - limit) / kept.len() as f64;
-        let best = kept.iter().map(|candidate| candidate.weight).fold(0.0, f32::max);
-        kept.retain(|candidate| f64::from(candidate.weight) > negligible || candidate.weight >= best);
         kept.sort_unstable_by(|a, b| b.logit.total_cmp(&a.logit).then(a.token.cmp(&b.token)));
         let mut before = 0.0;
         let survivors = kept
@@ -77,4 +110,9 @@ impl Truncation {
             .count();
         kept.truncate(survivors.max(1));
     }
+}
+
+/// The weight of the whole vocabulary.
+fn total(blocks: &[WeightBlock]) -> f64 {
+    blocks.iter().map(|block| f64::from(block.sum)).sum()
 }

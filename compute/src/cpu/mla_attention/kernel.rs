@@ -9,16 +9,25 @@ use crate::fp8::BLOCK;
 const SUM_VECTORS: usize = 4;
 
 impl Walk<'_> {
-    /// Decodes the rows of `count` tokens from `token` on.
+    /// Decodes the rows of the block that starts at `token`, of `tokens` in all, and asks for those of the next.
     ///
     /// # Safety
     /// The machine has `V`'s instruction set.
     #[inline(always)]
-    pub(super) unsafe fn decode<V: Vector>(&self, scratch: &mut Scratch<'_>, token: usize, count: usize) {
+    pub(super) unsafe fn decode<V: Vector>(&self, scratch: &mut Scratch<'_>, token: usize, tokens: usize) {
+        let count = TOKENS.min(tokens - token);
         let geometry = &self.view.geometry;
         let (latent_padded, width) = padded(self.shape);
         let mut t = 0;
         while t < count {
+            if token + TOKENS + t < tokens {
+                let next = self.stored_row(token + TOKENS + t);
+                let mut line = 0;
+                while line < next.len() {
+                    V::prefetch(next.as_ptr().wrapping_add(line));
+                    line += 64;
+                }
+            }
             let stored = self.stored_row(token + t);
             let (front, rope) = stored.split_at(geometry.rope_offset());
             let out = &mut scratch.cache[t * width..][..width];
@@ -234,6 +243,10 @@ unsafe fn decode_e4m3<V: Vector>(codes: &[u8], scales: &[u8], out: &mut [f32]) {
         let mut i = block * BLOCK;
         // SAFETY: whole vectors inside both slices.
         unsafe {
+            while i + 64 <= end {
+                V::scale_e4m3_64(codes.as_ptr().add(i), V::splat(scale), out.as_mut_ptr().add(i));
+                i += 64;
+            }
             while i + V::LANES <= end {
                 V::load_e4m3(codes.as_ptr().add(i)).mul(V::splat(scale)).store(out.as_mut_ptr().add(i));
                 i += V::LANES;

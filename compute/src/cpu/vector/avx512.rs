@@ -3,6 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{Operation, Vector};
+use crate::fp8::E4M3_TO_BF16;
 
 /// Compiles `operation` for AVX-512.
 ///
@@ -12,6 +13,42 @@ use super::{Operation, Vector};
 pub(super) unsafe fn run(operation: impl Operation) {
     // SAFETY: the caller's promise.
     unsafe { operation.run::<F32x16>() }
+}
+
+/// 64 E4M3 codes as bf16, in order, by table: `vpermi2b` looks them up in 128 entries, once for the low bytes and once
+/// for the high ones; the sign bit is copied over, and the halves are interleaved.
+///
+/// # Safety
+/// The machine has [`crate::Isa::Avx512`]; 64 codes can be read.
+#[inline(always)]
+unsafe fn e4m3_to_bf16(codes: *const u8) -> [__m512i; 2] {
+    const LOW: [u8; 128] = byte_table(0);
+    const HIGH: [u8; 128] = byte_table(8);
+    // SAFETY: the caller's promise; both halves of 128 bytes.
+    unsafe {
+        let table = |table: &[u8; 128], codes| {
+            let low = _mm512_loadu_si512(table.as_ptr().cast());
+            _mm512_permutex2var_epi8(low, codes, _mm512_loadu_si512(table.as_ptr().add(64).cast()))
+        };
+        // Where interleaving within 128-bit lanes will leave their values in order.
+        let order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+        let codes = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(codes.cast()));
+        let (low, high) = (table(&LOW, codes), table(&HIGH, codes));
+        // high | (codes & 0x80)
+        let high = _mm512_ternarylogic_epi64::<0xF8>(high, codes, _mm512_set1_epi8(-128));
+        [_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)]
+    }
+}
+
+/// One byte of the bf16 bits of each of the 128 codes without sign.
+const fn byte_table(shift: u32) -> [u8; 128] {
+    let mut table = [0; 128];
+    let mut code = 0;
+    while code < 128 {
+        table[code] = (E4M3_TO_BF16[code] >> shift) as u8;
+        code += 1;
+    }
+    table
 }
 
 #[derive(Clone, Copy)]
@@ -146,6 +183,34 @@ impl Vector for F32x16 {
         unsafe {
             let n = _mm512_add_epi32(_mm512_cvtps_epi32(self.0), _mm512_set1_epi32(127));
             Self(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(n)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn scale_e4m3_64(codes: *const u8, scale: Self, out: *mut f32) {
+        unsafe {
+            let [first, second] = e4m3_to_bf16(codes);
+            let quarters = [
+                _mm512_castsi512_si256(first),
+                _mm512_extracti64x4_epi64::<1>(first),
+                _mm512_castsi512_si256(second),
+                _mm512_extracti64x4_epi64::<1>(second),
+            ];
+            let mut i = 0;
+            while i < 4 {
+                let bits = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(quarters[i]));
+                _mm512_storeu_ps(out.add(16 * i), _mm512_mul_ps(_mm512_castsi512_ps(bits), scale.0));
+                i += 1;
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn e4m3_to_bf16_64(codes: *const u8, out: *mut u8) {
+        unsafe {
+            let [first, second] = e4m3_to_bf16(codes);
+            _mm512_storeu_si512(out.cast(), first);
+            _mm512_storeu_si512(out.add(64).cast(), second);
         }
     }
 
