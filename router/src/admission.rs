@@ -17,6 +17,7 @@ use tracing::{Instrument, info_span};
 
 use self::places::{Permit, Places};
 use crate::config::{CHOICES_MAX, Config};
+use crate::detokenise::TextOptions;
 use crate::error::{FieldProblem, RequestError};
 use crate::generate::{Chat, Generate, Prompt, RequestContext};
 use crate::metrics::Metrics;
@@ -38,6 +39,8 @@ pub(crate) struct Admitted {
     pub sampling: SamplingParams,
     /// Stop strings; the token-level rules are each prompt's.
     pub stop: Vec<String>,
+    /// What of the text is given out.
+    pub text: TextOptions,
     /// When the request is given up.
     pub deadline: Instant,
     /// Time spent here.
@@ -105,8 +108,17 @@ impl Admission {
         generate: Generate,
         lifetime_tokens_max: Option<u64>,
     ) -> Result<Admitted, RequestError> {
-        let Generate { context, model, prompts, sampling, mut stopping, max_tokens_default, n, deadline } =
-            generate;
+        let Generate {
+            context,
+            model,
+            prompts,
+            sampling,
+            mut stopping,
+            max_tokens_default,
+            text,
+            n,
+            deadline,
+        } = generate;
         self.model.check_name(model.as_deref())?;
         let sequences = self.sequences(prompts.len(), n)?;
         let deadline_after = deadline.unwrap_or(self.deadline_max).min(self.deadline_max);
@@ -125,7 +137,17 @@ impl Admission {
         }
         let admission = context.received.elapsed();
         self.metrics.hop("admission", admission);
-        Ok(Admitted { context, prompts: admitted, n, sampling, stop, deadline, admission, _permit: permit })
+        Ok(Admitted {
+            context,
+            prompts: admitted,
+            n,
+            sampling,
+            stop,
+            text,
+            deadline,
+            admission,
+            _permit: permit,
+        })
     }
 
     fn sequences(&self, prompts: usize, n: u32) -> Result<usize, RequestError> {

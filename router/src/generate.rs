@@ -9,6 +9,7 @@ use model::{ChatMessage, TokenId};
 use proto::trace::TraceContext;
 use proto::v1;
 
+use crate::detokenise::TextOptions;
 use crate::http::Tenant;
 
 /// A request, parsed; nothing in it is checked against the model yet.
@@ -26,6 +27,8 @@ pub(crate) struct Generate {
     pub stopping: v1::Stopping,
     /// Tokens to generate where `stopping` does not say, as far as the context leaves them. `None`: all it leaves.
     pub max_tokens_default: Option<u32>,
+    /// What of the text is given out.
+    pub text: TextOptions,
     /// Choices of each prompt.
     pub n: u32,
     /// From receipt. `None`: the server's limit.

@@ -22,6 +22,7 @@ use tonic_health::server::HealthReporter;
 use tracing::{Instrument, info_span};
 
 use crate::connections::BoundedListener;
+use crate::detokenise::TextOptions;
 use crate::error::{FieldProblem, RequestError, StartError};
 use crate::generate::{Chat, Generate, Prompt, REQUEST_ID_MAX, RequestContext};
 use crate::http::{ApiKeys, Tenant, health};
@@ -205,6 +206,7 @@ fn parse(mut context: RequestContext, request: v1::GenerateRequest) -> Result<Ge
         stopping: stopping.unwrap_or_default(),
         max_tokens_default: None,
         // protobuf cannot tell 0 from absent.
+        text: TextOptions::default(),
         n: n.max(1),
         deadline: deadline_ms.map(Duration::from_millis),
     })

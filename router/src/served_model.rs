@@ -71,8 +71,8 @@ impl ServedModel {
     }
 
     /// A fresh detokeniser for one choice.
-    pub(crate) fn detokenizer(&self) -> Detokenizer {
-        Detokenizer::new(&self.tokenizer, true)
+    pub(crate) fn detokenizer(&self, skip_special_tokens: bool) -> Detokenizer {
+        Detokenizer::new(&self.tokenizer, skip_special_tokens)
     }
 
     /// The tokens that end a sequence.

@@ -239,11 +239,12 @@ impl Choice<'_> {
         };
         let stopping = &self.prompt.stopping;
         ChoiceText::new(
-            self.context.model.detokenizer(),
+            self.context.model.detokenizer(self.admitted.text.skip_special_tokens),
             StopMatcher::new(self.admitted.stop.clone()),
             reasoning,
             self.context.model.ending_tokens(stopping),
             stopping.min_tokens,
+            self.admitted.text.include_stop,
         )
     }
 }

@@ -3,7 +3,7 @@ use std::path::Path;
 
 use model::{Detokenizer, TokenId, Tokenizer};
 
-use super::ChoiceText;
+use super::{ChoiceText, TextOptions};
 use crate::reasoning::{ReasoningSplitter, Split};
 use crate::stop::StopMatcher;
 
@@ -16,17 +16,28 @@ fn tokenizer() -> Tokenizer {
 
 /// Content, reasoning, and what stopped the choice.
 fn run(text: &str, stops: &[&str], min_tokens: u32, chat: bool) -> (String, String, Option<String>) {
+    run_with(TextOptions::default(), text, stops, min_tokens, chat)
+}
+
+fn run_with(
+    options: TextOptions,
+    text: &str,
+    stops: &[&str],
+    min_tokens: u32,
+    chat: bool,
+) -> (String, String, Option<String>) {
     let tokenizer = tokenizer();
     let mut tokens = tokenizer.encode(text).expect("encodes");
     tokens.push(EOS);
     let reasoning = if chat { ReasoningSplitter::chat(false) } else { ReasoningSplitter::plain() };
     let stops = stops.iter().map(|stop| stop.to_string()).collect();
     let mut choice = ChoiceText::new(
-        Detokenizer::new(&tokenizer, true),
+        Detokenizer::new(&tokenizer, options.skip_special_tokens),
         StopMatcher::new(stops),
         reasoning,
         HashSet::from([EOS]),
         min_tokens,
+        options.include_stop,
     );
     let mut all = Split::default();
     let mut stopped = None;
@@ -54,12 +65,28 @@ fn text_comes_back_whole() {
 }
 
 #[test]
-fn stop_strings_are_seen_before_thinking_is_split() {
-    let text = "<think>first STOP second</think>answer";
-    assert_eq!(run(text, &[" STOP"], 0, true), (String::new(), "first".to_owned(), Some(" STOP".to_owned())));
-    // The closing mark itself may be one.
-    assert_eq!(run(text, &["</think>"], 0, true).1, "first STOP second");
-    assert_eq!(run(text, &[], 0, true), ("answer".to_owned(), "first STOP second".to_owned(), None));
+fn stop_strings_end_the_answer_and_not_the_thinking() {
+    let text = "<think>first STOP second</think>answer STOP more";
+    let thought = "first STOP second".to_owned();
+    assert_eq!(
+        run(text, &[" STOP"], 0, true),
+        ("answer".to_owned(), thought.clone(), Some(" STOP".to_owned()))
+    );
+    assert_eq!(run(text, &["</think>"], 0, true), ("answer STOP more".to_owned(), thought.clone(), None));
+    assert_eq!(run(text, &[], 0, true), ("answer STOP more".to_owned(), thought, None));
+    // Without a chat there is no thinking.
+    assert_eq!(run(text, &[" STOP"], 0, false).0, "<think>first");
+}
+
+#[test]
+fn what_ended_the_answer_is_given_out_where_it_is_asked_for() {
+    let include = TextOptions { include_stop: true, ..TextOptions::default() };
+    assert_eq!(run_with(include, "one STOP two", &["STOP"], 0, false).0, "one STOP");
+    let marks = TextOptions { include_stop: true, skip_special_tokens: false };
+    let whole = run_with(marks, "one", &[], 0, false).0;
+    assert!(whole.starts_with("one") && whole.len() > 3, "{whole} has its end's mark");
+    let marks = TextOptions { include_stop: false, skip_special_tokens: false };
+    assert_eq!(run_with(marks, "one", &[], 0, false).0, "one");
 }
 
 #[test]

@@ -101,7 +101,7 @@ async fn read(
             .await
             .unwrap_or(Err(RequestError::Internal))?,
     };
-    let Parameters { model, n, sampling, stopping, max_tokens_default, deadline, priority, answer } =
+    let Parameters { model, n, sampling, stopping, max_tokens_default, deadline, priority, text, answer } =
         parameters;
     let mut context = context;
     context.tenant.share.priority = priority;
@@ -112,6 +112,7 @@ async fn read(
         sampling,
         stopping,
         max_tokens_default,
+        text,
         n,
         deadline,
     };

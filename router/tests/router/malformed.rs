@@ -179,6 +179,9 @@ async fn harmless_fields_of_openai_are_accepted() {
         ("store", json!(false)),
         ("parallel_tool_calls", json!(true)),
         ("service_tier", json!("auto")),
+        ("skip_special_tokens", json!(true)),
+        ("include_stop_str_in_output", json!(false)),
+        ("some_extension", json!(null)),
         ("tools", json!([])),
         ("tool_choice", json!("none")),
         ("response_format", json!({ "type": "text" })),
@@ -190,6 +193,21 @@ async fn harmless_fields_of_openai_are_accepted() {
         body[field] = value;
     }
     cluster.complete(CHAT, &body).await;
+}
+
+#[tokio::test]
+async fn a_service_tier_is_a_class_and_an_unknown_one_is_named() {
+    let (cluster, prefill, decode) = Cluster::with_pair(Script::text("fine")).await;
+    let mut body = chat("?");
+    body["service_tier"] = json!("flex");
+    cluster.complete(CHAT, &body).await;
+    for worker in [&prefill, &decode] {
+        let share = worker.requests(1).await[0].share.expect("a share");
+        assert_eq!((share.weight, share.priority()), (1, proto::v1::Priority::Batch));
+    }
+    body["service_tier"] = json!("gold");
+    let answer: Value = cluster.post(CHAT, &body).await.json().await.expect("JSON");
+    assert_eq!(answer["error"]["param"], "service_tier", "{answer}");
 }
 
 #[tokio::test]

@@ -101,8 +101,9 @@ impl Fields {
     /// # Errors
     /// Names a field that nobody took.
     pub fn finish(self) -> Result<(), RequestError> {
-        match self.left.keys().next() {
-            Some(name) => {
+        // Clients that write out every field they know leave the others at null: that asks for nothing.
+        match self.left.iter().find(|(_, value)| !value.is_null()) {
+            Some((name, _)) => {
                 let name: String = name.chars().take(128).collect();
                 Err(RequestError::field(self.name(&name), FieldProblem::Unknown))
             }

@@ -8,6 +8,7 @@ use proto::v1;
 use serde_json::Value;
 
 use super::fields::Fields;
+use crate::detokenise::TextOptions;
 use crate::error::{FieldProblem, RequestError};
 
 /// OpenAI's fields that change nothing about the answer's tokens here: accepted, ignored.
@@ -49,6 +50,7 @@ pub(super) struct Parameters {
     pub deadline: Option<Duration>,
     /// From `service_tier`.
     pub priority: Priority,
+    pub text: TextOptions,
     pub answer: AnswerOptions,
 }
 
@@ -96,6 +98,7 @@ impl Parameters {
             max_tokens_default: None,
             deadline,
             priority: priority(fields)?,
+            text: text(fields)?,
             answer,
         })
     }
@@ -115,6 +118,15 @@ fn sampling(fields: &mut Fields) -> Result<v1::Sampling, RequestError> {
         seed: seed(fields)?,
         // The two endpoints spell it differently.
         logprobs: None,
+    })
+}
+
+/// vLLM's fields about the answer's text.
+fn text(fields: &mut Fields) -> Result<TextOptions, RequestError> {
+    const BOOL: &str = "true or false";
+    Ok(TextOptions {
+        skip_special_tokens: fields.take("skip_special_tokens", BOOL)?.unwrap_or(true),
+        include_stop: fields.take("include_stop_str_in_output", BOOL)?.unwrap_or(false),
     })
 }
 

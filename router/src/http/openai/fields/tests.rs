@@ -25,6 +25,7 @@ fn what_nobody_took_is_an_error() {
     assert_eq!(all.take::<u32>("e", "a number").expect("absent"), None);
     all.ignore(&["c"]);
     fails_with(all.finish(), "d", &FieldProblem::Unknown);
+    fields(json!({ "whatever": null })).finish().expect("null asks for nothing");
 }
 
 #[test]
