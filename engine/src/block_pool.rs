@@ -141,8 +141,8 @@ impl BlockPool {
     /// Makes the full blocks of `tokens` findable: the sequence's tokens from its start whose KV is computed. Blocks that
     /// are findable already cost nothing.
     ///
-    /// What is read from such a block must follow from the tokens up to its end. An MTP module's last row of a block also
-    /// depends on the token behind it: drafts made from a shared one may be worse, answers never depend on it.
+    /// What is read from such a block must follow from the tokens up to its end. An MTP module's rows do, because each lies
+    /// in the slot of the token that it was made with.
     ///
     /// Where another sequence has committed the same tokens first, its block takes the place of the sequence's own, which
     /// is free from here on: both hold the same bits.
