@@ -32,7 +32,7 @@ pub enum BenchCommand {
     Ops(ops::Args),
     /// What one process makes of a model: prompt and generation tokens per second, and where a step's time goes.
     Engine(engine::Args),
-    /// How well a model predicts a text, by teacher forcing through the engine.
+    /// How well a model predicts a text, by teacher forcing, through the engine or a server.
     Perplexity(perplexity::Args),
     /// Ask a running server for a needle in haystacks of several lengths, at several depths.
     Niah(niah::Args),
@@ -48,7 +48,7 @@ pub async fn run(command: BenchCommand) -> anyhow::Result<()> {
         BenchCommand::Simulate(args) => simulate::run(&args),
         BenchCommand::Ops(args) => ops::run(&args),
         BenchCommand::Engine(args) => engine::run(&args),
-        BenchCommand::Perplexity(args) => perplexity::run(&args),
+        BenchCommand::Perplexity(args) => perplexity::run(&args).await,
         BenchCommand::Niah(args) => niah::run(&args).await,
     }
 }

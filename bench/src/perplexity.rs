@@ -1,27 +1,30 @@
 //! `trireme bench perplexity`: how well a model predicts a text.
 //!
-//! A server tells log-probabilities of the tokens that it generates, not of a prompt's, so the text is teacher-forced
+//! Either a server is asked for the log-probabilities of the text as a prompt (`--url`), or the text is teacher-forced
 //! through the engine in this process: the step, the cache and the arithmetic are those that a cluster serves with, and a
-//! position's bits do not depend on who computes it.
+//! position's bits do not depend on who computes it, so both tell the same.
 //!
 //! A text longer than the window is walked in windows that overlap: every token is scored once, and all but those of the
 //! first window with `window - stride` tokens before it at least.
 
 mod score;
+mod server;
 mod windows;
 
 use std::fs::File;
 use std::io::{BufWriter, Write as _};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use engine::{Engine, EngineOptions, ExpertBank, LocalExperts};
-use model::{Checkpoint, Device, KvFormat, KvLayout, Numerics, Tokenizer};
+use model::{Checkpoint, Device, KvFormat, KvLayout, Numerics, TokenId, Tokenizer};
 use serde::Serialize;
 
 pub use score::Scorer;
 pub use windows::{Window, windows};
 
+use crate::client::Client;
 use crate::table::{aligned, number};
 use crate::{demo, plot};
 
@@ -31,19 +34,23 @@ const TEXT_BYTES_MAX: u64 = 256 << 20;
 const BUCKETS: usize = 8;
 /// Rows of a step: what a prefill worker runs at a time, and its logits are 130 MB with V3's vocabulary.
 const STEP_TOKENS: usize = 256;
+/// A window of a long context on a slow machine takes minutes.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// Flags of `trireme bench perplexity`.
-///
-/// Runs in this process through the engine, not through a server: servers tell the log-probabilities of generated tokens
-/// only, and a text's perplexity needs those of a prompt.
 #[derive(Debug, Clone, clap::Args)]
-#[command(after_help = "The text is teacher-forced through the engine in this process: servers tell the \
-                        log-probabilities of generated tokens only.")]
 pub struct Args {
     /// The text.
     #[arg(long)]
     pub text: PathBuf,
-    /// A checkpoint folder in the Hugging Face layout. Default: the demo model.
+    /// Ask this server, up to but without `/v1`, instead of running the engine in this process.
+    #[arg(long, conflicts_with_all = ["numerics", "kv_format", "threads"])]
+    pub url: Option<String>,
+    /// Environment variable with the server's API key.
+    #[arg(long, value_name = "VARIABLE", requires = "url")]
+    pub api_key_env: Option<String>,
+    /// A checkpoint folder in the Hugging Face layout; with --url the one that is served, whose tokenizer is used. Default:
+    /// the demo model.
     #[arg(long)]
     pub model: Option<PathBuf>,
     /// Tokens that the model sees at a time. Default: its context, but at most 4,096.
@@ -74,8 +81,8 @@ pub struct Args {
 pub struct Report {
     /// The checkpoint.
     pub model: PathBuf,
-    /// The arithmetic.
-    pub numerics: String,
+    /// The arithmetic, or the server.
+    pub computed_by: String,
     /// Tokens that were predicted.
     pub tokens: usize,
     /// Bytes of the text that they stand for.
@@ -111,7 +118,7 @@ pub struct Bucket {
 ///
 /// # Errors
 /// A file cannot be read or written, the checkpoint is not sound, or flags do not fit it.
-pub fn run(args: &Args) -> anyhow::Result<()> {
+pub async fn run(args: &Args) -> anyhow::Result<()> {
     let json = match &args.json {
         Some(path) => {
             let file = File::create(path).with_context(|| format!("cannot create {}", path.display()))?;
@@ -119,7 +126,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         }
         None => None,
     };
-    let report = measure(args)?;
+    let report = measure(args).await?;
     print!("{}", render(&report));
     if let Some((path, mut file)) = json {
         serde_json::to_writer_pretty(&mut file, &report)
@@ -134,7 +141,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// As [`run`].
-pub fn measure(args: &Args) -> anyhow::Result<Report> {
+pub async fn measure(args: &Args) -> anyhow::Result<Report> {
     let text_bytes =
         std::fs::metadata(&args.text).with_context(|| format!("--text {}", args.text.display()))?.len();
     ensure!(text_bytes <= TEXT_BYTES_MAX, "--text has {text_bytes} bytes, at most {TEXT_BYTES_MAX} are read");
@@ -142,9 +149,10 @@ pub fn measure(args: &Args) -> anyhow::Result<Report> {
         std::fs::read_to_string(&args.text).with_context(|| format!("--text {}", args.text.display()))?;
     let folder = demo::model_folder(args.model.as_deref())?;
     let checkpoint = Checkpoint::open(&folder)?;
-    let context = checkpoint.config().max_position_embeddings;
+    // A server also draws the token behind a prompt, and throws it away.
+    let context = checkpoint.config().max_position_embeddings - usize::from(args.url.is_some());
     let window = args.window.map_or(context.min(4096), |window| window as usize);
-    ensure!(window <= context, "--window is {window}, the model's context is {context}");
+    ensure!(window <= context, "--window is {window}, the model's context leaves {context}");
     let stride = args.stride.map_or(window / 2, |stride| stride as usize);
     ensure!(stride < window, "--stride is {stride}, must be less than --window ({window})");
 
@@ -160,7 +168,7 @@ pub fn measure(args: &Args) -> anyhow::Result<Report> {
         "--model: its tokenizer has ids beyond its vocabulary of {vocab}"
     );
 
-    let mut scorer = Scorer::new(engine(args, &checkpoint, window)?);
+    let mut by = By::new(args, &checkpoint, window).await?;
     let plan = windows(tokens.len(), window - usize::from(bos.is_some()), stride);
     let mut sums = Sums::new(window);
     let mut sequence = Vec::new();
@@ -171,7 +179,7 @@ pub fn measure(args: &Args) -> anyhow::Result<Report> {
         sequence.extend_from_slice(&tokens[window.text.clone()]);
         // The first token of all has nothing before it unless there is a mark.
         let first = (window.scored - window.text.start + usize::from(bos.is_some())).max(1);
-        for (offset, loss) in scorer.losses(&sequence, first)?.into_iter().enumerate() {
+        for (offset, loss) in by.losses(&sequence, first).await?.into_iter().enumerate() {
             sums.add(first + offset, loss);
         }
     }
@@ -180,7 +188,7 @@ pub fn measure(args: &Args) -> anyhow::Result<Report> {
     let loss = sums.loss();
     Ok(Report {
         model: folder,
-        numerics: args.numerics.to_string(),
+        computed_by: args.url.clone().unwrap_or_else(|| args.numerics.to_string()),
         tokens: sums.tokens(),
         bytes,
         window,
@@ -190,6 +198,34 @@ pub fn measure(args: &Args) -> anyhow::Result<Report> {
         bits_per_byte: loss * sums.tokens() as f64 / std::f64::consts::LN_2 / bytes.max(1) as f64,
         by_position: sums.buckets(),
     })
+}
+
+/// Who computes the losses.
+enum By {
+    Engine(Box<Scorer>),
+    Server { client: Client, model: String },
+}
+
+impl By {
+    async fn new(args: &Args, checkpoint: &Checkpoint, window: usize) -> anyhow::Result<Self> {
+        let Some(url) = &args.url else {
+            return Ok(Self::Engine(Box::new(Scorer::new(engine(args, checkpoint, window)?))));
+        };
+        let api_key = match &args.api_key_env {
+            Some(name) => Some(std::env::var(name).with_context(|| format!("no API key in ${name}"))?),
+            None => None,
+        };
+        let client = Client::new(url, api_key, REQUEST_TIMEOUT)?;
+        let model = client.first_model().await.with_context(|| format!("cannot ask {url} for its models"))?;
+        Ok(Self::Server { client, model })
+    }
+
+    async fn losses(&mut self, tokens: &[TokenId], first: usize) -> anyhow::Result<Vec<f64>> {
+        Ok(match self {
+            Self::Engine(scorer) => scorer.losses(tokens, first)?,
+            Self::Server { client, model } => server::losses(client, model, tokens, first).await?,
+        })
+    }
 }
 
 fn engine(args: &Args, checkpoint: &Checkpoint, window: usize) -> anyhow::Result<Engine> {
@@ -248,9 +284,9 @@ impl Sums {
 }
 
 fn render(report: &Report) -> String {
-    let header = ["numerics", "tokens", "window", "stride", "loss", "perplexity", "bits/byte"];
+    let header = ["computed by", "tokens", "window", "stride", "loss", "perplexity", "bits/byte"];
     let row = vec![
-        report.numerics.clone(),
+        report.computed_by.clone(),
         report.tokens.to_string(),
         report.window.to_string(),
         report.stride.to_string(),

@@ -32,6 +32,23 @@ pub struct Sampled {
     pub top: Vec<(TokenId, f32)>,
 }
 
+impl Sampled {
+    /// The log-probability of a token that is given, with the `count` most probable ones: of a prompt's token in the row
+    /// before it. No bias, no penalty.
+    pub fn given(token: TokenId, logits: &[f32], count: u32) -> Self {
+        let log_total = log_sum_exp(logits, logits[argmax(logits)]);
+        let top = largest(logits, count as usize).into_iter();
+        let logit = logits.get(token.0 as usize).copied().unwrap_or(f32::NEG_INFINITY);
+        Self {
+            token,
+            logprob: log_probability(logit, log_total),
+            top: top
+                .map(|index| (TokenId(index as u32), log_probability(logits[index], log_total)))
+                .collect(),
+        }
+    }
+}
+
 /// How often a token occurred, as the penalties see it.
 #[derive(Clone, Copy, Default)]
 struct Occurrence {

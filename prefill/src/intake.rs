@@ -6,7 +6,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use model::{ExecutionFingerprint, KvLayout, ModelConfig, TokenId};
+use model::{ExecutionFingerprint, KvLayout, ModelConfig, SamplingParams, TokenId};
+use proto::field::FieldError;
 use proto::fingerprint;
 use proto::sequence::{Sequence, SequenceLimits};
 use proto::ticket::KvTicket;
@@ -34,6 +35,8 @@ pub(crate) struct Checked {
     /// Tokens that the first token may not be: those that would end the sequence below its `min_tokens`.
     pub(crate) suppressed: Vec<TokenId>,
     pub(crate) deadline: Option<Instant>,
+    /// Alternatives with the log-probability of each prompt token; `None`: no log-probabilities of the prompt.
+    pub(crate) prompt_logprobs: Option<u32>,
 }
 
 impl Intake {
@@ -61,6 +64,10 @@ impl Intake {
         let sequence = Sequence::from_wire(&wire_sequence, self.limits)?;
         let ticket = KvTicket::from_wire(&wire_ticket).map_err(|error| error.within("ticket"))?;
         self.check_fit(&ticket, sequence.prompt.len())?;
+        if let Some(count) = wire.prompt_logprobs.filter(|&count| count > SamplingParams::LOGPROBS_MAX) {
+            let allowed = format_args!("at most {}", SamplingParams::LOGPROBS_MAX);
+            return Err(FieldError::out_of_range("prompt_logprobs", count, allowed).into());
+        }
         let deadline = sequence.deadline.map(|left| now + left);
         Ok(Checked {
             request_id: Arc::from(sequence.request_id.as_str()),
@@ -68,6 +75,7 @@ impl Intake {
             sequence,
             ticket,
             deadline,
+            prompt_logprobs: wire.prompt_logprobs,
         })
     }
 

@@ -19,6 +19,7 @@ mod health;
 mod intake;
 mod metrics;
 mod outbox;
+mod prompt_logprobs;
 pub mod scheduler;
 mod server;
 mod start;

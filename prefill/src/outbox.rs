@@ -25,8 +25,15 @@ pub(crate) enum RequestEvent {
     /// It waits for its first chunk.
     Queued,
     /// The prompt is computed. `queue`: from arrival to the first chunk; `compute`: from there to the token;
-    /// `cached_tokens`: how many of the prompt's were found instead of computed.
-    FirstToken { token: GeneratedToken, queue: Duration, compute: Duration, cached_tokens: usize },
+    /// `cached_tokens`: how many of the prompt's were found instead of computed; `prompt`: log-probabilities of the
+    /// prompt's tokens behind its first, where they were asked for.
+    FirstToken {
+        token: GeneratedToken,
+        prompt: Vec<GeneratedToken>,
+        queue: Duration,
+        compute: Duration,
+        cached_tokens: usize,
+    },
     /// Every block is committed on decode; nothing follows. `handoff`: since the first token.
     Done { handoff: Duration },
     /// Never queued; nothing follows.

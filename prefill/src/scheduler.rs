@@ -64,6 +64,8 @@ pub struct Arrival {
     pub share: Share,
     /// Tokens to compute, at least one.
     pub prompt: Arc<[TokenId]>,
+    /// Whether every token must be computed: something is wanted of each that no cache holds.
+    pub recompute: bool,
     /// When nobody wants the answer any more.
     pub deadline: Option<Instant>,
 }
@@ -140,6 +142,7 @@ pub struct Scheduler {
 #[derive(Debug)]
 struct Sequence {
     prompt: Arc<[TokenId]>,
+    recompute: bool,
     cache_salt: u64,
     /// Tokens whose KV is there, found ones included.
     computed: usize,
@@ -173,7 +176,7 @@ impl Scheduler {
 
     /// Queues a prompt. `arrival.id` must be new.
     pub fn submit(&mut self, arrival: Arrival, now: Instant) -> Result<(), Refusal> {
-        let Arrival { id, request_id, cache_salt, share, prompt, deadline } = arrival;
+        let Arrival { id, request_id, cache_salt, share, prompt, recompute, deadline } = arrival;
         let prompt_tokens = prompt.len();
         debug_assert!(!self.sequences.contains_key(&id), "sequence ids are unique");
         if prompt_tokens == 0 {
@@ -196,6 +199,7 @@ impl Scheduler {
             id,
             Sequence {
                 prompt,
+                recompute,
                 cache_salt,
                 computed: 0,
                 cached: 0,

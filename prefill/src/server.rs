@@ -98,9 +98,10 @@ impl Stream for EventStream {
 /// One event as the router reads it.
 fn to_wire(event: RequestEvent) -> Result<v1::PrefillEvent, Status> {
     let event = match event {
-        RequestEvent::FirstToken { token, queue, compute, cached_tokens } => {
+        RequestEvent::FirstToken { token, prompt, queue, compute, cached_tokens } => {
             Event::FirstToken(v1::FirstToken {
                 token: Some(token),
+                prompt,
                 queue_us: micros(queue),
                 compute_us: micros(compute),
                 cached_tokens: u32::try_from(cached_tokens).unwrap_or(u32::MAX),

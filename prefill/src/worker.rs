@@ -15,7 +15,6 @@ use crossbeam_channel::{Receiver as Channel, Select, TryRecvError};
 use engine::{Engine, FollowedInput, LogitsWanted, Sampled, SequenceInput, SequenceSampler, StepError};
 use model::BlockId;
 use proto::share::Priority;
-use proto::v1::{GeneratedToken, TokenLogprob};
 use tracing::Span;
 
 use crate::error::{Failure, Refusal};
@@ -23,6 +22,7 @@ use crate::handoff::{Handoff, Outcome};
 use crate::intake::Checked;
 use crate::metrics::{Metrics, as_gauge};
 use crate::outbox::{Outbox, RequestEvent};
+use crate::prompt_logprobs::{PromptLogprobs, to_wire};
 use crate::scheduler::{Arrival, Chunk, Scheduler, SequenceId};
 
 /// An idle thread still goes round this often: health tells idle from dead by it, and deadlines are found.
@@ -73,6 +73,8 @@ struct Request {
     /// With an MTP module: the hidden state of the last token that was computed, which the module's next row begins with.
     /// Empty before the first chunk.
     state: Vec<f32>,
+    /// Where the prompt's own log-probabilities are wanted.
+    prompt_logprobs: Option<PromptLogprobs>,
     span: Span,
 }
 
@@ -156,8 +158,10 @@ impl Worker {
         match queued {
             Ok(()) => {
                 outbox.send(RequestEvent::Queued);
-                self.requests
-                    .insert(id, Request { checked, outbox, arrived, started: None, state: Vec::new(), span });
+                let prompt_logprobs = checked.prompt_logprobs.map(PromptLogprobs::new);
+                let (started, state) = (None, Vec::new());
+                let request = Request { checked, outbox, arrived, started, state, prompt_logprobs, span };
+                self.requests.insert(id, request);
             }
             Err(refusal) => {
                 self.metrics.refused(refusal.kind());
@@ -179,6 +183,7 @@ impl Worker {
             cache_salt: checked.sequence.cache_salt,
             share: checked.sequence.share,
             prompt: Arc::from(checked.sequence.prompt.as_slice()),
+            recompute: checked.prompt_logprobs.is_some(),
             deadline: checked.deadline,
         };
         self.scheduler.submit(arrival, now)?;
@@ -251,12 +256,19 @@ impl Worker {
             self.engine.step(&batch, &mut observer)?.logits
         };
         let mut first_tokens = Vec::new();
-        let last_chunks = self.step.iter().filter(|chunk| chunk.last);
-        for (chunk, logits) in last_chunks.zip(logits.chunks_exact(vocab_size)) {
-            let Some(request) = self.requests.get(&chunk.id) else { continue };
-            self.logits.clear();
-            self.logits.extend_from_slice(logits);
-            first_tokens.push((chunk.id, request.checked.first_token(&mut self.logits)));
+        let mut rows = logits;
+        for chunk in &self.step {
+            let Some(request) = self.requests.get_mut(&chunk.id) else { continue };
+            let (of_chunk, others) = rows.split_at(request.rows_wanted(chunk) * vocab_size);
+            rows = others;
+            if let Some(logprobs) = &mut request.prompt_logprobs {
+                logprobs.rows(&request.checked.sequence.prompt, chunk.start, of_chunk, vocab_size);
+            }
+            if chunk.last {
+                self.logits.clear();
+                self.logits.extend_from_slice(&of_chunk[of_chunk.len() - vocab_size..]);
+                first_tokens.push((chunk.id, request.checked.first_token(&mut self.logits)));
+            }
         }
         Ok(first_tokens)
     }
@@ -281,7 +293,8 @@ impl Worker {
     }
 
     fn deliver(&mut self, id: SequenceId, sampled: Sampled, now: Instant) {
-        let Some(request) = self.requests.get(&id) else { return };
+        let Some(request) = self.requests.get_mut(&id) else { return };
+        let prompt = request.prompt_logprobs.as_mut().map(PromptLogprobs::take).unwrap_or_default();
         let started = request.started.unwrap_or(now);
         let queue = started.saturating_duration_since(request.arrived);
         let compute = now.saturating_duration_since(started);
@@ -289,7 +302,7 @@ impl Worker {
         self.handoff.finish(id, sampled.token, now);
         let token = to_wire(sampled, request.checked.sequence.sampling.logprobs.is_some());
         let cached_tokens = self.scheduler.cached_tokens(id);
-        request.outbox.send(RequestEvent::FirstToken { token, queue, compute, cached_tokens });
+        request.outbox.send(RequestEvent::FirstToken { token, prompt, queue, compute, cached_tokens });
     }
 
     /// The rows of a failed step are unusable, those of its own sequences only: they go, the worker stays.
@@ -361,8 +374,17 @@ impl Request {
             tokens: &self.checked.sequence.prompt[chunk.start..chunk.start + chunk.tokens],
             position: chunk.start,
             block_table,
-            logits: if chunk.last { LogitsWanted::Last } else { LogitsWanted::None },
+            logits: match (&self.prompt_logprobs, chunk.last) {
+                (Some(_), _) => LogitsWanted::All,
+                (None, true) => LogitsWanted::Last,
+                (None, false) => LogitsWanted::None,
+            },
         }
+    }
+
+    /// Rows of [`Self::input`] that logits are wanted for.
+    fn rows_wanted(&self, chunk: &Chunk) -> usize {
+        if self.prompt_logprobs.is_some() { chunk.tokens } else { usize::from(chunk.last) }
     }
 }
 
@@ -389,14 +411,5 @@ impl Checked {
         let sequence = &self.sequence;
         let mut sampler = SequenceSampler::new(&sequence.sampling, sequence.choice, &sequence.prompt);
         sampler.sample(logits, sequence.prompt.len(), &self.suppressed)
-    }
-}
-
-fn to_wire(sampled: Sampled, logprobs: bool) -> GeneratedToken {
-    let top = sampled.top.into_iter().map(|(token, logprob)| TokenLogprob { token_id: token.0, logprob });
-    GeneratedToken {
-        token_id: sampled.token.0,
-        logprob: logprobs.then_some(sampled.logprob),
-        top: top.collect(),
     }
 }

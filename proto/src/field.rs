@@ -44,7 +44,8 @@ impl FieldError {
         Self { field: field.into(), problem: Problem::Missing }
     }
 
-    pub(crate) fn out_of_range(
+    /// `value` is not what `allowed` says.
+    pub fn out_of_range(
         field: impl Into<Cow<'static, str>>,
         value: impl Display,
         allowed: impl Display,

@@ -26,6 +26,9 @@ use crate::stop::{STOP_BYTES_MAX, STOPS_MAX};
 
 /// Text above this goes to a blocking thread: the tokenizer takes about a millisecond for it.
 const INLINE_TEXT_BYTES_MAX: usize = 8 << 10;
+/// Log-probabilities of a prompt's tokens and their alternatives: each takes some 12 bytes of a gRPC message, of which 4 MiB
+/// are taken.
+const PROMPT_LOGPROBS_MAX: usize = 250_000;
 /// What an overloaded server asks clients to wait: about the time in which a place becomes free.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
@@ -35,6 +38,8 @@ pub(crate) struct Admitted {
     pub prompts: Vec<AdmittedPrompt>,
     /// Choices of each prompt.
     pub n: u32,
+    /// Alternatives with the log-probability of each prompt token.
+    pub prompt_logprobs: Option<u32>,
     /// Every default filled in.
     pub sampling: SamplingParams,
     /// Stop strings; the token-level rules are each prompt's.
@@ -117,6 +122,7 @@ impl Admission {
             max_tokens_default,
             text,
             n,
+            prompt_logprobs,
             deadline,
         } = generate;
         self.model.check_name(model.as_deref())?;
@@ -133,6 +139,7 @@ impl Admission {
             let (tokens, reasoning) = self.tokenise(prompt).await?;
             let room = self.room(&tokens, &stopping, max_tokens_default, lifetime_tokens_max)?;
             let stopping = stopping_from_wire(&stopping, room)?;
+            check_prompt_logprobs(prompt_logprobs, tokens.len())?;
             admitted.push(AdmittedPrompt { tokens: tokens.into(), stopping, reasoning });
         }
         let admission = context.received.elapsed();
@@ -141,6 +148,7 @@ impl Admission {
             context,
             prompts: admitted,
             n,
+            prompt_logprobs,
             sampling,
             stop,
             text,
@@ -242,6 +250,22 @@ impl Admission {
         let pool = lifetime_tokens_max.and_then(|tokens| usize::try_from(tokens).ok()).unwrap_or(context);
         let room = context.min(pool).saturating_sub(prompt.len()).max(1);
         Ok(max_tokens_default.unwrap_or(u32::MAX).min(u32::try_from(room).unwrap_or(u32::MAX)))
+    }
+}
+
+/// The log-probabilities of a whole prompt come in one message, whose size is bounded.
+fn check_prompt_logprobs(alternatives: Option<u32>, prompt_tokens: usize) -> Result<(), RequestError> {
+    let values = |alternatives: u32| prompt_tokens.saturating_mul(alternatives as usize + 1);
+    match alternatives.map(values) {
+        Some(values) if values > PROMPT_LOGPROBS_MAX => {
+            let allowed = format!("prompt tokens times (logprobs + 1) must be at most {PROMPT_LOGPROBS_MAX}");
+            Err(RequestError::out_of_range(
+                "echo",
+                format_args!("with {prompt_tokens} prompt tokens"),
+                allowed,
+            ))
+        }
+        _ => Ok(()),
     }
 }
 

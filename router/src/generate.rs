@@ -31,6 +31,8 @@ pub(crate) struct Generate {
     pub text: TextOptions,
     /// Choices of each prompt.
     pub n: u32,
+    /// Alternatives with the log-probability of each prompt token; `None`: no log-probabilities of the prompt.
+    pub prompt_logprobs: Option<u32>,
     /// From receipt. `None`: the server's limit.
     pub deadline: Option<Duration>,
 }

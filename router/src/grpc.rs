@@ -199,6 +199,7 @@ fn parse(mut context: RequestContext, request: v1::GenerateRequest) -> Result<Ge
         None => return Err(RequestError::field("prompt", FieldProblem::Missing)),
     };
     Ok(Generate {
+        prompt_logprobs: None,
         context,
         model: name(&model).map(str::to_owned),
         prompts: vec![prompt],

@@ -57,36 +57,36 @@ fn a_loss_is_the_negative_log_of_the_probability() {
 }
 
 /// A story in the demo model's manner is nearly known to it; and windows that overlap almost whole score as one does.
-#[test]
-fn the_demo_model_predicts_its_own_kind_of_story() {
+#[tokio::test]
+async fn the_demo_model_predicts_its_own_kind_of_story() {
     let text = text();
-    let whole = measure(&args(text.path(), "")).expect("a figure");
+    let whole = measure(&args(text.path(), "")).await.expect("a figure");
     assert!(whole.tokens > 60 && whole.perplexity < 4.0 && whole.perplexity > 1.0, "{whole:?}");
     assert_eq!(whole.bytes as u64, std::fs::metadata(text.path()).expect("a file").len());
     let by_position: usize = whole.by_position.iter().map(|bucket| bucket.tokens).sum();
     assert_eq!(by_position, whole.tokens);
-    let cut = measure(&args(text.path(), "--window 64 --stride 24")).expect("a figure");
+    let cut = measure(&args(text.path(), "--window 64 --stride 24")).await.expect("a figure");
     assert_eq!(cut.tokens, whole.tokens);
     assert!((cut.loss - whole.loss).abs() < 0.3, "{} {}", cut.loss, whole.loss);
-    let short = measure(&args(text.path(), "--window 8 --stride 7")).expect("a figure");
+    let short = measure(&args(text.path(), "--window 8 --stride 7")).await.expect("a figure");
     assert!(short.loss > whole.loss + 0.3, "less context predicts worse: {} {}", short.loss, whole.loss);
-    let reference = measure(&args(text.path(), "--numerics reference")).expect("a figure");
+    let reference = measure(&args(text.path(), "--numerics reference")).await.expect("a figure");
     assert!((reference.loss - whole.loss).abs() < 0.05, "{} {}", reference.loss, whole.loss);
     assert!(render(&whole).contains("perplexity by position"));
 }
 
-#[test]
-fn what_does_not_fit_is_refused_by_name() {
+#[tokio::test]
+async fn what_does_not_fit_is_refused_by_name() {
     let file = text();
     for (flags, expected) in [
         ("--window 5000", "--window is 5000"),
         ("--window 64 --stride 64", "--stride is 64"),
         ("--model /nowhere", "/nowhere"),
     ] {
-        let error = format!("{:#}", measure(&args(file.path(), flags)).expect_err(flags));
+        let error = format!("{:#}", measure(&args(file.path(), flags)).await.expect_err(flags));
         assert!(error.contains(expected), "{flags}: {error}");
     }
     let missing = std::path::Path::new("/nowhere/text");
-    let error = format!("{:#}", measure(&args(missing, "")).expect_err("no text"));
+    let error = format!("{:#}", measure(&args(missing, "")).await.expect_err("no text"));
     assert!(error.contains("--text /nowhere/text"), "{error}");
 }

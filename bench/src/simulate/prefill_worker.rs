@@ -53,6 +53,7 @@ impl PrefillWorker {
                 cache_salt: 0,
                 share: Share::default(),
                 prompt,
+                recompute: false,
                 deadline: None,
             },
             now,

@@ -96,6 +96,7 @@ impl Scene {
                     cache_salt: 0,
                     share: proto::share::Share::default(),
                     prompt: (0..prompt_tokens as u32).map(TokenId).collect(),
+                    recompute: false,
                     deadline: None,
                 },
                 now,

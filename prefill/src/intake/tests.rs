@@ -61,7 +61,11 @@ fn request() -> v1::PrefillRequest {
         layers: layout().layers as u32,
         lease: Duration::from_secs(2),
     };
-    v1::PrefillRequest { sequence: Some(sequence.to_wire()), ticket: Some(ticket.to_wire()) }
+    v1::PrefillRequest {
+        sequence: Some(sequence.to_wire()),
+        ticket: Some(ticket.to_wire()),
+        prompt_logprobs: None,
+    }
 }
 
 fn check(change: impl FnOnce(&mut v1::SequenceRequest, &mut v1::KvTicket)) -> Result<Checked, Refusal> {

@@ -122,7 +122,7 @@ impl Scheduler {
             salt: sequence.cache_salt,
             prompt: &sequence.prompt,
             // The last token is computed in any case: the first token comes from its logits.
-            shared_max: (prompt_tokens - 1) / self.limits.block_tokens,
+            shared_max: if sequence.recompute { 0 } else { (prompt_tokens - 1) / self.limits.block_tokens },
             blocks,
             // A prompt does not grow.
             blocks_max: blocks,

@@ -23,7 +23,15 @@ fn arrival(id: u64, prompt_tokens: usize) -> Arrival {
 fn prompt(id: u64, prompt: Vec<TokenId>) -> Arrival {
     let request_id = format!("request-{id}").into();
     let share = Share::default();
-    Arrival { id: SequenceId(id), request_id, cache_salt: 0, share, prompt: prompt.into(), deadline: None }
+    Arrival {
+        id: SequenceId(id),
+        request_id,
+        cache_salt: 0,
+        share,
+        prompt: prompt.into(),
+        recompute: false,
+        deadline: None,
+    }
 }
 
 /// What can happen to a scheduler, in any order.

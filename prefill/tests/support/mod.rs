@@ -142,7 +142,11 @@ impl Scene {
     /// A request for `sequence` with a ticket of this scene's decode.
     pub fn request(&mut self, sequence: &Sequence) -> v1::PrefillRequest {
         let ticket = self.decode.ticket(sequence.prompt.len());
-        v1::PrefillRequest { sequence: Some(sequence.to_wire()), ticket: Some(ticket.to_wire()) }
+        v1::PrefillRequest {
+            sequence: Some(sequence.to_wire()),
+            ticket: Some(ticket.to_wire()),
+            prompt_logprobs: None,
+        }
     }
 
     pub async fn send(&mut self, request: v1::PrefillRequest) -> Result<Streaming<v1::PrefillEvent>, Status> {
@@ -167,8 +171,11 @@ impl Scene {
     /// Runs a request whose blocks before `first_block` decode has already; the first token with what is said of it.
     pub async fn complete_from(&mut self, sequence: &Sequence, first_block: usize) -> v1::FirstToken {
         let ticket = self.decode.ticket_from(first_block, sequence.prompt.len());
-        let request =
-            v1::PrefillRequest { sequence: Some(sequence.to_wire()), ticket: Some(ticket.to_wire()) };
+        let request = v1::PrefillRequest {
+            sequence: Some(sequence.to_wire()),
+            ticket: Some(ticket.to_wire()),
+            prompt_logprobs: None,
+        };
         let mut stream = self.send(request).await.expect("queued");
         let first = self.first(&mut stream).await;
         self.done(&mut stream).await;

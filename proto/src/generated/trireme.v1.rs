@@ -934,6 +934,10 @@ pub struct PrefillRequest {
     pub sequence: ::core::option::Option<SequenceRequest>,
     #[prost(message, optional, tag = "2")]
     pub ticket: ::core::option::Option<KvTicket>,
+    /// Report the log-probability of every prompt token, with so many alternatives. Range 0..=20; then nothing of the prompt
+    /// is taken from a cache.
+    #[prost(uint32, optional, tag = "3")]
+    pub prompt_logprobs: ::core::option::Option<u32>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PrefillEvent {
@@ -961,6 +965,10 @@ pub struct FirstToken {
     pub compute_us: u64,
     #[prost(uint32, tag = "4")]
     pub cached_tokens: u32,
+    /// The prompt from its second token on, where its log-probabilities were asked for: each given those before it, without
+    /// penalties and bias.
+    #[prost(message, repeated, tag = "5")]
+    pub prompt: ::prost::alloc::vec::Vec<GeneratedToken>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PrefillDone {

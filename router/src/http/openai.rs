@@ -103,6 +103,7 @@ async fn read(
     };
     let Parameters { model, n, sampling, stopping, max_tokens_default, deadline, priority, text, answer } =
         parameters;
+    let prompt_logprobs = answer.logprobs.filter(|_| answer.echo);
     let mut context = context;
     context.tenant.share.priority = priority;
     let generate = Generate {
@@ -114,6 +115,7 @@ async fn read(
         max_tokens_default,
         text,
         n,
+        prompt_logprobs,
         deadline,
     };
     Ok((generate, answer))

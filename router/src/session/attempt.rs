@@ -146,6 +146,7 @@ impl Attempt<'_> {
             if worker.tier == Tier::Decode && !ready.is_empty() {
                 first_decoded.get_or_insert_with(Instant::now);
             }
+            output.take_prompt(streams.merge.take_prompt());
             if !ready.is_empty() && output.push(ready).await.map_err(client)? == Flow::Finished {
                 return Ok(Some(first_decoded.map_or(Duration::ZERO, |first| first.elapsed())));
             }
@@ -189,7 +190,11 @@ impl Attempt<'_> {
         ticket: v1::KvTicket,
     ) -> Result<Streaming<v1::PrefillEvent>, Failure> {
         let channel = worker.channel.clone().ok_or_else(|| Failure::gone(worker))?;
-        let request = v1::PrefillRequest { sequence: Some(self.sequence(worker)), ticket: Some(ticket) };
+        let request = v1::PrefillRequest {
+            sequence: Some(self.sequence(worker)),
+            ticket: Some(ticket),
+            prompt_logprobs: self.admitted.prompt_logprobs,
+        };
         let opening = async { Ok(PrefillClient::new(channel).prefill(request).await?.into_inner()) };
         self.with(worker, opening).await
     }

@@ -23,6 +23,8 @@ pub(crate) struct Delta {
     pub content: String,
     /// The tokens themselves; their text may come later.
     pub tokens: Vec<v1::GeneratedToken>,
+    /// On a choice's first delta, where they were asked for: the prompt's tokens behind its first.
+    pub prompt: Vec<v1::GeneratedToken>,
     /// Set on a choice's last delta.
     pub finish: Option<Finish>,
 }

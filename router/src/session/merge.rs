@@ -35,6 +35,7 @@ pub(super) struct Merge {
     end: Option<End>,
     cached_tokens: u32,
     drafts: Drafts,
+    prompt: Vec<v1::GeneratedToken>,
     timings: v1::Timings,
 }
 
@@ -50,6 +51,7 @@ impl Merge {
             end: None,
             cached_tokens: 0,
             drafts: Drafts::default(),
+            prompt: Vec::new(),
             timings: v1::Timings::default(),
         }
     }
@@ -68,6 +70,7 @@ impl Merge {
                 self.count(1)?;
                 self.first_token = true;
                 self.cached_tokens = first.cached_tokens;
+                self.prompt = first.prompt;
                 self.timings.prefill_queue_us = first.queue_us;
                 self.timings.prefill_us = first.compute_us;
                 tokens.append(&mut self.early);
@@ -147,6 +150,11 @@ impl Merge {
     /// What became of drafts so far.
     pub fn drafts(&self) -> Drafts {
         self.drafts
+    }
+
+    /// The prompt's tokens behind its first with their log-probabilities, once, where they were asked for.
+    pub fn take_prompt(&mut self) -> Vec<v1::GeneratedToken> {
+        std::mem::take(&mut self.prompt)
     }
 
     /// What the workers measured.

@@ -32,6 +32,8 @@ pub(super) struct ChoiceOutput<'a> {
     last_tokens: Option<Instant>,
     ttft: Duration,
     completion: Vec<TokenId>,
+    /// Goes with the next tokens.
+    prompt: Vec<v1::GeneratedToken>,
 }
 
 impl<'a> ChoiceOutput<'a> {
@@ -51,6 +53,7 @@ impl<'a> ChoiceOutput<'a> {
             last_tokens: None,
             ttft: Duration::ZERO,
             completion: Vec::new(),
+            prompt: Vec::new(),
         }
     }
 
@@ -74,10 +77,16 @@ impl<'a> ChoiceOutput<'a> {
         self.text.tokens()
     }
 
+    /// Log-probabilities of the prompt, which the next tokens are sent with.
+    pub fn take_prompt(&mut self, prompt: Vec<v1::GeneratedToken>) {
+        self.prompt.extend(prompt);
+    }
+
     /// Sends the next tokens with the text that they make certain.
     pub async fn push(&mut self, tokens: Vec<v1::GeneratedToken>) -> Result<Flow, RequestError> {
         self.note_time();
-        let mut delta = Delta { index: self.index, ..Delta::default() };
+        let prompt = std::mem::take(&mut self.prompt);
+        let mut delta = Delta { index: self.index, prompt, ..Delta::default() };
         for token in tokens {
             self.completion.push(TokenId(token.token_id));
             let piece = self.text.push(TokenId(token.token_id));

@@ -295,6 +295,43 @@ async fn completion_logprobs_have_offsets() {
     assert_eq!(&Value::from(offsets), &logprobs["text_offset"]);
 }
 
+/// The question of lm-evaluation-harness: a prompt by token ids, echoed with its log-probabilities.
+#[tokio::test]
+async fn a_prompt_is_echoed_with_its_log_probabilities() {
+    let (cluster, _prefill, _decode) = Cluster::with_pair(Script::text("ok")).await;
+    let prompt: Vec<u32> = tokens("né go on");
+    let count = prompt.len();
+    let body = with(completion(json!(prompt)), json!({ "echo": true, "logprobs": 1, "max_tokens": 1 }));
+    let answer = cluster.complete(COMPLETIONS, &body).await;
+    let choice = &answer["choices"][0];
+    assert!(choice["text"].as_str().is_some_and(|text| text.starts_with("né go on") && text.len() > 9));
+    let logprobs = &choice["logprobs"];
+    for list in ["tokens", "token_logprobs", "top_logprobs", "text_offset"] {
+        assert_eq!(logprobs[list].as_array().expect(list).len(), count + 1, "{list}");
+    }
+    assert_eq!((&logprobs["token_logprobs"][0], &logprobs["top_logprobs"][0]), (&Value::Null, &Value::Null));
+    for at in 1..count {
+        let logprob = logprobs["token_logprobs"][at].as_f64().expect("a log-probability");
+        assert!((logprob.exp() - 0.25).abs() < 1e-6, "token {at}");
+        assert_eq!(logprobs["top_logprobs"][at].as_object().expect("alternatives").len(), 2, "token {at}");
+    }
+    assert_eq!(logprobs["token_logprobs"][count], -0.5, "the completion's own");
+
+    // In a stream everything of the prompt comes first, and with max_tokens 0 nothing comes behind it.
+    let body = with(body, json!({ "max_tokens": 0, "stream_options": { "include_usage": true } }));
+    let chunks = cluster.stream(COMPLETIONS, &body).await;
+    let lists = chunks.iter().filter_map(|chunk| chunk["choices"][0]["logprobs"]["tokens"].as_array());
+    assert_eq!(lists.flatten().count(), count);
+    let text: String = chunks.iter().filter_map(|chunk| chunk["choices"][0]["text"].as_str()).collect();
+    assert_eq!(text, "né go on");
+    let usage = chunks.iter().find_map(|chunk| chunk["usage"].as_object()).expect("usage");
+    assert_eq!((&usage["prompt_tokens"], &usage["completion_tokens"]), (&json!(count), &json!(0)));
+
+    let plain = cluster.complete(COMPLETIONS, &with(completion(json!("go")), json!({ "echo": true }))).await;
+    assert_eq!(plain["choices"][0]["text"], "gook");
+    assert!(plain["choices"][0]["logprobs"].is_null());
+}
+
 #[tokio::test]
 async fn token_ids_as_vllm_has_them() {
     let (cluster, prefill, _decode) = Cluster::with_pair(Script::text("hi there")).await;

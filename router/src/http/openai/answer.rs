@@ -28,6 +28,8 @@ pub(in crate::http) struct WholeChoice {
     pub reasoning: String,
     pub content: String,
     pub tokens: Vec<v1::GeneratedToken>,
+    /// The prompt's tokens behind its first, with their log-probabilities, where they were asked for.
+    pub prompt: Vec<v1::GeneratedToken>,
     pub finish: Option<Finish>,
 }
 
@@ -37,6 +39,7 @@ impl WholeChoice {
         self.reasoning.push_str(&delta.reasoning);
         self.content.push_str(&delta.content);
         self.tokens.extend(delta.tokens);
+        self.prompt.extend(delta.prompt);
         self.finish = delta.finish.or(self.finish.take());
     }
 
@@ -145,6 +148,20 @@ impl Answer {
         self.options.token_ids.then(|| prompt.iter().map(|token| token.0).collect())
     }
 
+    /// The text of the prompt behind choice `index`, special tokens aside.
+    pub fn prompt_text(&self, index: u32) -> String {
+        let prompt = self.prompts.get((index / self.n) as usize);
+        prompt.map(|prompt| self.model.tokenizer.decode(prompt, true)).unwrap_or_default()
+    }
+
+    /// The tokens of that prompt. Of the first there is no log-probability: nothing stands before it.
+    pub fn prompt_tokens(&self, index: u32, behind: Vec<v1::GeneratedToken>) -> Vec<v1::GeneratedToken> {
+        let first = self.prompts.get((index / self.n) as usize).and_then(|prompt| prompt.first());
+        let first =
+            first.map(|token| v1::GeneratedToken { token_id: token.0, logprob: None, top: Vec::new() });
+        first.into_iter().chain(behind).collect()
+    }
+
     /// Of every chunk but the last.
     pub fn running_tail(&self) -> Tail {
         Tail { usage: self.options.include_usage.then_some(None), trireme_timings: None }
@@ -158,7 +175,12 @@ impl Answer {
     /// Of an answer that does not stream.
     pub fn whole_tail(&self, usage: &v1::Usage) -> Tail {
         let timings = usage.timings.as_ref().filter(|_| self.options.timings).map(Timings::from);
-        Tail { usage: Some(Some(Usage::from(usage))), trireme_timings: timings }
+        let mut usage = Usage::from(usage);
+        if self.options.prompt_only {
+            usage.completion_tokens = 0;
+            usage.total_tokens = usage.prompt_tokens;
+        }
+        Tail { usage: Some(Some(usage)), trireme_timings: timings }
     }
 }
 

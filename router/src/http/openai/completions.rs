@@ -18,15 +18,27 @@ const MAX_TOKENS_DEFAULT: u32 = 16;
 
 /// Reads the endpoint's own fields and ends reading.
 pub(super) fn parse(mut fields: Fields) -> Result<(Parameters, Vec<Prompt>), RequestError> {
+    let echo = fields.take("echo", "true or false")?.unwrap_or(false);
+    // Who echoes a prompt for its log-probabilities wants no token behind it, and none is what nobody else may ask for.
+    let max_tokens: Option<u32> = fields.take("max_tokens", "a whole number, 1 or more")?;
+    let prompt_only = echo && max_tokens == Some(0);
+    if max_tokens == Some(0) && !echo {
+        return Err(RequestError::out_of_range(
+            "max_tokens",
+            0,
+            "must be 1 or more, 0 with echo: true alone",
+        ));
+    }
     let mut parameters = Parameters::take(&mut fields)?;
+    parameters.stopping.max_tokens = max_tokens.map(|tokens| tokens.max(1));
+    (parameters.answer.echo, parameters.answer.prompt_only) = (echo, prompt_only);
     // `min_tokens` above the default says what the client expects of it.
     parameters.max_tokens_default = Some(MAX_TOKENS_DEFAULT.max(parameters.stopping.min_tokens));
     parameters.sampling.logprobs = fields.take("logprobs", "a whole number from 0 to 20")?;
     parameters.answer.logprobs = parameters.sampling.logprobs;
     fields.refuse(&[
-        ("echo", "the prompt is not repeated; return_token_ids gives its tokens"),
         ("suffix", "text is continued, not filled in"),
-        ("prompt_logprobs", "only generated tokens have log-probabilities"),
+        ("prompt_logprobs", "use echo: true with logprobs"),
     ])?;
     let prompts = prompts(&mut fields)?;
     fields.finish()?;
@@ -89,11 +101,21 @@ impl CompletionEncoder {
         Some(self.answer.completion_logprobs(tokens, offset))
     }
 
-    fn choice(&mut self, choice: WholeChoice, first: bool) -> Choice {
+    fn choice(&mut self, mut choice: WholeChoice, first: bool) -> Choice {
         let index = choice.index;
+        if self.answer.options.prompt_only {
+            choice.tokens.clear();
+            choice.content.clear();
+        }
+        let mut told = Vec::new();
+        if self.answer.options.echo && first {
+            choice.content.insert_str(0, &self.answer.prompt_text(index));
+            told = self.answer.prompt_tokens(index, std::mem::take(&mut choice.prompt));
+        }
+        told.extend_from_slice(&choice.tokens);
         Choice {
             index,
-            logprobs: self.logprobs(index, &choice.tokens),
+            logprobs: self.logprobs(index, &told),
             finish_reason: choice.finish.as_ref().map(finish_reason),
             stop_reason: choice.finish.as_ref().and_then(stop_reason),
             token_ids: self.answer.options.token_ids.then(|| token_ids(&choice.tokens)),

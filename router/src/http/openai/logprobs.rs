@@ -33,8 +33,8 @@ struct Alternative {
 pub(super) struct CompletionLogprobs {
     tokens: Vec<String>,
     token_logprobs: Vec<Option<f32>>,
-    /// Token and log-probability, the best first; the drawn token is always among them.
-    top_logprobs: Vec<Map<String, Value>>,
+    /// Token and log-probability, the best first; the token itself is always among them. None where it has none.
+    top_logprobs: Vec<Option<Map<String, Value>>>,
     /// Characters before each token.
     text_offset: Vec<usize>,
 }
@@ -77,7 +77,7 @@ impl Answer {
             *offset += self.model.tokenizer.token_text(TokenId(token.token_id)).chars().count();
             logprobs.tokens.push(text);
             logprobs.token_logprobs.push(token.logprob);
-            logprobs.top_logprobs.push(top);
+            logprobs.top_logprobs.push(token.logprob.map(|_| top));
         }
         logprobs
     }

@@ -66,6 +66,10 @@ pub(super) struct AnswerOptions {
     pub token_ids: bool,
     /// Alternatives per token; `None`: no log-probabilities.
     pub logprobs: Option<u32>,
+    /// The prompt stands before its completion, its tokens before the completion's.
+    pub echo: bool,
+    /// The completion is left out: with `echo`, nothing but the prompt was asked for.
+    pub prompt_only: bool,
 }
 
 impl Parameters {
@@ -87,6 +91,8 @@ impl Parameters {
             timings: fields.take("trireme_timings", "true or false")?.unwrap_or(false),
             token_ids: fields.take("return_token_ids", "true or false")?.unwrap_or(false),
             logprobs: None,
+            echo: false,
+            prompt_only: false,
         };
         let deadline =
             fields.take("deadline_ms", "a whole number of milliseconds")?.map(Duration::from_millis);

@@ -9,7 +9,13 @@ fn token(id: u32) -> v1::GeneratedToken {
 }
 
 fn first(id: u32) -> v1::PrefillEvent {
-    let first = v1::FirstToken { token: Some(token(id)), queue_us: 1, compute_us: 2, cached_tokens: 3 };
+    let first = v1::FirstToken {
+        token: Some(token(id)),
+        queue_us: 1,
+        compute_us: 2,
+        cached_tokens: 3,
+        prompt: Vec::new(),
+    };
     v1::PrefillEvent { event: Some(prefill_event::Event::FirstToken(first)) }
 }
 

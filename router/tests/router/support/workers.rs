@@ -319,7 +319,7 @@ impl Prefill for Fake {
         &self,
         request: Request<v1::PrefillRequest>,
     ) -> Result<Response<Self::PrefillStream>, Status> {
-        let v1::PrefillRequest { sequence, ticket } = request.into_inner();
+        let v1::PrefillRequest { sequence, ticket, prompt_logprobs } = request.into_inner();
         let (sequence, ticket) = (sequence.expect("sequence"), ticket.expect("ticket"));
         self.note(&sequence);
         let (sender, events) = mpsc::channel(4);
@@ -330,12 +330,20 @@ impl Prefill for Fake {
             }
             PrefillBehaviour::Answer => {
                 let (tokens, _) = answer(&self.script, &sequence);
+                // Each prompt token has a quarter's probability.
+                let told = sequence.prompt.iter().skip(1).map(|&token_id| v1::GeneratedToken {
+                    token_id,
+                    logprob: Some(0.25f32.ln()),
+                    top: vec![v1::TokenLogprob { token_id: 7, logprob: -0.1 }],
+                });
+                let told: Vec<_> = told.collect();
                 tokio::spawn(async move {
                     let first = v1::FirstToken {
                         token: tokens.into_iter().next(),
                         queue_us: 1,
                         compute_us: 2,
                         cached_tokens: 3,
+                        prompt: prompt_logprobs.map(|_| told).unwrap_or_default(),
                     };
                     for event in [
                         prefill_event::Event::FirstToken(first),
