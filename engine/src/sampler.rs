@@ -36,7 +36,9 @@ impl Sampled {
     /// The log-probability of a token that is given, with the `count` most probable ones: of a prompt's token in the row
     /// before it. No bias, no penalty.
     pub fn given(token: TokenId, logits: &[f32], count: u32) -> Self {
-        let log_total = log_sum_exp(logits, logits[argmax(logits)]);
+        let isa = Isa::detect();
+        let peak = logits[isa.argmax(logits)];
+        let log_total = f64::from(peak) + isa.sum_exp(logits, peak).ln();
         let top = largest(logits, count as usize).into_iter();
         let logit = logits.get(token.0 as usize).copied().unwrap_or(f32::NEG_INFINITY);
         Self {
