@@ -1,6 +1,7 @@
 //! `trireme generate`: a file of prompts through a whole cluster, at full batch, answers in the file's order.
 
 use std::{
+    collections::BTreeMap,
     io::{BufRead, BufReader, BufWriter, Write},
     path::PathBuf,
     time::{Duration, Instant},
@@ -88,10 +89,10 @@ async fn answer_all(args: &Args, url: &str, prompts: Vec<Prompt>) -> anyhow::Res
     };
     let begin = Instant::now();
     let bar = progress::prompts(prompts.len() as u64);
-    let mut answers = stream::iter(prompts.iter().map(|prompt| {
+    let mut answers = stream::iter(prompts.iter().enumerate().map(|(number, prompt)| {
         let (client, model, request) = (&client, model.as_str(), &request);
         async move {
-            match prompt {
+            let answer = match prompt {
                 Prompt::Text(text) if args.raw => {
                     answer::complete(client, model, text, request, std::io::sink()).await
                 }
@@ -102,10 +103,12 @@ async fn answer_all(args: &Args, url: &str, prompts: Vec<Prompt>) -> anyhow::Res
                 Prompt::Messages(messages) => {
                     answer::chat(client, model, messages, request, std::io::sink()).await
                 }
-            }
+            };
+            (number, answer)
         }
     }))
-    .buffered(usize::from(args.concurrency));
+    // In order of their ends: behind one long answer the batch would else run empty.
+    .buffer_unordered(usize::from(args.concurrency));
 
     let mut out: Box<dyn Write> = match &args.output_file {
         Some(path) => Box::new(BufWriter::new(
@@ -114,19 +117,24 @@ async fn answer_all(args: &Args, url: &str, prompts: Vec<Prompt>) -> anyhow::Res
         None => Box::new(std::io::stdout()),
     };
     let (mut tokens, mut failed, mut index) = (0, 0_usize, 0_usize);
-    while let Some(answer) = answers.next().await {
+    // Answers whose turn has not come.
+    let mut early = BTreeMap::new();
+    while let Some((number, answer)) = answers.next().await {
         bar.inc(1);
-        match answer {
-            Ok(answer) => {
-                tokens += answer.streamed.completion_tokens().unwrap_or(0);
-                report(&mut out, args.output_file.is_some(), &prompts[index], &answer)?;
+        early.insert(number, answer);
+        while let Some(answer) = early.remove(&index) {
+            match answer {
+                Ok(answer) => {
+                    tokens += answer.streamed.completion_tokens().unwrap_or(0);
+                    report(&mut out, args.output_file.is_some(), &prompts[index], &answer)?;
+                }
+                Err(error) => {
+                    failed += 1;
+                    eprintln!("prompt {}: {error}", index + 1);
+                }
             }
-            Err(error) => {
-                failed += 1;
-                eprintln!("prompt {}: {error}", index + 1);
-            }
+            index += 1;
         }
-        index += 1;
     }
     out.flush()?;
     bar.finish_and_clear();
