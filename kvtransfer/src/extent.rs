@@ -9,7 +9,7 @@ use crate::error::TransferError;
 use crate::wire::Run;
 
 /// The pieces of one ticket. Blocks are counted from the sequence's start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Extent {
     pub(crate) first_block: u32,
     /// Behind the last block.

@@ -47,7 +47,7 @@ pub struct Run {
 }
 
 /// Decode to prefill. Ends the transfer.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Reply {
     /// Every block is in decode's pool and belongs to the sequence.
     Committed,

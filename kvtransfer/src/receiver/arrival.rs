@@ -9,6 +9,7 @@ use crate::extent::{Extent, Violation};
 use crate::wire::Run;
 
 /// Progress of one ticket. Order of arrival does not matter, and nothing counts twice.
+#[derive(Clone, Hash)]
 pub(super) struct Arrival {
     extent: Extent,
     /// One bit for each piece.

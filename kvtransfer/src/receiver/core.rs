@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Display;
+use std::hash::{Hash, Hasher};
 use std::time::Instant;
 
 use fabric::Body;
@@ -19,6 +20,7 @@ use crate::outlet::{Outlet, Unsent};
 use crate::wire::{self, Push, Reply, TicketKey};
 
 /// Tickets and what has landed for them, with peers named by `P`.
+#[derive(Clone)]
 pub struct ReceiverCore<P> {
     options: ReceiverOptions,
     fabric_address: String,
@@ -29,6 +31,7 @@ pub struct ReceiverCore<P> {
     stats: ReceiverStats,
 }
 
+#[derive(Clone, Hash)]
 enum Ticket<P> {
     Receiving(Receiving<P>),
     /// The blocks are the sequence's. Kept to tell a duplicate of the last frame that it has arrived.
@@ -37,6 +40,7 @@ enum Ticket<P> {
     },
 }
 
+#[derive(Clone, Hash)]
 struct Receiving<P> {
     arrival: Arrival,
     /// Whose frame came first. Nobody else may push.
@@ -207,6 +211,15 @@ impl<P: Copy + Eq> ReceiverCore<P> {
     /// Counters since the start.
     pub fn stats(&self) -> ReceiverStats {
         self.stats
+    }
+
+    /// Hashes what decides how the machine goes on: all but its counters, which only grow.
+    pub fn hash_state(&self, into: &mut impl Hasher)
+    where
+        P: Hash,
+    {
+        self.tickets.hash(into);
+        self.replies.hash(into);
     }
 
     /// Checks what must hold between any two calls.

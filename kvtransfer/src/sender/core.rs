@@ -5,6 +5,7 @@
 //! the only copy until decode has committed them.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::hash::{Hash, Hasher};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -24,11 +25,12 @@ const GOODBYES_MAX: usize = 1024;
 const CONNECTING_MAX: Duration = Duration::from_secs(2);
 
 /// Transfers and connections, with peers named by `P`.
+#[derive(Clone)]
 pub struct SenderCore<P> {
     /// Ordered, so that equal histories give equal events.
     transfers: BTreeMap<TransferId, Transfer<P>>,
     by_ticket: HashMap<TicketKey, TransferId>,
-    links: HashMap<String, Link<P>>,
+    links: BTreeMap<String, Link<P>>,
     dials: VecDeque<String>,
     goodbyes: VecDeque<(P, TicketKey, String)>,
     events: Vec<SenderEvent>,
@@ -57,6 +59,7 @@ pub struct SenderStats {
     pub unexpected: u64,
 }
 
+#[derive(Clone, Hash)]
 struct Transfer<P> {
     key: TicketKey,
     address: String,
@@ -79,6 +82,7 @@ struct Route<P> {
     key: TicketKey,
 }
 
+#[derive(Clone, Hash)]
 enum Link<P> {
     Dialling,
     Up {
@@ -95,7 +99,7 @@ impl<P: Copy + Eq> SenderCore<P> {
         Self {
             transfers: BTreeMap::new(),
             by_ticket: HashMap::new(),
-            links: HashMap::new(),
+            links: BTreeMap::new(),
             dials: VecDeque::new(),
             goodbyes: VecDeque::new(),
             events: Vec::new(),
@@ -306,6 +310,17 @@ impl<P: Copy + Eq> SenderCore<P> {
     /// Counters since the start.
     pub fn stats(&self) -> SenderStats {
         self.stats
+    }
+
+    /// Hashes what decides how the machine goes on: all but its counters, which only grow.
+    pub fn hash_state(&self, into: &mut impl Hasher)
+    where
+        P: Hash,
+    {
+        self.transfers.hash(into);
+        self.links.hash(into);
+        self.dials.hash(into);
+        self.goodbyes.hash(into);
     }
 
     /// Checks what must hold between any two calls.

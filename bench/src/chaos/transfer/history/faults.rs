@@ -1,0 +1,281 @@
+//! What goes wrong, to processes and connections now and then, and to single frames on their way.
+
+use std::time::Duration;
+
+use fabric::Frame;
+use kvtransfer::TicketId;
+use kvtransfer::wire::{decode_push, decode_reply};
+
+use super::{
+    DECODES, Decode, Fault, Happening, History, LinkId, PREFILLS, Packet, Prefill, RngExt, SILENCE, Worker,
+    address, incarnation,
+};
+
+impl History {
+    /// One fault, and when the next one comes.
+    pub(super) fn fault(&mut self) {
+        match self.rng.random_range(0..20) {
+            0 => self.kill(),
+            1..3 => self.pause(),
+            3..12 => self.abort(),
+            12..15 => self.partition(),
+            _ => self.reset(),
+        }
+        if self.sequences < self.wanted {
+            self.after_us(1_000..40_000, Happening::Fault);
+        }
+    }
+
+    /// Notes that a fault has met a hand-off.
+    pub(super) fn meet(&mut self, sequence: u64, by: &'static str) {
+        let now = self.now;
+        if let Some(request) = self.requests.get_mut(&sequence) {
+            request.met.get_or_insert((now, by));
+        }
+    }
+
+    fn meet_where(&mut self, worker: Worker, by: &'static str) -> Vec<u64> {
+        let met: Vec<u64> = self
+            .requests
+            .iter()
+            .filter(|(_, request)| match worker {
+                Worker::Prefill(prefill) => request.prefill == prefill,
+                Worker::Decode(decode) => request.decode == decode,
+            })
+            .map(|(&sequence, _)| sequence)
+            .collect();
+        met.iter().for_each(|&sequence| self.meet(sequence, by));
+        met
+    }
+
+    fn any_worker(&mut self) -> Worker {
+        match self.rng.random_range(0..PREFILLS + DECODES) {
+            prefill @ 0..PREFILLS => Worker::Prefill(prefill),
+            other => Worker::Decode(other - PREFILLS),
+        }
+    }
+
+    /// At once where the kernel tells, after silence where it does not.
+    fn notice(&mut self) -> Duration {
+        let jitter = Duration::from_micros(self.rng.random_range(100..50_000));
+        if self.once_in(2) { jitter } else { SILENCE + jitter }
+    }
+
+    fn kill(&mut self) {
+        let worker = self.any_worker();
+        self.tally.fault(Fault::Kill);
+        for link in self.links_of(worker) {
+            self.close(link);
+            let other = self.other_end(link, worker);
+            let after = self.notice();
+            self.tell(other, link, after);
+        }
+        let met = self.meet_where(worker, "a kill");
+        // Its memory is gone, and with it its end of every hand-off.
+        let epoch = self.process(worker).epoch + 1;
+        match worker {
+            Worker::Prefill(prefill) => self.prefills[prefill] = Prefill::start(),
+            Worker::Decode(decode) => {
+                self.decodes[decode].count(&mut self.tally);
+                self.decodes[decode] = Decode::start(address(decode), incarnation(decode, epoch));
+            }
+        }
+        self.resume(worker);
+        for sequence in met {
+            self.done(sequence, worker);
+            let after = self.now + self.notice();
+            self.at(
+                after,
+                match worker {
+                    Worker::Prefill(_) => Happening::Release(sequence),
+                    Worker::Decode(_) => Happening::Cancel(sequence),
+                },
+            );
+        }
+        self.process(worker).epoch = epoch;
+    }
+
+    fn pause(&mut self) {
+        let worker = self.any_worker();
+        if self.process(worker).paused.is_some() {
+            return;
+        }
+        self.tally.fault(Fault::Pause);
+        let long = self.once_in(3);
+        let for_us = self.rng.random_range(if long { 1_500_000..4_000_000 } else { 1_000..300_000 });
+        let until = self.now + Duration::from_micros(for_us);
+        self.process(worker).paused = Some(until);
+        if until < self.now + SILENCE {
+            return;
+        }
+        for link in self.links_of(worker) {
+            self.at(self.now + SILENCE, Happening::Cut(link));
+        }
+        for sequence in self.meet_where(worker, "a pause") {
+            // The router has given it up as well; at the stopped end that waits.
+            let jitter = Duration::from_micros(self.rng.random_range(100..50_000));
+            self.at(self.now + SILENCE + jitter, Happening::Release(sequence));
+            self.at(self.now + SILENCE + jitter, Happening::Cancel(sequence));
+        }
+    }
+
+    fn abort(&mut self) {
+        let count = self.requests.len();
+        if count == 0 {
+            return;
+        }
+        let Some((&sequence, request)) = self.requests.iter().nth(self.rng.random_range(0..count)) else {
+            return;
+        };
+        let (prefill, epoch) = (request.prefill, request.prefill_epoch);
+        self.tally.fault(Fault::Abort);
+        self.meet(sequence, "an abort");
+        if self.once_in(2) {
+            // The client went away.
+            self.after_us(0..5_000, Happening::Cancel(sequence));
+        } else if self.processes[prefill].epoch == epoch && self.processes[prefill].paused.is_none() {
+            // Prefill gives up by itself, and says so.
+            if self.prefills[prefill].abort(sequence) {
+                self.done(sequence, Worker::Prefill(prefill));
+            }
+        } else {
+            self.after_us(0..5_000, Happening::Cancel(sequence));
+        }
+        self.after_us(0..20_000, Happening::Release(sequence));
+    }
+
+    fn partition(&mut self) {
+        let Some(link) = self.any_link() else { return };
+        self.tally.fault(Fault::Partition);
+        let long = self.once_in(2);
+        let for_us = self.rng.random_range(if long { 1_500_000..3_000_000 } else { 1_000..500_000 });
+        let until = self.now + Duration::from_micros(for_us);
+        if let Some(link) = self.links.get_mut(&link) {
+            link.partitioned = Some(until);
+        }
+        if until >= self.now + SILENCE {
+            self.meet_on(link, "a partition");
+            self.at(self.now + SILENCE, Happening::Cut(link));
+        }
+    }
+
+    fn reset(&mut self) {
+        let Some(link) = self.any_link() else { return };
+        self.tally.fault(Fault::Reset);
+        self.meet_on(link, "a reset");
+        self.lose(link, Duration::from_millis(30));
+    }
+
+    /// A connection ends because one end has not heard of the other for too long.
+    pub(super) fn cut_after_silence(&mut self, link: LinkId) {
+        if self.links.get(&link).is_some_and(|link| link.open) {
+            self.meet_on(link, "silence");
+        }
+        // Also where it has broken meanwhile: who has not heard of that hears it now.
+        self.lose(link, Duration::from_millis(30));
+    }
+
+    fn lose(&mut self, link: LinkId, within: Duration) {
+        let Some((prefill, decode)) = self.links.get(&link).map(|link| (link.prefill, link.decode)) else {
+            return;
+        };
+        self.close(link);
+        for worker in [Worker::Prefill(prefill), Worker::Decode(decode)] {
+            let after = within.mul_f64(self.rng.random::<f64>());
+            self.tell(worker, link, after);
+        }
+    }
+
+    fn tell(&mut self, worker: Worker, link: LinkId, after: Duration) {
+        let epoch = self.process(worker).epoch;
+        self.at(self.now + after, Happening::Told { worker, epoch, link });
+    }
+
+    fn close(&mut self, link: LinkId) {
+        if let Some(link) = self.links.get_mut(&link) {
+            link.open = false;
+        }
+    }
+
+    fn links_of(&self, worker: Worker) -> Vec<LinkId> {
+        let open = self.links.iter().filter(|(_, link)| {
+            link.open
+                && match worker {
+                    Worker::Prefill(prefill) => link.prefill == prefill,
+                    Worker::Decode(decode) => link.decode == decode,
+                }
+        });
+        open.map(|(&id, _)| id).collect()
+    }
+
+    fn any_link(&mut self) -> Option<LinkId> {
+        let open: Vec<LinkId> = self.links.iter().filter(|(_, link)| link.open).map(|(&id, _)| id).collect();
+        (!open.is_empty()).then(|| open[self.rng.random_range(0..open.len())])
+    }
+
+    fn other_end(&self, link: LinkId, worker: Worker) -> Worker {
+        let link = &self.links[&link];
+        match worker {
+            Worker::Prefill(_) => Worker::Decode(link.decode),
+            Worker::Decode(_) => Worker::Prefill(link.prefill),
+        }
+    }
+
+    fn meet_on(&mut self, link: LinkId, by: &'static str) {
+        let Some((prefill, decode)) = self.links.get(&link).map(|link| (link.prefill, link.decode)) else {
+            return;
+        };
+        let on =
+            self.requests.iter().filter(|(_, r)| r.prefill == prefill && r.decode == decode && r.at_prefill);
+        for sequence in on.map(|(&sequence, _)| sequence).collect::<Vec<_>>() {
+            self.meet(sequence, by);
+        }
+    }
+
+    /// Frames leave; what becomes of each on its way is drawn here.
+    pub(super) fn send(&mut self, frames: Vec<(LinkId, Frame)>, from_prefill: bool) {
+        for (id, frame) in frames {
+            let Some((prefill, decode)) = self.links.get(&id).map(|link| (link.prefill, link.decode)) else {
+                continue;
+            };
+            let to = if from_prefill { Worker::Decode(decode) } else { Worker::Prefill(prefill) };
+            let mut packet = Packet { link: id, to, head: frame.head, body: frame.body.concat().into() };
+            let sequence = self.sequence_of(&packet, decode);
+            if self.once_in(2_000) {
+                self.tally.fault(Fault::Lose);
+                if let Some(request) = sequence.and_then(|sequence| self.requests.get_mut(&sequence)) {
+                    request.beyond = true;
+                }
+                continue;
+            }
+            if !packet.body.is_empty() && self.once_in(500) {
+                self.tally.fault(Fault::Damage);
+                let mut body = packet.body.to_vec();
+                let at = self.rng.random_range(0..body.len());
+                body[at] ^= 1 << self.rng.random_range(0..8);
+                packet.body = body.into();
+                sequence.into_iter().for_each(|sequence| self.meet(sequence, "a damaged frame"));
+            }
+            if self.once_in(30) {
+                self.tally.fault(Fault::Repeat);
+                self.in_flight += 1;
+                self.after_us(20..50_000, Happening::Deliver(packet.clone()));
+            }
+            let delayed = self.once_in(40);
+            if delayed {
+                self.tally.fault(Fault::Delay);
+            }
+            self.in_flight += 1;
+            self.after_us(if delayed { 1_000..400_000 } else { 20..400 }, Happening::Deliver(packet));
+        }
+    }
+
+    fn sequence_of(&self, packet: &Packet, decode: usize) -> Option<u64> {
+        let key = match packet.to {
+            Worker::Decode(_) => decode_push(&packet.head).ok()?.0,
+            Worker::Prefill(_) => decode_reply(&packet.head).ok()?.0,
+        };
+        let ticket: TicketId = key.ticket_id;
+        self.by_ticket.get(&(decode, key.incarnation / DECODES as u64, ticket)).copied()
+    }
+}
