@@ -62,8 +62,12 @@ struct Raw {
     float scale;
 };
 
-__device__ __forceinline__ void fetch(const Attention &a, const u32 *table, u32 start, u32 end, u32 token, u32 part, Raw &raw) {
-    u32 position = start + token;
+// The block of a position, 0 for one past the end: asked for a tile before it is needed, since the rows wait for it.
+__device__ __forceinline__ u32 block_of(const Attention &a, const u32 *table, u32 position, u32 end) {
+    return position < end ? table[position / a.block_tokens] : 0;
+}
+
+__device__ __forceinline__ void fetch(const Attention &a, u32 block, u32 position, u32 end, u32 part, Raw &raw) {
     if (position >= end) {
 #pragma unroll
         for (u32 i = 0; i < 8; i++) raw.codes[i] = make_uint4(0, 0, 0, 0);
@@ -71,7 +75,6 @@ __device__ __forceinline__ void fetch(const Attention &a, const u32 *table, u32 
         raw.scale = 0.0f;
         return;
     }
-    u32 block = table[position / a.block_tokens];
     require(block < a.blocks);
     const u8 *row = a.pool + block * a.block_stride + a.layer_offset + (u64)(position % a.block_tokens) * a.row_bytes;
 #pragma unroll
@@ -134,15 +137,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_attention_wgmma(con
         // Three warpgroups start with 168 registers a thread: what one gives up the others may take.
         registers_down<120>();
         u32 token = thread / 4, part = thread % 4;
+        u32 at = start + token;
         Raw low, high;
-        fetch(a, table, start, end, token, part, low);
-        for (u32 i = 0; i < tiles; i++) {
-            u32 at = start + i * TOKENS, stage = i % 2;
-            fetch(a, table, at, end, token + 32, part, high);
+        fetch(a, block_of(a, table, at, end), at, end, part, low);
+        u32 high_block = block_of(a, table, at + 32, end), low_block = block_of(a, table, at + TOKENS, end);
+        for (u32 i = 0; i < tiles; i++, at += TOKENS) {
+            u32 stage = i % 2;
+            u32 next_high = block_of(a, table, at + TOKENS + 32, end), next_low = block_of(a, table, at + 2 * TOKENS, end);
+            fetch(a, high_block, at + 32, end, part, high);
             if (i >= 2) barrier_wait(empty + 8 * stage, (i / 2 - 1) & 1);
             spread(cache + stage * PIECES * PIECE, token, part, low);
-            if (i + 1 < tiles) fetch(a, table, at + TOKENS, end, token, part, low);
+            fetch(a, low_block, at + TOKENS, end, part, low);
             spread(cache + stage * PIECES * PIECE, token + 32, part, high);
+            high_block = next_high, low_block = next_low;
             written_for_matrix_unit();
             __syncwarp();
             if (lane == 0) barrier_arrive(full + 8 * stage);

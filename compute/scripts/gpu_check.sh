@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# Checks and times the CUDA operators on a GPU machine that has neither Rust nor a network.
-#   compute/scripts/gpu_check.sh pack FOLDER        here: builds, strips and compresses what must travel (2 MB)
-#   compute/scripts/gpu_check.sh run FOLDER [OUT]   there: runs the operator tests, then times, and prints one table;
+# Checks and times the CUDA operators and the engine on a GPU machine that has neither Rust nor a network.
+#   compute/scripts/gpu_check.sh pack FOLDER        here: builds, strips and compresses what must travel (10 MB)
+#   compute/scripts/gpu_check.sh run FOLDER [OUT]   there, in the repository's root: operator tests, the engine's golden,
+#                                                   quality and invariance tests on the GPU, then times, in one table;
 #                                                   with SANITIZE=1 also compute-sanitizer's memcheck and racecheck
 # The machine needs a driver for CUDA 13 and glibc 2.36 or later; kernels come prebuilt in FOLDER, and are compiled once
 # more there if it has NVRTC.
 set -euo pipefail
+
+engine_tests=(golden tiny fp8_quality invariance cuda)
 
 pack() {
     local folder=$1 root
@@ -18,7 +21,11 @@ pack() {
     local tests ops
     tests=$(cargo test --quiet --locked -p compute --test cuda --no-run --message-format=json | executable)
     ops=$(cargo build --quiet --locked --release -p compute --example cuda_ops --message-format=json | executable)
-    for pair in "tests $tests" "ops $ops"; do
+    local engine=()
+    for name in "${engine_tests[@]}"; do
+        engine+=("engine_$name $(cargo test --quiet --locked -p engine --test "$name" --no-run --message-format=json | executable)")
+    done
+    for pair in "tests $tests" "ops $ops" "${engine[@]}"; do
         set -- $pair
         strip -o "$folder/$1" "$2"
         xz -9 --force "$folder/$1"
@@ -29,7 +36,7 @@ pack() {
 run() {
     local folder=$1 out=${2:-$(mktemp -d)} work status=0
     work=$(mktemp -d)
-    for name in tests ops; do
+    for name in tests ops "${engine_tests[@]/#/engine_}"; do
         python3 - "$folder/$name.xz" "$work/$name" <<'PYTHON'
 import lzma, shutil, sys
 with lzma.open(sys.argv[1]) as packed, open(sys.argv[2], "wb") as unpacked:
@@ -43,6 +50,11 @@ PYTHON
     export XDG_CACHE_HOME=$work/cache
     echo "driver $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -n 1); NVRTC ${library:-absent}"
     "$work/tests" --nocapture --test-threads=1 >"$out/tests.log" 2>&1 || status=1
+    for name in "${engine_tests[@]}"; do
+        TRIREME_ROOT=$PWD TRIREME_TEST_DEVICE=cuda:0 \
+            "$work/engine_$name" --test-threads=1 >"$out/engine_$name.log" 2>&1 || status=1
+        echo "engine $name: $(grep -h '^test result' "$out/engine_$name.log" || tail -n 1 "$out/engine_$name.log")"
+    done
     if [ "${SANITIZE:-0}" = 1 ]; then
         for tool in memcheck racecheck; do
             # Opening devices over and over, and running out of memory on purpose, are not what it looks for.

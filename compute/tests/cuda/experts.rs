@@ -21,6 +21,7 @@ fn experts_have_the_bits_of_their_own_products() {
         (9, 8, 32, 128, 256),
         (300, 4, 6, 192, 384),
         (700, 2, 3, 64, 128),
+        (2500, 2, 4, 256, 512),
     ] {
         for (weights, format) in [
             (WeightFormat::F32, InputFormat::F32),

@@ -138,7 +138,8 @@ const BF16_TOLERANCE: f64 = 1e-5;
 fn tiles_of_the_matrix_unit_agree_in_every_bit() {
     let Some(device) = device() else { return };
     let mut rng = fresh();
-    let (n, k, most) = (320, 1536, 512);
+    // Enough tiles for the kernel of many rows, whose last tile is not whole.
+    let (n, k, most) = (320 + 2048, 1536, 2048);
     let w = matrix(&mut rng, WeightFormat::Fp8, n, k);
     let there = Matrix::new(device, &w).expect("weights");
     println!("kernel {:?}", device.linear_kernel(&there));
@@ -151,7 +152,7 @@ fn tiles_of_the_matrix_unit_agree_in_every_bit() {
     let mut expected = vec![f32::NAN; 4 * n];
     reference::linear(&w, &activations, &mut expected);
     assert_close("first rows", &whole[..4 * n], &expected, WGMMA_TOLERANCE);
-    for m in [1, 2, 7, 8, 15, 16, 17, 63, 64, 65, 100, 127, 128, 129, 300, 511] {
+    for m in [1, 2, 7, 8, 15, 16, 17, 63, 64, 65, 100, 127, 128, 129, 300, 511, 1900, 2047] {
         for first in [0, 1, most - m] {
             let part =
                 output(device, m * n, |y| device.linear(&there, x.rows(first, first + m), &mut y.view_mut()));
