@@ -8,7 +8,9 @@ use crate::error::{EngineError, InvalidBatch, StepError};
 use crate::experts::{ExpertBank, Experts, LocalExperts};
 use crate::kv_cache::KvPool;
 use crate::options::EngineOptions;
-use crate::step::{CpuEngine, DraftInput, FollowedInput, FollowedOutput, MtpInput, StepObserver, StepOutput};
+use crate::step::{
+    CpuEngine, DraftInput, FollowedInput, FollowedOutput, GreedyOutput, MtpInput, StepObserver, StepOutput,
+};
 
 /// A model ready to step, with its KV cache.
 pub struct Engine(Backend);
@@ -153,7 +155,7 @@ impl Engine {
         &mut self,
         inputs: &[SequenceInput<'_>],
         observer: &mut dyn StepObserver,
-    ) -> Option<Result<(&[u32], &[f32]), StepError>> {
+    ) -> Option<Result<GreedyOutput<'_>, StepError>> {
         match &mut self.0 {
             Backend::Cpu(_) => None,
             Backend::Cuda(engine) => Some(engine.step_greedy(inputs, observer)),

@@ -34,4 +34,6 @@ pub use kv_cache::KvPool;
 pub use options::{EngineOptions, ResultFormat, wire_activation_format};
 pub use sampler::{Sampled, SequenceSampler};
 pub use stage::Stage;
-pub use step::{DraftInput, FollowedInput, FollowedOutput, MtpInput, StepObserver, StepOutput, Watched};
+pub use step::{
+    DraftInput, FollowedInput, FollowedOutput, GreedyOutput, MtpInput, StepObserver, StepOutput, Watched,
+};

@@ -65,6 +65,15 @@ pub struct StepOutput<'a> {
     pub hidden: &'a [f32],
 }
 
+/// The most probable token of each wanted row, in the batch's order.
+#[derive(Clone, Copy, Debug)]
+pub struct GreedyOutput<'a> {
+    /// `[wanted]`
+    pub tokens: &'a [u32],
+    /// `[wanted]`: their log-probabilities.
+    pub logprobs: &'a [f32],
+}
+
 /// The engine on the CPU.
 pub(crate) struct CpuEngine {
     config: ModelConfig,

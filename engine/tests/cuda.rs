@@ -131,7 +131,7 @@ fn company_does_not_matter() {
         assert_same_bits(&format!("{count} together"), &some, &together[..count * vocab]);
     }
     let greedy = engine.step_greedy(&inputs, &mut ()).expect("a GPU").expect("a step");
-    for (row, (token, logprob)) in greedy.0.iter().zip(greedy.1).enumerate() {
+    for (row, (token, logprob)) in greedy.tokens.iter().zip(greedy.logprobs).enumerate() {
         assert_eq!(*token as usize, support::argmax(&together[row * vocab..(row + 1) * vocab]));
         assert!(*logprob <= 0.0 && logprob.is_finite());
     }

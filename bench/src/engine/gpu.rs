@@ -209,7 +209,7 @@ impl Bench {
             })
             .collect();
         let chosen = self.engine.step_greedy(&step, observer).context("the device chooses no tokens")??;
-        let chosen: Vec<TokenId> = chosen.0.iter().copied().map(TokenId).collect();
+        let chosen: Vec<TokenId> = chosen.tokens.iter().copied().map(TokenId).collect();
         for (sequence, token) in sequences.iter_mut().zip(chosen) {
             sequence.tokens.push(token);
         }

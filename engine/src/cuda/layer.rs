@@ -23,7 +23,7 @@ pub(super) struct Layer {
 }
 
 enum FeedForward {
-    Dense(Mlp),
+    Dense(Box<Mlp>),
     Moe(Box<Moe>),
 }
 
@@ -51,7 +51,7 @@ impl Layer {
                 if dense.input_format() != format {
                     return Err(mixed(&mlp.gate_proj));
                 }
-                FeedForward::Dense(dense)
+                FeedForward::Dense(Box::new(dense))
             }
             FfnTensors::Moe { gate, correction_bias, shared } => {
                 let mut moe = Moe::load(weights, gate, correction_bias.as_ref(), shared.as_ref())?;

@@ -31,7 +31,7 @@ use crate::fingerprint::fingerprint_of;
 use crate::kv_cache::KvPool;
 use crate::options::{EngineOptions, wire_activation_format};
 use crate::stage::Stage;
-use crate::step::{StepObserver, StepOutput};
+use crate::step::{GreedyOutput, StepObserver, StepOutput};
 use inputs::StepInputs;
 use layer::{Layer, LayerWorkspace};
 use plan::Plan;
@@ -107,7 +107,7 @@ impl CudaEngine {
                 specs.extend(experts.flat_map(|expert| schema::expert(config, layer, expert).into_specs()));
             }
         }
-        let mut loader = Loader::new(checkpoint, options.numerics, specs.into_iter(), progress)?.as_stored();
+        let mut loader = Loader::new(checkpoint, options.numerics, specs.into_iter(), progress)?.unarranged();
         let weight_bytes = loader.bytes_total();
         let source = Source::Checkpoint(&mut loader);
         let hash = checkpoint.weights_hash();
@@ -225,7 +225,7 @@ impl CudaEngine {
         &mut self,
         inputs: &[SequenceInput<'_>],
         observer: &mut dyn StepObserver,
-    ) -> Result<(&[u32], &[f32]), StepError> {
+    ) -> Result<GreedyOutput<'_>, StepError> {
         self.run(inputs, observer)?;
         let wanted = self.batch.wanted.len();
         let Workspace { logits, tokens, logprobs, host, .. } = &mut self.workspace;
@@ -235,7 +235,7 @@ impl CudaEngine {
         self.device.copy_out_later(tokens.slice(0..wanted), &mut host.tokens)?;
         self.device.copy_out_later(logprobs.slice(0..wanted), &mut host.logprobs)?;
         self.device.synchronize()?;
-        Ok((&host.tokens[..wanted], &host.logprobs[..wanted]))
+        Ok(GreedyOutput { tokens: &host.tokens[..wanted], logprobs: &host.logprobs[..wanted] })
     }
 
     /// Leaves logits and hidden states of the wanted rows on the device.

@@ -110,7 +110,7 @@ impl<'a> Loader<'a> {
     }
 
     /// Leaves matrices as they lie in the file: for a device that copies them.
-    pub fn as_stored(self) -> Self {
+    pub fn unarranged(self) -> Self {
         Self { arranges: false, ..self }
     }
 
