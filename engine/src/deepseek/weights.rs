@@ -173,6 +173,7 @@ impl<'a> Loader<'a> {
     }
 
     /// Codes and block scales of a matrix that is stored in FP8; of others, nothing.
+    #[allow(clippy::type_complexity)] // A pair, perhaps.
     pub fn codes(
         &mut self,
         spec: &TensorSpec,
