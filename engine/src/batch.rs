@@ -104,6 +104,20 @@ struct SequenceRows {
 }
 
 impl StepBatch {
+    /// With room for `rows` rows and `blocks` blocks in all tables. Sequences that share many blocks have longer tables
+    /// together than the pool has blocks; then they grow once.
+    pub fn with_room(rows: usize, blocks: usize) -> Self {
+        Self {
+            tokens: Vec::with_capacity(rows),
+            positions: Vec::with_capacity(rows),
+            slots: Vec::with_capacity(rows),
+            wanted: Vec::with_capacity(rows),
+            tables: Vec::with_capacity(blocks),
+            sequences: Vec::with_capacity(rows),
+            ..Self::default()
+        }
+    }
+
     /// Number of rows.
     pub fn rows(&self) -> usize {
         self.tokens.len()

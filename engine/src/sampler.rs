@@ -69,6 +69,7 @@ pub struct SequenceSampler {
     blocks: Vec<WeightBlock>,
     /// Tokens that survive truncation; stays empty unless top-k, top-p or min-p is in force.
     candidates: Vec<Candidate>,
+    spare: Vec<Candidate>,
     isa: Isa,
 }
 
@@ -91,6 +92,7 @@ impl SequenceSampler {
             weights: Vec::new(),
             blocks: Vec::new(),
             candidates: Vec::new(),
+            spare: Vec::new(),
             isa: Isa::detect(),
         }
     }
@@ -174,13 +176,13 @@ impl SequenceSampler {
 
     /// The index that `uniform` in `[0, 1)` falls on.
     fn draw(&mut self, logits: &[f32], peak: f32, uniform: f64) -> usize {
-        let Self { params, isa, weights, blocks, candidates, .. } = self;
+        let Self { params, isa, weights, blocks, candidates, spare, .. } = self;
         let limits = Truncation { top_k: params.top_k, top_p: params.top_p, min_p: params.min_p };
         isa.softmax_weights(logits, peak, params.temperature, weights, blocks);
         if limits.keeps_all(logits.len()) {
             return pick_block(weights, blocks, uniform);
         }
-        limits.apply(logits, weights, blocks, candidates);
+        limits.apply(logits, weights, blocks, candidates, spare);
         let total: f64 = candidates.iter().map(|candidate| f64::from(candidate.weight)).sum();
         let weights = candidates.iter().map(|candidate| (candidate.token as usize, candidate.weight));
         pick(weights, uniform * total)

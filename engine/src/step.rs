@@ -127,7 +127,7 @@ impl CpuEngine {
             rope: rope_table(&config),
             mtp: mtp.map(|module| Mtp::new(module, &config, rows_max)),
             workspace: Workspace::new(&config, rows_max),
-            batch: StepBatch::default(),
+            batch: StepBatch::with_room(rows_max, options.kv_blocks_max),
             attention_rows: Vec::with_capacity(rows_max),
             fingerprint,
             cpu,

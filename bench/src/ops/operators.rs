@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use compute::{
-    ActivationFormat, Activations, Cpu, KvFormat, KvGeometry, KvSlot, KvView, KvViewMut, Matrix, MlaRow,
-    MlaShape, RopeRows, RopeTable, RoutingRule, ScaleFormat, Scoring, Selection,
+    ActivationFormat, Activations, Arena, Cpu, InputRows, KvFormat, KvGeometry, KvSlot, KvView, KvViewMut,
+    LinearJob, Matrix, MlaRow, MlaShape, RopeRows, RopeTable, RoutingRule, ScaleFormat, Scoring, Selection,
 };
 use engine::SequenceSampler;
 use model::{SamplingParams, TokenId};
@@ -188,14 +188,16 @@ impl Bench<'_> {
             0 => (weights(size), 1),
             count => (self.weights.clone(), count),
         };
+        let mut arena = Arena::new();
         let matrix = |i: usize| {
             let bytes = weights.slice(i * size..(i + 1) * size);
-            Ok(match format {
+            let matrix = match format {
                 ActivationFormat::Fp8(_) => {
                     Matrix::fp8(n, k, bytes, vec![1e-3; n.div_ceil(128) * k.div_ceil(128)])?
                 }
                 _ => Matrix::bf16(n, k, bytes)?,
-            })
+            };
+            Ok(matrix.arranged(&mut arena)?)
         };
         (0..count).map(matrix).collect()
     }
@@ -295,8 +297,9 @@ impl Bench<'_> {
             let mut x = Activations::new();
             x.prepare(cpu, &values(rows * hidden), rows, hidden, FP8);
             let mut inner_x = Activations::new();
-            let (mut gates, mut ups) = (vec![0.0; rows * inner], vec![0.0; rows * inner]);
-            let (mut products, mut out) = (vec![0.0; rows * inner], vec![0.0; rows * hidden]);
+            let assigned = rows * topk;
+            let (mut gates, mut ups) = (vec![0.0; assigned * inner], vec![0.0; assigned * inner]);
+            let (mut products, mut out) = (vec![0.0; assigned * inner], vec![0.0; assigned * hidden]);
             let work = Work {
                 bytes: (chosen.len() * 3 * hidden * inner) as f64,
                 operations: (2 * rows * topk * 3 * hidden * inner) as f64,
@@ -305,17 +308,29 @@ impl Bench<'_> {
             };
             let name = format!("{} of {experts} × [{inner}, {hidden}]", chosen.len());
             self.record("expert ffn fp8", name, rows, work, |call| {
-                for (expert, rows) in &chosen {
-                    let at = 2 * (call * chosen.len() + expert) % (2 * held);
-                    let (gate_w, up_w) = (&up[at % up.len()], &up[(at + 1) % up.len()]);
-                    let down_w = &down[(at + held) % down.len()];
-                    let (m, size) = (rows.len(), rows.len() * inner);
-                    cpu.linear_rows(gate_w, black_box(&x), rows, &mut gates[..size]);
-                    cpu.linear_rows(up_w, &x, rows, &mut ups[..size]);
-                    cpu.silu_mul(&gates[..size], &ups[..size], &mut products[..size]);
-                    inner_x.prepare(cpu, &products[..size], m, inner, FP8);
-                    cpu.linear(down_w, &inner_x, &mut out[..m * hidden]);
-                }
+                let at = |expert: usize| 2 * (call * chosen.len() + expert) % (2 * held);
+                // One loop over all experts for each half, as the engine does it.
+                let halves = gates_and_ups(&mut gates, &mut ups, &chosen, inner);
+                cpu.linear_all(halves.map(|(half, expert, rows, out)| LinearJob {
+                    weights: &up[(at(expert) + half) % up.len()],
+                    input: black_box(&x),
+                    rows: InputRows::Index(rows),
+                    out,
+                }));
+                cpu.silu_mul(&gates, &ups, &mut products);
+                inner_x.prepare(cpu, &products, assigned, inner, FP8);
+                let (mut first, mut rest) = (0, &mut out[..]);
+                cpu.linear_all(chosen.iter().map(|(expert, rows)| {
+                    let (out, others) = std::mem::take(&mut rest).split_at_mut(rows.len() * hidden);
+                    (first, rest) = (first + rows.len(), others);
+                    let rows = InputRows::Range { first: first - rows.len(), count: rows.len() };
+                    LinearJob {
+                        weights: &down[(at(*expert) + held) % down.len()],
+                        input: &inner_x,
+                        rows,
+                        out,
+                    }
+                }));
             });
         }
         Ok(())
@@ -395,4 +410,20 @@ fn weights(bytes: usize) -> Bytes {
     }
     weights.truncate(bytes);
     weights.into()
+}
+
+/// For each half of the first two projections, and each expert: which half, the expert, its rows, their outputs.
+fn gates_and_ups<'a>(
+    gates: &'a mut [f32],
+    ups: &'a mut [f32],
+    chosen: &'a [(usize, Vec<u32>)],
+    width: usize,
+) -> impl Iterator<Item = (usize, usize, &'a [u32], &'a mut [f32])> {
+    [gates, ups].into_iter().enumerate().flat_map(move |(half, mut rest)| {
+        chosen.iter().map(move |(expert, rows)| {
+            let (out, others) = std::mem::take(&mut rest).split_at_mut(rows.len() * width);
+            rest = others;
+            (half, *expert, &rows[..], out)
+        })
+    })
 }

@@ -16,6 +16,8 @@ use crate::outbox::{self, Doorbell, Inbox};
 use crate::scheduler::Limits;
 use support::{KV_BLOCKS, Prefill, engine, engine_with, request, single_run};
 
+#[path = "steady.rs"]
+mod steady;
 #[path = "../../tests/support/mod.rs"]
 mod support;
 

@@ -290,8 +290,9 @@ proptest! {
         let limits = Truncation { top_k, top_p, min_p };
         let peak = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let (mut weights, mut blocks, mut kept) = (Vec::new(), Vec::new(), Vec::new());
+        let mut spare = Vec::new();
         Isa::detect().softmax_weights(&logits, peak, temperature, &mut weights, &mut blocks);
-        limits.apply(&logits, &weights, &blocks, &mut kept);
+        limits.apply(&logits, &weights, &blocks, &mut kept, &mut spare);
         let mut tokens: Vec<u32> = kept.iter().map(|candidate| candidate.token).collect();
         tokens.sort_unstable();
         prop_assert_eq!(tokens, survivors_by_definition(&limits, &logits, temperature));

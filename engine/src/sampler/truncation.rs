@@ -6,6 +6,9 @@
 
 use compute::{WEIGHT_BLOCK, WeightBlock};
 
+/// So many tokens are sorted rather than divided further.
+const SORTED_MAX: usize = 64;
+
 /// Weights are good to some 2⁻²¹.
 const SLACK: f32 = 1.0 - 1e-5;
 
@@ -35,9 +38,16 @@ impl Truncation {
         (self.top_k == 0 || self.top_k as usize >= vocab) && self.top_p >= 1.0 && self.min_p <= 0.0
     }
 
-    /// Fills `kept` with the tokens that survive, in an order that depends on the logits alone. `weights` are relative
-    /// to the best token's probability, and `blocks` what they come to.
-    pub fn apply(&self, logits: &[f32], weights: &[f32], blocks: &[WeightBlock], kept: &mut Vec<Candidate>) {
+    /// Fills `kept` with the tokens that survive, in the order of their ids. `weights` are relative to the best token's
+    /// probability, and `blocks` what they come to; `spare` is working memory.
+    pub fn apply(
+        &self,
+        logits: &[f32],
+        weights: &[f32],
+        blocks: &[WeightBlock],
+        kept: &mut Vec<Candidate>,
+        spare: &mut Vec<Candidate>,
+    ) {
         kept.clear();
         let floor = self.floor(weights.len(), blocks);
         // Almost all blocks lie below the floor as a whole.
@@ -53,7 +63,7 @@ impl Truncation {
         self.keep_top_k(kept);
         if self.top_p < 1.0 {
             let total = if self.top_k == 0 && self.min_p <= 0.0 { Some(total(blocks)) } else { None };
-            self.keep_top_p(kept, total);
+            self.keep_top_p(kept, total, spare);
         }
     }
 
@@ -94,21 +104,42 @@ impl Truncation {
         kept.sort_unstable_by_key(|candidate| candidate.token);
     }
 
-    /// `total`: the weight of all that `kept` was taken from, where it is known.
-    fn keep_top_p(&self, kept: &mut Vec<Candidate>, total: Option<f64>) {
+    /// Of tokens in the order of their ids, keeps those before which less than the limit lies, in the same order; `total`
+    /// is the weight of all that `kept` was taken from, where it is known. Uses `spare`.
+    fn keep_top_p(&self, kept: &mut Vec<Candidate>, total: Option<f64>, spare: &mut Vec<Candidate>) {
         let total = total.unwrap_or_else(|| kept.iter().map(|candidate| f64::from(candidate.weight)).sum());
         let limit = f64::from(self.top_p) * total;
-        kept.sort_unstable_by(|a, b| b.logit.total_cmp(&a.logit).then(a.token.cmp(&b.token)));
+        let best_first =
+            |a: &Candidate, b: &Candidate| b.logit.total_cmp(&a.logit).then(a.token.cmp(&b.token));
+        spare.clear();
+        spare.extend_from_slice(kept);
+        // Halves the part in which the limit is reached: only that is ever put in order.
         let mut before = 0.0;
-        let survivors = kept
-            .iter()
-            .take_while(|candidate| {
-                let stays = before < limit;
-                before += f64::from(candidate.weight);
-                stays
-            })
-            .count();
-        kept.truncate(survivors.max(1));
+        let mut part = &mut spare[..];
+        while part.len() > SORTED_MAX {
+            let middle = part.len() / 2;
+            part.select_nth_unstable_by(middle, best_first);
+            let (better, rest) = part.split_at_mut(middle);
+            let mass: f64 = better.iter().map(|candidate| f64::from(candidate.weight)).sum();
+            if before + mass >= limit {
+                part = better;
+            } else {
+                before += mass;
+                part = rest;
+            }
+        }
+        part.sort_unstable_by(best_first);
+        let mut last = None;
+        for candidate in part {
+            if before >= limit && last.is_some() {
+                break;
+            }
+            before += f64::from(candidate.weight);
+            last = Some(*candidate);
+        }
+        if let Some(last) = last {
+            kept.retain(|candidate| best_first(candidate, &last).is_le());
+        }
     }
 }
 

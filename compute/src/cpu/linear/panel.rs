@@ -225,15 +225,21 @@ impl<W: decode::Weights> Task<'_, W> {
         for block in 0..self.product.k_blocks() {
             let weights = self.block(block, raw);
             let pairs = self.pairs(block);
-            for pair in 0..pairs {
-                // SAFETY: so many pairs are in the block, and room for them decoded.
-                unsafe {
-                    let vectors = self.weights.load(weights.add(pair * W::FORMAT.pair_bytes()));
-                    for v in 0..VECTORS {
-                        _mm512_store_si512(decoded.add(pair * VECTORS + v), vectors[v]);
+            let decoded = if W::FORMAT == PanelFormat::Bf16 {
+                // As it lies there.
+                weights.cast::<__m512i>()
+            } else {
+                for pair in 0..pairs {
+                    // SAFETY: so many pairs are in the block, and room for them decoded.
+                    unsafe {
+                        let vectors = self.weights.load(weights.add(pair * W::FORMAT.pair_bytes()));
+                        for v in 0..VECTORS {
+                            _mm512_store_si512(decoded.add(pair * VECTORS + v), vectors[v]);
+                        }
                     }
                 }
-            }
+                decoded.cast_const()
+            };
             // What lies behind this block is the next one, of this panel or of the one that this thread takes next.
             let mut next = weights.wrapping_add(pairs * W::FORMAT.pair_bytes());
             let mut lines = PAIRS * W::FORMAT.pair_bytes() / 64;
@@ -286,7 +292,8 @@ impl<W: decode::Weights> Task<'_, W> {
             }
             // SAFETY: so many pairs were decoded and are in the inputs.
             unsafe {
-                let weights = *decoded.add(pair * VECTORS).cast::<[__m512i; VECTORS]>();
+                let at = decoded.add(pair * VECTORS);
+                let weights: [_; VECTORS] = std::array::from_fn(|v| _mm512_loadu_si512(at.add(v)));
                 X::multiply_add(&mut sums, &weights, &inputs, block * PAIRS + pair);
             }
         }
