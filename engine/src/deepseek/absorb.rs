@@ -27,7 +27,7 @@ pub(crate) fn absorb(
     let stored =
         if loader.numerics() == Numerics::Fp8 && halves.fit_blocks() { loader.codes(spec)? } else { None };
     let split = match stored {
-        Some((codes, scales)) => halves.split_fp8(&codes, &scales),
+        Some(stored) => halves.split_fp8(&stored.codes, &stored.scales),
         None => halves.split(&loader.values(spec)?),
     };
     let (key, value) = split.map_err(|source| EngineError::Matrix { tensor: spec.name.clone(), source })?;

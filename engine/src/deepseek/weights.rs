@@ -1,7 +1,5 @@
 //! From tensors on disk to operands: which numerics wants which matrix in which form.
 
-use std::ops::Deref;
-
 use compute::{
     ActivationFormat, Activations, Arena, Cpu, HeadMatrices, InputRows, LinearJob, Matrix, MatrixError,
     WeightFormat,
@@ -55,6 +53,13 @@ impl Linear {
     ) -> LinearJob<'a> {
         LinearJob { weights: &self.matrix, input, rows, out }
     }
+}
+
+/// A matrix that is stored in FP8, row-major.
+pub(crate) struct StoredFp8 {
+    pub codes: Vec<u8>,
+    /// Per 128×128 block.
+    pub scales: Vec<f32>,
 }
 
 /// `x * rsqrt(mean(x²) + eps) * weight`.
@@ -173,11 +178,7 @@ impl<'a> Loader<'a> {
     }
 
     /// Codes and block scales of a matrix that is stored in FP8; of others, nothing.
-    #[allow(clippy::type_complexity)] // A pair, perhaps.
-    pub fn codes(
-        &mut self,
-        spec: &TensorSpec,
-    ) -> Result<Option<(impl Deref<Target = [u8]> + use<>, Vec<f32>)>, EngineError> {
+    pub fn codes(&mut self, spec: &TensorSpec) -> Result<Option<StoredFp8>, EngineError> {
         let tensor = self.checkpoint.tensor(&spec.name)?;
         if tensor.dtype != Dtype::F8E4m3 {
             return Ok(None);
@@ -185,7 +186,7 @@ impl<'a> Loader<'a> {
         let scales = self.checkpoint.tensor(&spec.scale_name())?;
         self.bytes_done += tensor.data.len() as u64;
         (self.progress)(self.bytes_done, self.bytes_total);
-        Ok(Some((tensor.data, f32_values(&scales.data))))
+        Ok(Some(StoredFp8 { codes: tensor.data.to_vec(), scales: f32_values(&scales.data) }))
     }
 
     /// One matrix per head where the processor reads it fastest.
