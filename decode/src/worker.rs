@@ -7,6 +7,7 @@
 //! Invariant: blocks change hands between rounds only, on this thread. A push is copied into the pool by
 //! `Receiver::poll` here, so once a ticket is revoked here no write to its blocks is left anywhere.
 
+mod owed;
 mod step;
 
 use std::collections::BTreeMap;
@@ -336,6 +337,8 @@ impl Worker {
         if let Some(ticket) = self.scheduler.sequence(id).and_then(|sequence| sequence.ticket()) {
             self.receiver.revoke(ticket);
         }
+        // Its blocks stay to be found: with all that belongs in them.
+        owed::store_owed(&mut self.engine, &self.scheduler, &mut self.seats, &[id], &mut self.buffers.owed);
         let Some(end) = self.scheduler.release(id) else { return };
         let Some(seat) = self.seats.remove(&id) else { return };
         let _span = seat.span.enter();

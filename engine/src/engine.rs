@@ -200,6 +200,17 @@ impl Engine {
         }
     }
 
+    /// Stores the MTP module's rows of some sequences' tokens, as [`Self::mtp_step`] does, and computes nothing else.
+    ///
+    /// # Errors
+    /// As [`Self::mtp_step`], before anything is stored.
+    pub fn mtp_store(&mut self, inputs: &[MtpInput<'_>]) -> Result<(), StepError> {
+        match &mut self.0 {
+            Backend::Cpu(engine) => engine.mtp_store(inputs),
+            Backend::Cuda(_) => Err(InvalidBatch::NoMtp.into()),
+        }
+    }
+
     /// Guesses the tokens behind each sequence's last one. Whenever one of them has logits for another guess,
     /// `choose(index, logits)` says which token it is, or that this sequence has guessed enough; `logits` `[vocab]` may be
     /// overwritten.

@@ -3,7 +3,7 @@
 
 mod support;
 
-use engine::{DraftInput, FollowedInput, LogitsWanted, SequenceInput, StepObserver};
+use engine::{DraftInput, FollowedInput, LogitsWanted, MtpInput, SequenceInput, StepObserver};
 use model::{BlockId, Numerics, TokenId};
 use support::{Bench, Golden, Recorder, Rows, Sequence, Setup, argmax, assert_same_bits, fixture, tiny};
 
@@ -76,6 +76,42 @@ fn a_step_keeps_the_modules_cache() {
             bench.release(sequence);
         }
         bench.release(plain);
+    }
+}
+
+/// Rows stored later, many sequences' at once, are those that the steps would have stored.
+#[test]
+fn rows_may_be_stored_later() {
+    for numerics in BOTH {
+        let mut bench = open(numerics);
+        let hidden_size = bench.engine.config().hidden_size;
+        let prompts = [tokens(&bench, 8, 70), tokens(&bench, 9, 12)];
+        let kept: Vec<_> = prompts.iter().map(|prompt| bench.sequence(prompt, 0)).collect();
+        let late: Vec<_> = prompts.iter().map(|prompt| bench.sequence(prompt, 0)).collect();
+        let states: Vec<_> = kept
+            .iter()
+            .zip(&late)
+            .map(|(kept, late)| {
+                fill(&mut bench, kept, 0, 5, Vec::new(), &mut ());
+                bench.prefill(late, 9, &mut ()).hidden
+            })
+            .collect();
+        let inputs: Vec<_> = late
+            .iter()
+            .zip(&states)
+            .map(|(sequence, states)| {
+                let (tokens, block_table) = (&sequence.tokens[1..], sequence.blocks.as_slice());
+                let sequence = SequenceInput { tokens, position: 1, block_table, logits: LogitsWanted::None };
+                MtpInput { sequence, hidden: &states[..tokens.len() * hidden_size] }
+            })
+            .collect();
+        bench.engine.mtp_store(&inputs).expect("they are stored");
+        let row_bytes = bench.engine.kv_layout().row_bytes();
+        for (kept, late) in kept.iter().zip(&late) {
+            // Slot 0 has no row of the module's.
+            assert!(bench.mtp_cache(late)[row_bytes..] == bench.mtp_cache(kept)[row_bytes..], "{numerics}");
+            assert!(bench.cache(late) == bench.cache(kept), "{numerics}: the main model's cache");
+        }
     }
 }
 

@@ -7,13 +7,15 @@
 //! they had never been. So drafts decide how many tokens a step gives, and never which.
 //!
 //! The module's cache needs each token's hidden state before it. Prefill keeps the one before the first token to itself: a
-//! sequence's first step runs the prompt's last token once more for it, which changes no byte of the cache.
+//! sequence's first step runs the prompt's last token once more for it, which changes no byte of the cache. What the module
+//! is owed ([`super::owed`]) is stored before it drafts, and otherwise every few steps.
 
 use std::time::Instant;
 
-use engine::{DraftInput, Engine, FollowedInput, LogitsWanted, Sampled, SequenceInput, StepError};
+use engine::{DraftInput, LogitsWanted, MtpInput, Sampled, SequenceInput, StepError, StepOutput};
 use model::TokenId;
 
+use super::owed::{Owed, store_owed};
 use super::{Seat, Worker};
 use crate::outbox::Drafts;
 use crate::scheduler::{Sequence, SequenceId};
@@ -27,18 +29,18 @@ pub(super) struct Rows {
     /// Tokens at the front that are run again for their hidden state.
     rerun: usize,
     drafts_max: usize,
-    /// With an MTP module: the hidden state at the position before the last token. Empty until the first step.
-    state: Vec<f32>,
+    /// With an MTP module: ends with the hidden state before the last token. Empty until the first step.
+    pub owed: Owed,
     acceptance: OwnAcceptance,
 }
 
 /// Buffers of a step, so that it allocates nothing.
 #[derive(Default)]
 pub(super) struct Buffers {
-    inputs: Vec<FollowedInput<'static>>,
-    plain: Vec<SequenceInput<'static>>,
+    inputs: Vec<SequenceInput<'static>>,
+    pub owed: Vec<MtpInput<'static>>,
     drafting: Vec<SequenceId>,
-    states: Vec<Vec<f32>>,
+    states: Vec<Owed>,
     draft_inputs: Vec<DraftInput<'static>>,
     /// One row.
     logits: Vec<f32>,
@@ -48,7 +50,7 @@ impl Buffers {
     pub fn new(batch_max: usize, vocab_size: usize) -> Self {
         Self {
             inputs: Vec::with_capacity(batch_max),
-            plain: Vec::with_capacity(batch_max),
+            owed: Vec::with_capacity(batch_max),
             drafting: Vec::with_capacity(batch_max),
             states: Vec::with_capacity(batch_max),
             draft_inputs: Vec::with_capacity(batch_max),
@@ -73,6 +75,10 @@ impl Worker {
         }
         let started = Instant::now();
         let planned = self.prepare();
+        if self.batch.iter().any(|id| self.seats.get(id).is_some_and(|seat| seat.rows.owed.is_due())) {
+            let Self { engine, scheduler, seats, batch, buffers, .. } = self;
+            store_owed(engine, scheduler, seats, batch, &mut buffers.owed);
+        }
         if planned > 0 {
             self.draft();
         }
@@ -99,7 +105,7 @@ impl Worker {
             rows.tokens.clear();
             (rows.rerun, rows.drafts_max) = (0, 0);
             if let Some(speculation) = speculation {
-                if rows.state.is_empty() {
+                if rows.owed.is_empty() {
                     rows.rerun = 1;
                     rows.tokens.push(sequence.tokens()[position - 1]);
                 } else if planned > 0 && speculation.is_worth(&mut rows.acceptance, batch.len(), planned) {
@@ -118,20 +124,27 @@ impl Worker {
     /// Lets the module guess. Where it cannot, the step goes on without.
     fn draft(&mut self) {
         let Self { engine, scheduler, seats, batch, buffers, .. } = self;
-        let Buffers { drafting, states, draft_inputs, .. } = buffers;
+        let Buffers { drafting, states, draft_inputs, owed, .. } = buffers;
         drafting.clear();
         drafting.extend(batch.iter().filter(|id| seats.get(id).is_some_and(|seat| seat.rows.drafts_max > 0)));
+        store_owed(engine, scheduler, seats, drafting, owed);
         states.clear();
-        states.extend(
-            drafting.iter().filter_map(|id| Some(std::mem::take(&mut seats.get_mut(id)?.rows.state))),
-        );
+        states
+            .extend(drafting.iter().filter_map(|id| Some(std::mem::take(&mut seats.get_mut(id)?.rows.owed))));
+        let hidden_size = engine.config().hidden_size;
         let mut inputs: Vec<DraftInput<'_>> = std::mem::take(draft_inputs);
         for (id, state) in drafting.iter().zip(&*states) {
             let (Some(seat), Some(sequence)) = (seats.get(id), scheduler.sequence(*id)) else { continue };
             let Some((&token, position)) = sequence.step_input() else { continue };
             let block_table = sequence.block_table();
             let drafts_max = seat.rows.drafts_max;
-            inputs.push(DraftInput { token, position, block_table, hidden: state, drafts_max });
+            inputs.push(DraftInput {
+                token,
+                position,
+                block_table,
+                hidden: state.last(hidden_size),
+                drafts_max,
+            });
         }
         let result = if inputs.is_empty() {
             Ok(())
@@ -147,9 +160,9 @@ impl Worker {
             })
         };
         *draft_inputs = recycle_drafts(inputs);
-        for (id, state) in drafting.iter().zip(states.drain(..)) {
+        for (id, owed) in drafting.iter().zip(states.drain(..)) {
             if let Some(seat) = seats.get_mut(id) {
-                seat.rows.state = state;
+                seat.rows.owed = owed;
                 if result.is_err() {
                     seat.rows.tokens.truncate(1);
                 }
@@ -163,26 +176,27 @@ impl Worker {
     /// Runs every row and judges the drafts; returns how many there were.
     fn run_rows(&mut self) -> Result<usize, StepError> {
         let Self { engine, scheduler, seats, batch, buffers, .. } = self;
-        let Buffers { inputs, plain, logits, .. } = buffers;
+        let Buffers { inputs, logits, .. } = buffers;
         let (vocab_size, hidden_size) = (engine.config().vocab_size, engine.config().hidden_size);
-        let mut rows: Vec<FollowedInput<'_>> = std::mem::take(inputs);
+        let mut rows: Vec<SequenceInput<'_>> = std::mem::take(inputs);
         for id in &*batch {
             let (Some(seat), Some(sequence)) = (seats.get(id), scheduler.sequence(*id)) else { continue };
             let Some((_, position)) = sequence.step_input() else { continue };
-            let sequence = SequenceInput {
+            rows.push(SequenceInput {
                 tokens: &seat.rows.tokens,
                 position: position - seat.rows.rerun,
                 block_table: sequence.block_table(),
                 logits: LogitsWanted::All,
-            };
-            rows.push(FollowedInput { sequence, before: &seat.rows.state });
+            });
         }
-        let stepped = forward(engine, &rows, self.speculation.is_some(), plain);
+        let stepped = engine.step(&rows, &mut ());
         *inputs = recycle(rows);
-        let (all_logits, hidden) = stepped?;
+        // Of every row, since the logits of every row are wanted.
+        let StepOutput { logits: all_logits, hidden } = stepped?;
         let (mut row, mut drafted) = (0, 0);
         for id in &*batch {
             let (Some(seat), Some(sequence)) = (seats.get_mut(id), scheduler.sequence(*id)) else { continue };
+            let Some((_, position)) = sequence.step_input() else { continue };
             let first = row + seat.rows.rerun;
             row += seat.rows.tokens.len();
             let drafts = row - first - 1;
@@ -192,10 +206,9 @@ impl Worker {
             if let Some(speculation) = &mut self.speculation {
                 speculation.observe_drafts(&mut seat.rows.acceptance, drafts, stood);
                 self.metrics.drafts.count(drafts, stood);
-                seat.rows.state.clear();
-                seat.rows
-                    .state
-                    .extend_from_slice(&hidden[(first + tokens - 1) * hidden_size..][..hidden_size]);
+                let Rows { owed, rerun, .. } = &mut seat.rows;
+                let ran = &hidden[(first - *rerun) * hidden_size..(first + tokens) * hidden_size];
+                owed.push(position - *rerun, ran);
             }
         }
         Ok(drafted)
@@ -239,36 +252,10 @@ fn judge<'a>(
     (given, stood)
 }
 
-/// Logits and, with an MTP module, hidden states of every row.
-fn forward<'e>(
-    engine: &'e mut Engine,
-    rows: &[FollowedInput<'_>],
-    with_mtp: bool,
-    plain: &mut Vec<SequenceInput<'static>>,
-) -> Result<(&'e [f32], &'e [f32]), StepError> {
-    if with_mtp {
-        let output = engine.step_with_mtp(rows, &mut ())?;
-        return Ok((output.logits, output.hidden));
-    }
-    let mut inputs: Vec<SequenceInput<'_>> = std::mem::take(plain);
-    inputs.extend(rows.iter().map(|row| row.sequence));
-    let stepped = engine.step(&inputs, &mut ());
-    inputs.clear();
-    // Collected in place, which keeps the allocation; there is no row left to convert.
-    *plain = inputs.into_iter().map(|row| SequenceInput { tokens: &[], block_table: &[], ..row }).collect();
-    let output = stepped?;
-    Ok((output.logits, output.hidden))
-}
-
 /// An empty vector for rows of any lifetime, in the memory of one whose rows are no longer needed.
-fn recycle(mut rows: Vec<FollowedInput<'_>>) -> Vec<FollowedInput<'static>> {
+fn recycle(mut rows: Vec<SequenceInput<'_>>) -> Vec<SequenceInput<'static>> {
     rows.clear();
-    rows.into_iter()
-        .map(|row| {
-            let sequence = SequenceInput { tokens: &[], block_table: &[], ..row.sequence };
-            FollowedInput { sequence, before: &[] }
-        })
-        .collect()
+    rows.into_iter().map(|row| SequenceInput { tokens: &[], block_table: &[], ..row }).collect()
 }
 
 /// The same for drafts.

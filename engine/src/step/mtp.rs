@@ -139,6 +139,28 @@ impl CpuEngine {
         inputs: &[MtpInput<'_>],
         observer: &mut dyn StepObserver,
     ) -> Result<StepOutput<'_>, StepError> {
+        self.form_mtp(inputs)?;
+        self.run_mtp(observer)
+    }
+
+    /// Stores the module's rows of some sequences' tokens, as [`Self::mtp_step`] does, and computes nothing else. No logits
+    /// may be wanted.
+    ///
+    /// # Errors
+    /// As [`Self::mtp_step`], before anything is stored.
+    pub fn mtp_store(&mut self, inputs: &[MtpInput<'_>]) -> Result<(), StepError> {
+        self.form_mtp(inputs)?;
+        let Self { cpu, kv, rope, experts, batch, model, workspace, config, mtp, .. } = self;
+        let Mtp { module, workspace: mtp_workspace, .. } = mtp.as_mut().ok_or(InvalidBatch::NoMtp)?;
+        let experts = experts.as_mut();
+        let mut step = StepContext { cpu, kv, rope, experts, observer: &mut (), batch, attention_rows: &[] };
+        let pairs = &mut workspace.hidden[..batch.rows() * config.hidden_size];
+        module.store(&mut step, &mut workspace.layer, mtp_workspace, &model.embedding, pairs);
+        Ok(())
+    }
+
+    /// Forms a batch of the module's rows and takes their states.
+    fn form_mtp(&mut self, inputs: &[MtpInput<'_>]) -> Result<(), InvalidBatch> {
         let hidden_size = self.config.hidden_size;
         self.require_mtp()?;
         self.batch.form(RowsOf::Mtp, inputs.iter().map(|input| input.sequence), &self.limits)?;
@@ -148,13 +170,13 @@ impl CpuEngine {
         {
             let (values, tokens) = (hidden.len(), tokens.len());
             if values != tokens * hidden_size {
-                return Err(InvalidBatch::Hidden { sequence, values, tokens, hidden_size }.into());
+                return Err(InvalidBatch::Hidden { sequence, values, tokens, hidden_size });
             }
             let Some(mtp) = &mut self.mtp else { break };
             mtp.workspace.hidden[taken..taken + values].copy_from_slice(hidden);
             taken += values;
         }
-        self.run_mtp(observer)
+        Ok(())
     }
 
     /// Guesses the tokens behind each sequence's last one. Whenever one of them has logits for another guess,
