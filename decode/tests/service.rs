@@ -12,7 +12,7 @@ use proto::v1;
 use proto::v1::decode_client::DecodeClient;
 use proto::v1::decode_event::Event;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
-use support::{KV_BLOCKS, Prefill, engine, request, single_run};
+use support::{KV_BLOCKS, Prefill, engine, engine_without_mtp, request, single_run};
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 use tonic_health::pb::HealthCheckRequest;
@@ -136,6 +136,16 @@ async fn another_fingerprint_is_refused_by_its_field() {
     let status = cluster.generate(&sequence).await.expect_err("another fingerprint");
     assert_eq!((status.code(), Consequence::of(&status)), (Code::InvalidArgument, Consequence::Rejected));
     assert!(status.message().contains("fingerprint.arithmetic_revision"), "{}", status.message());
+}
+
+/// A worker that keeps no MTP cache has another layout of blocks: neither could use the other's.
+#[tokio::test]
+async fn a_fingerprint_without_the_mtp_module_is_refused_by_its_field() {
+    let mut cluster = Cluster::start(Duration::from_secs(60)).await;
+    let sequence = request(&engine_without_mtp(), 1, 10, 5);
+    let status = cluster.generate(&sequence).await.expect_err("another layout");
+    assert_eq!((status.code(), Consequence::of(&status)), (Code::InvalidArgument, Consequence::Rejected));
+    assert!(status.message().contains("fingerprint.kv_layout_digest"), "{}", status.message());
 }
 
 #[tokio::test]

@@ -28,15 +28,21 @@ pub fn engine() -> Engine {
 /// One over another checkpoint.
 #[allow(dead_code, reason = "each test binary uses its own part")]
 pub fn engine_of(checkpoint: &str) -> Engine {
-    load(checkpoint, |experts| Box::new(experts))
+    load(checkpoint, true, |experts| Box::new(experts))
+}
+
+/// The usual one, but for its MTP module.
+#[allow(dead_code, reason = "each test binary uses its own part")]
+pub fn engine_without_mtp() -> Engine {
+    load(FIXTURE, false, |experts| Box::new(experts))
 }
 
 /// The same with its experts wrapped.
 pub fn engine_with(wrap: impl FnOnce(LocalExperts) -> Box<dyn Experts>) -> Engine {
-    load(FIXTURE, wrap)
+    load(FIXTURE, true, wrap)
 }
 
-fn load(checkpoint: &str, wrap: impl FnOnce(LocalExperts) -> Box<dyn Experts>) -> Engine {
+fn load(checkpoint: &str, mtp: bool, wrap: impl FnOnce(LocalExperts) -> Box<dyn Experts>) -> Engine {
     let checkpoint = Checkpoint::open(checkpoint).expect("the fixture lies in the repository");
     let options = EngineOptions {
         device: Device::Cpu,
@@ -45,7 +51,7 @@ fn load(checkpoint: &str, wrap: impl FnOnce(LocalExperts) -> Box<dyn Experts>) -
         kv_blocks_max: KV_BLOCKS,
         threads: 1,
         step_tokens_max: 256,
-        mtp: true,
+        mtp,
     };
     let mut progress = |_, _| {};
     let bank =
