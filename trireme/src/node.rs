@@ -50,9 +50,9 @@ pub struct Surroundings {
 /// A running worker of any tier.
 pub enum Handle {
     /// A prefill worker.
-    Prefill(prefill::Handle),
+    Prefill(Box<prefill::Handle>),
     /// A decode worker.
-    Decode(decode::Handle),
+    Decode(Box<decode::Handle>),
     /// An expert worker.
     Expert(expert::Handle),
 }
@@ -198,7 +198,7 @@ pub async fn start_worker(
             let sender = kvtransfer::Sender::new(fabric);
             let node =
                 prefill::Node { worker_id, incarnation, identity, routers, fabric_address, sender, engine };
-            Handle::Prefill(prefill::start(settings, node).await?)
+            Handle::Prefill(Box::new(prefill::start(settings, node).await?))
         }
         Role::Decode => {
             let experts_fabric = fabric.clone();
@@ -223,7 +223,7 @@ pub async fn start_worker(
             );
             let node =
                 decode::Node { worker_id, incarnation, identity, routers, fabric_address, receiver, engine };
-            Handle::Decode(decode::start(settings, node).await?)
+            Handle::Decode(Box::new(decode::start(settings, node).await?))
         }
         Role::Router => anyhow::bail!("{}: the router is not a worker", worker.id),
     };
