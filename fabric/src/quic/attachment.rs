@@ -8,6 +8,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use quinn::Connection;
+use rustix::net::SendFlags;
 use tokio::io::AsyncReadExt;
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
@@ -26,7 +27,7 @@ use crate::shared::{self, Attached, Consumer, Door, Expected, Offer, Producer, S
 /// Said on the socket before it is closed on purpose. Without it the kernel has closed it: the process is gone.
 const GOODBYE: &[u8] = b"G";
 /// From a goodbye on the socket until the connection, which knows the reason, is closed as well.
-const REASON_MAX: Duration = Duration::from_millis(100);
+const REASON_MAX: Duration = Duration::from_millis(500);
 
 /// Opens the door for peers of this host, on the I/O thread's runtime. `None`: frames go over the network.
 pub(super) fn open_door() -> Option<(Arc<Door>, String)> {
@@ -181,8 +182,9 @@ impl Watched {
 }
 
 fn say_goodbye(socket: &UnixStream) {
-    // A peer that is gone need not hear it.
-    let _ = socket.try_write(GOODBYE);
+    // Past the reactor, which does not yet know of a fresh socket that it can be written to. A peer that is gone need not
+    // hear it, and one that is there has room: nothing else is ever sent here.
+    let _ = rustix::net::send(socket, GOODBYE, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
 }
 
 /// Reads the KV channel's frames into its inbox. Reads nothing while the inbox is full: the peer's arena fills up then.
