@@ -6,7 +6,11 @@ use model::Stopping;
 /// A worker over the demo model, most of whose drafts stand.
 fn rig() -> Rig {
     let engine = || support::engine_of(support::DEMO);
-    Rig::with(engine(), engine(), Arc::default())
+    let mut rig = Rig::with(engine(), engine(), Arc::default());
+    if let Some(speculation) = &mut rig.worker.speculation {
+        speculation.always = true;
+    }
+    rig
 }
 
 fn metric(rig: &Rig, name: &str) -> u64 {
