@@ -10,11 +10,9 @@ mod runner;
 mod stages;
 mod traffic;
 
-use std::fs::File;
-use std::io::{BufWriter, Write as _};
 use std::path::PathBuf;
 
-use anyhow::{Context as _, ensure};
+use anyhow::ensure;
 use compute::Cpu;
 use model::{Checkpoint, Device, KvFormat, Numerics};
 use serde::Serialize;
@@ -22,6 +20,7 @@ use serde::Serialize;
 pub use self::gpu::Prompts;
 use self::runner::{Round, Runner};
 use crate::demo;
+use crate::json_file::JsonFile;
 use crate::table::{aligned, number};
 
 /// Flags of `trireme bench engine`.
@@ -151,13 +150,7 @@ impl Spread {
 /// # Errors
 /// A file cannot be read or written, the checkpoint is not sound, or flags do not fit it.
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let json = match &args.json {
-        Some(path) => {
-            let file = File::create(path).with_context(|| format!("cannot create {}", path.display()))?;
-            Some((path, BufWriter::new(file)))
-        }
-        None => None,
-    };
+    let json = JsonFile::create(args.json.as_deref())?;
     if args.device != Device::Cpu {
         ensure!(json.is_none(), "--json is for the CPU's figures");
         return gpu::run(args);
@@ -165,11 +158,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     ensure!(args.synthetic.is_none(), "--synthetic makes its weights on a GPU: name one with --device");
     let report = measure(args)?;
     print!("{}", render(&report));
-    if let Some((path, mut file)) = json {
-        serde_json::to_writer_pretty(&mut file, &report)
-            .map_err(anyhow::Error::from)
-            .and_then(|()| Ok(file.flush()?))
-            .with_context(|| format!("cannot write {}", path.display()))?;
+    if let Some(file) = json {
+        file.write(&report)?;
     }
     Ok(())
 }

@@ -11,6 +11,7 @@ pub mod chaos;
 pub mod client;
 mod demo;
 pub mod engine;
+mod json_file;
 pub mod niah;
 pub mod ops;
 pub mod peak;

@@ -8,8 +8,6 @@ mod ask;
 mod haystack;
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{BufWriter, Write as _};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -21,6 +19,7 @@ use serde::Serialize;
 pub use haystack::{Haystack, Needle, Prompt};
 
 use crate::client::Client;
+use crate::json_file::JsonFile;
 use crate::table::{aligned, number};
 use crate::{demo, plot};
 
@@ -109,20 +108,11 @@ impl Cell {
 /// # Errors
 /// As [`measure`], a file that cannot be written, or a run without a single answer.
 pub async fn run(args: &Args) -> anyhow::Result<()> {
-    let json = match &args.json {
-        Some(path) => {
-            let file = File::create(path).with_context(|| format!("cannot create {}", path.display()))?;
-            Some((path, BufWriter::new(file)))
-        }
-        None => None,
-    };
+    let json = JsonFile::create(args.json.as_deref())?;
     let report = measure(args).await?;
     print!("{}", render(&report));
-    if let Some((path, mut file)) = json {
-        serde_json::to_writer_pretty(&mut file, &report)
-            .map_err(anyhow::Error::from)
-            .and_then(|()| Ok(file.flush()?))
-            .with_context(|| format!("cannot write {}", path.display()))?;
+    if let Some(file) = json {
+        file.write(&report)?;
     }
     ensure!(report.cells.iter().any(|cell| cell.answered > 0), "no request was answered");
     Ok(())

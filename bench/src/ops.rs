@@ -10,12 +10,9 @@ mod operators;
 mod shapes;
 mod timing;
 
-use std::fs::File;
-use std::io::{BufWriter, Write as _};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Context as _;
 use compute::Cpu;
 use serde::Serialize;
 
@@ -23,6 +20,7 @@ pub use machine::Machine;
 pub use shapes::{ModelShapes, Shapes};
 pub use timing::{Effort, Figure};
 
+use crate::json_file::JsonFile;
 use crate::table::{aligned, number};
 
 /// Bytes of weights that the calls of a figure walk over: more than the last-level cache of any CPU we know.
@@ -61,23 +59,14 @@ pub struct Report {
 /// # Errors
 /// The file cannot be written.
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let json = match &args.json {
-        Some(path) => {
-            let file = File::create(path).with_context(|| format!("cannot create {}", path.display()))?;
-            Some((path, BufWriter::new(file)))
-        }
-        None => None,
-    };
+    let json = JsonFile::create(args.json.as_deref())?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let cpu = Cpu::new(args.threads.map_or(cores, usize::from));
     let effort = Effort { time: Duration::from_millis(args.figure_ms), weight_bytes: WEIGHT_BYTES };
     let report = measure(&cpu, args.model_shapes, effort)?;
     print!("{}", render(&report));
-    if let Some((path, mut file)) = json {
-        serde_json::to_writer_pretty(&mut file, &report)
-            .map_err(anyhow::Error::from)
-            .and_then(|()| Ok(file.flush()?))
-            .with_context(|| format!("cannot write {}", path.display()))?;
+    if let Some(file) = json {
+        file.write(&report)?;
     }
     Ok(())
 }

@@ -11,8 +11,6 @@ mod score;
 mod server;
 mod windows;
 
-use std::fs::File;
-use std::io::{BufWriter, Write as _};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -25,6 +23,7 @@ pub use score::Scorer;
 pub use windows::{Window, windows};
 
 use crate::client::Client;
+use crate::json_file::JsonFile;
 use crate::table::{aligned, number};
 use crate::{demo, plot};
 
@@ -119,20 +118,11 @@ pub struct Bucket {
 /// # Errors
 /// A file cannot be read or written, the checkpoint is not sound, or flags do not fit it.
 pub async fn run(args: &Args) -> anyhow::Result<()> {
-    let json = match &args.json {
-        Some(path) => {
-            let file = File::create(path).with_context(|| format!("cannot create {}", path.display()))?;
-            Some((path, BufWriter::new(file)))
-        }
-        None => None,
-    };
+    let json = JsonFile::create(args.json.as_deref())?;
     let report = measure(args).await?;
     print!("{}", render(&report));
-    if let Some((path, mut file)) = json {
-        serde_json::to_writer_pretty(&mut file, &report)
-            .map_err(anyhow::Error::from)
-            .and_then(|()| Ok(file.flush()?))
-            .with_context(|| format!("cannot write {}", path.display()))?;
+    if let Some(file) = json {
+        file.write(&report)?;
     }
     Ok(())
 }

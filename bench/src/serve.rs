@@ -14,8 +14,6 @@ pub mod summary;
 pub(crate) mod table;
 pub mod timeline;
 
-use std::fs::File;
-use std::io::{BufWriter, Write as _};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,6 +21,7 @@ use anyhow::{Context as _, ensure};
 use serde::Serialize;
 
 use crate::client::Client;
+use crate::json_file::JsonFile;
 use crate::peak::{PeakSearch, Probe};
 use crate::workload::{Scale, Source};
 use load::{Bounds, Extent, Load, Target};
@@ -58,21 +57,11 @@ pub struct Report {
 /// # Errors
 /// As [`measure`], a file that cannot be written, or a run without a single answer.
 pub async fn run(args: &Args) -> anyhow::Result<()> {
-    // Opened first: minutes of measuring must not end at a mistyped path.
-    let json = match &args.json {
-        Some(path) => {
-            let file = File::create(path).with_context(|| format!("cannot create {}", path.display()))?;
-            Some((path, BufWriter::new(file)))
-        }
-        None => None,
-    };
+    let json = JsonFile::create(args.json.as_deref())?;
     let report = measure(args).await?;
     print!("{}", table::render(&report));
-    if let Some((path, mut file)) = json {
-        serde_json::to_writer_pretty(&mut file, &report)
-            .map_err(anyhow::Error::from)
-            .and_then(|()| Ok(file.flush()?))
-            .with_context(|| format!("cannot write {}", path.display()))?;
+    if let Some(file) = json {
+        file.write(&report)?;
     }
     ensure!(report.points.iter().any(|point| point.completed > 0), "no request was answered");
     Ok(())

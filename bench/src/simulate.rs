@@ -13,14 +13,13 @@ mod router;
 mod step_time;
 mod world;
 
-use std::fs::File;
-use std::io::{BufWriter, Write as _};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context as _, ensure};
+use anyhow::ensure;
 use serde::Serialize;
 
+use crate::json_file::JsonFile;
 use crate::peak::{PeakSearch, Probe};
 use crate::serve::args::positive;
 use crate::serve::load::Load;
@@ -138,20 +137,11 @@ pub struct Point {
 /// # Errors
 /// Flags that do not fit together, or a file that cannot be written.
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let json = match &args.json {
-        Some(path) => {
-            let file = File::create(path).with_context(|| format!("cannot create {}", path.display()))?;
-            Some((path, BufWriter::new(file)))
-        }
-        None => None,
-    };
+    let json = JsonFile::create(args.json.as_deref())?;
     let report = simulate(args)?;
     print!("{}", report::render(&report));
-    if let Some((path, mut file)) = json {
-        serde_json::to_writer_pretty(&mut file, &report)
-            .map_err(anyhow::Error::from)
-            .and_then(|()| Ok(file.flush()?))
-            .with_context(|| format!("cannot write {}", path.display()))?;
+    if let Some(file) = json {
+        file.write(&report)?;
     }
     Ok(())
 }
