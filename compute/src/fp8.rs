@@ -39,6 +39,18 @@ pub static E4M3_TO_BF16: [u16; 256] = {
     table
 };
 
+/// One byte of the bf16 bits of each of the 128 codes without sign: what byte permutes look up.
+#[cfg(target_arch = "x86_64")]
+pub(crate) const fn bf16_byte_table(shift: u32) -> [u8; 128] {
+    let mut table = [0; 128];
+    let mut code = 0;
+    while code < 128 {
+        table[code] = (E4M3_TO_BF16[code] >> shift) as u8;
+        code += 1;
+    }
+    table
+}
+
 const fn e4m3_table() -> [f32; 256] {
     let mut table = [0.0; 256];
     let mut code = 0usize;

@@ -309,7 +309,7 @@ impl<'a, D: Decode> Operands<'a, D> {
 
 /// The factor of a block's sum: weights' scale times inputs' scale, of those that there are.
 #[inline]
-fn block_scale(weights: &[f32], inputs: &[f32], block: usize) -> Option<f32> {
+pub(super) fn block_scale(weights: &[f32], inputs: &[f32], block: usize) -> Option<f32> {
     match (weights.get(block), inputs.get(block)) {
         (Some(w), Some(x)) => Some(w * x),
         (Some(w), None) => Some(*w),
@@ -320,7 +320,7 @@ fn block_scale(weights: &[f32], inputs: &[f32], block: usize) -> Option<f32> {
 /// Adds a block's sum to the totals.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn promote(scale: Option<f32>, sum: __m512, total: __m512) -> __m512 {
+pub(super) fn promote(scale: Option<f32>, sum: __m512, total: __m512) -> __m512 {
     match scale {
         Some(scale) => _mm512_fmadd_ps(sum, _mm512_set1_ps(scale), total),
         None => _mm512_add_ps(total, sum),

@@ -24,6 +24,7 @@ use std::ops::Range;
 
 use self::decode::{Bf16Inputs, Bf16Weights, F32Inputs, Fp8Weights};
 use super::super::scratch;
+use super::avx512::{block_scale, promote};
 use super::{Inputs, Output, Product, Weights};
 use crate::fp8::BLOCK;
 use crate::panels::{self, PANEL, PanelFormat, VECTORS};
@@ -310,26 +311,6 @@ impl<W: decode::Weights> Task<'_, W> {
             }
         }
         M
-    }
-}
-
-/// The factor of a block's sum: weights' scale times inputs' scale, of those that there are.
-#[inline]
-fn block_scale(weights: &[f32], inputs: &[f32], block: usize) -> Option<f32> {
-    match (weights.get(block), inputs.get(block)) {
-        (Some(w), Some(x)) => Some(w * x),
-        (Some(w), None) => Some(*w),
-        _ => None,
-    }
-}
-
-/// Adds a block's sum to the totals.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn promote(scale: Option<f32>, sum: __m512, total: __m512) -> __m512 {
-    match scale {
-        Some(scale) => _mm512_fmadd_ps(sum, _mm512_set1_ps(scale), total),
-        None => _mm512_add_ps(total, sum),
     }
 }
 

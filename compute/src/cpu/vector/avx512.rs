@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{Operation, Vector};
-use crate::fp8::E4M3_TO_BF16;
+use crate::fp8::bf16_byte_table;
 
 /// Compiles `operation` for AVX-512.
 ///
@@ -22,8 +22,8 @@ pub(super) unsafe fn run(operation: impl Operation) {
 /// The machine has [`crate::Isa::Avx512`]; 64 codes can be read.
 #[inline(always)]
 unsafe fn e4m3_to_bf16(codes: *const u8) -> [__m512i; 2] {
-    const LOW: [u8; 128] = byte_table(0);
-    const HIGH: [u8; 128] = byte_table(8);
+    const LOW: [u8; 128] = bf16_byte_table(0);
+    const HIGH: [u8; 128] = bf16_byte_table(8);
     // SAFETY: the caller's promise; both halves of 128 bytes.
     unsafe {
         let table = |table: &[u8; 128], codes| {
@@ -38,17 +38,6 @@ unsafe fn e4m3_to_bf16(codes: *const u8) -> [__m512i; 2] {
         let high = _mm512_ternarylogic_epi64::<0xF8>(high, codes, _mm512_set1_epi8(-128));
         [_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)]
     }
-}
-
-/// One byte of the bf16 bits of each of the 128 codes without sign.
-const fn byte_table(shift: u32) -> [u8; 128] {
-    let mut table = [0; 128];
-    let mut code = 0;
-    while code < 128 {
-        table[code] = (E4M3_TO_BF16[code] >> shift) as u8;
-        code += 1;
-    }
-    table
 }
 
 #[derive(Clone, Copy)]

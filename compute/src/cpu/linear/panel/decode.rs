@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::fp8::E4M3_TO_BF16;
+use crate::fp8::bf16_byte_table;
 use crate::panels::{PanelFormat, VECTORS};
 
 /// How weights are stored.
@@ -80,8 +80,8 @@ impl Weights for Fp8Weights {
     #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn new() -> Self {
-        const LOW: [u8; 128] = byte_table(0);
-        const HIGH: [u8; 128] = byte_table(8);
+        const LOW: [u8; 128] = bf16_byte_table(0);
+        const HIGH: [u8; 128] = bf16_byte_table(8);
         // SAFETY: both halves of 128 bytes.
         let load = |table: &[u8; 128]| unsafe {
             [_mm512_loadu_si512(table.as_ptr().cast()), _mm512_loadu_si512(table.as_ptr().add(64).cast())]
@@ -110,17 +110,6 @@ impl Fp8Weights {
         let high = _mm512_ternarylogic_epi64::<0xF8>(high, codes, _mm512_set1_epi8(-128));
         [_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)]
     }
-}
-
-/// One byte of the bf16 bits of each of the 128 codes without sign.
-const fn byte_table(shift: u32) -> [u8; 128] {
-    let mut table = [0; 128];
-    let mut code = 0;
-    while code < 128 {
-        table[code] = (E4M3_TO_BF16[code] >> shift) as u8;
-        code += 1;
-    }
-    table
 }
 
 /// bf16, two inputs at a time.
