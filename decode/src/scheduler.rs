@@ -38,7 +38,7 @@ mod turns;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use engine::BlockPool;
+use engine::{BlockPool, LowerTier};
 use model::TokenId;
 use proto::share::{FairQueue, Priority};
 use proto::ticket::TicketId;
@@ -98,6 +98,10 @@ pub struct PrefixStats {
     pub tokens: u64,
     /// Those of them whose KV was here.
     pub hit_tokens: u64,
+    /// Those of the found ones that came from memory of the host.
+    pub host_hit_tokens: u64,
+    /// Those of the found ones that came from the disk.
+    pub disk_hit_tokens: u64,
     /// Cached blocks that had to go.
     pub evictions: u64,
 }
@@ -253,14 +257,15 @@ impl Scheduler {
     /// nothing to run.
     ///
     /// Where more sequences run than `batch_max`, tenants take turns by their weights. A sequence without a block for its
-    /// next token is passed over. Which sequences share a step changes none of their bits.
-    pub fn schedule(&mut self, batch: &mut Vec<SequenceId>) {
+    /// next token is passed over. Which sequences share a step changes none of their bits. Cached blocks that give way to
+    /// growth go to `tier`.
+    pub fn schedule(&mut self, batch: &mut Vec<SequenceId>, tier: &mut dyn LowerTier) {
         batch.clear();
         let mut turns = std::mem::replace(&mut self.turns, Turns::new());
         let contended = turns.len() - self.paused > self.limits.batch_max;
         turns.begin();
         while batch.len() < self.limits.batch_max {
-            let Some(id) = turns.next(contended, |id| self.can_step(id)) else { break };
+            let Some(id) = turns.next(contended, |id| self.can_step(id, tier)) else { break };
             batch.push(id);
         }
         self.turns = turns;
@@ -268,12 +273,12 @@ impl Scheduler {
     }
 
     /// Whether a running sequence can take its turn, with a block for it if it needs one.
-    fn can_step(&mut self, id: SequenceId) -> bool {
+    fn can_step(&mut self, id: SequenceId, tier: &mut dyn LowerTier) -> bool {
         let reads = |sequence: &Sequence| matches!(sequence.state, State::Running { paused: None, .. });
         if !self.sequences.get(&id).is_some_and(reads) {
             return false;
         }
-        let fed = self.grow_for_step(id);
+        let fed = self.grow_for_step(id, tier);
         self.plan.memory_pauses += u64::from(!fed);
         fed
     }
@@ -364,7 +369,13 @@ impl Scheduler {
 
     /// What the prefix cache has done since the start.
     pub fn prefix_stats(&self) -> PrefixStats {
-        PrefixStats { evictions: self.blocks.evictions(), ..self.prefix }
+        let (restored, block_tokens) = (self.blocks.restored(), self.limits.block_tokens as u64);
+        PrefixStats {
+            host_hit_tokens: restored.host * block_tokens,
+            disk_hit_tokens: restored.disk * block_tokens,
+            evictions: self.blocks.evictions(),
+            ..self.prefix
+        }
     }
 
     /// What planning with estimates has led to since the start.

@@ -118,7 +118,7 @@ impl Worker {
     /// Runs until drained.
     pub(crate) fn run(mut self) {
         while self.receive() {
-            self.scheduler.schedule(&mut self.batch);
+            self.scheduler.schedule(&mut self.batch, &mut ());
             let outcome = self.step();
             self.postprocess(outcome);
         }
@@ -221,7 +221,7 @@ impl Worker {
 
     /// Gives blocks and tickets to those that wait for them, as far as there is room.
     fn admit(&mut self, now: Instant) {
-        while let Some((id, queued)) = self.scheduler.admit_next(now) {
+        while let Some((id, queued)) = self.scheduler.admit_next(&mut (), now) {
             let armed = arm(&mut self.scheduler, &mut self.receiver, id, now);
             let Some(seat) = self.seats.get_mut(&id) else { continue };
             match armed {

@@ -14,15 +14,20 @@
 //!    └───────────────────────────────── evicted: leaf first, for a reserve ──────────────────────┘
 //! ```
 //!
+//! Behind the pool may lie a [`LowerTier`]: what is evicted is offered to it, and what a prompt does not find here comes back
+//! from it into blocks of the sequence's own, which are committed at once.
+//!
 //! Invariants, all in [`BlockPool::check_invariants`]: a block is unused, held or cached; only committed blocks have more
 //! than one holder; who holds a committed block holds every block before it, so that a cached block has nothing but
 //! cached blocks behind it and can be evicted when they are. Deliberately absent: bytes ([`crate::KvPool`]), clocks, threads.
 
+mod leaves;
 mod tree;
 
-use model::{BlockHash, BlockId, TokenId};
+use model::{BlockDigest, BlockHash, BlockId, TokenId};
 
 use self::tree::{Found, Prefix, Tree};
+use crate::lower_tier::{LowerTier, Source};
 
 /// What a sequence wants to hold.
 #[derive(Debug, Clone, Copy)]
@@ -46,7 +51,7 @@ pub struct Reservation<'a> {
 #[must_use = "blocks that are not released are lost"]
 pub struct BlockTable {
     blocks: Vec<BlockId>,
-    /// Blocks that were found at reservation.
+    /// Blocks that were found at reservation, restored ones included.
     shared: usize,
     /// Blocks that are in the tree.
     committed: usize,
@@ -79,6 +84,16 @@ pub struct BlockPool {
     unused: Vec<BlockId>,
     tree: Tree,
     evictions: u64,
+    restored: Restored,
+}
+
+/// Blocks that came back from a lower tier.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Restored {
+    /// From memory of the host.
+    pub host: u64,
+    /// From the disk.
+    pub disk: u64,
 }
 
 impl BlockPool {
@@ -90,12 +105,13 @@ impl BlockPool {
             unused: (0..blocks_max).rev().map(|block| BlockId(block as u32)).collect(),
             tree: Tree::new(blocks_max, block_tokens),
             evictions: 0,
+            restored: Restored::default(),
         }
     }
 
-    /// Blocks for a sequence, the longest cached prefix of its prompt first; cached blocks of others go where memory is
-    /// short. `None` and no change where fewer are free.
-    pub fn reserve(&mut self, reservation: Reservation<'_>) -> Option<BlockTable> {
+    /// Blocks for a sequence, the longest cached prefix of its prompt first, then what `tier` has of the rest; cached blocks of
+    /// others go where memory is short. `None` and no change where fewer are free.
+    pub fn reserve(&mut self, reservation: Reservation<'_>, tier: &mut dyn LowerTier) -> Option<BlockTable> {
         let Reservation { salt, prompt, shared_max, blocks, blocks_max } = reservation;
         let mut table = BlockTable {
             blocks: Vec::with_capacity(blocks_max.max(blocks)),
@@ -123,18 +139,103 @@ impl BlockPool {
         }
         table.shared = table.blocks.len();
         table.committed = table.shared;
-        table.blocks.extend((0..own).map_while(|_| self.take()));
+        let missing = self.held_below(&table, prompt, shared_max.min(blocks), tier);
+        table.blocks.extend((0..own).map_while(|_| self.take(tier)));
+        self.restore(&mut table, prompt, missing, tier);
         Some(table)
+    }
+
+    /// Full blocks of `prompt` behind those of `table`, up to `shared_max` in all, that `tier` has.
+    fn held_below(
+        &self,
+        table: &BlockTable,
+        prompt: &[TokenId],
+        shared_max: usize,
+        tier: &mut dyn LowerTier,
+    ) -> usize {
+        let mut rest = prompt.chunks_exact(self.block_tokens).take(shared_max).skip(table.shared);
+        let Some(first) = rest.next() else { return 0 };
+        let parent = table.blocks.last().copied();
+        let mut digest =
+            self.tree.digest(Prefix { parent, salt: table.salt, hash: table.hash, tokens: first });
+        let mut held = 0;
+        while tier.holds(&digest) {
+            held += 1;
+            let Some(tokens) = rest.next() else { break };
+            digest = digest.extend(tokens);
+        }
+        held
+    }
+
+    /// Brings up to `missing` blocks back behind those that were found, as far as they can be had one after another.
+    fn restore(
+        &mut self,
+        table: &mut BlockTable,
+        prompt: &[TokenId],
+        missing: usize,
+        tier: &mut dyn LowerTier,
+    ) {
+        for tokens in prompt.chunks_exact(self.block_tokens).skip(table.shared).take(missing) {
+            let at = table.shared;
+            let hash = table.hash.extend(tokens);
+            let parent = at.checked_sub(1).map(|before| table.blocks[before]);
+            let prefix = Prefix { parent, salt: table.salt, hash, tokens };
+            if self.tree.find(prefix) != Found::Nothing {
+                return;
+            }
+            match tier.restore(&self.tree.digest(prefix), table.blocks[at]) {
+                Some(Source::Host) => self.restored.host += 1,
+                Some(Source::Disk) => self.restored.disk += 1,
+                None => return,
+            }
+            self.tree.insert(table.blocks[at], prefix);
+            table.hash = hash;
+            table.shared += 1;
+            table.committed += 1;
+        }
+    }
+
+    /// The blocks of `prompt` behind those that are cached, each with what names it: what a lower tier may be asked for
+    /// before the sequence is let in. At most `shared_max` blocks from the start are looked at.
+    pub fn missing(&self, salt: u64, prompt: &[TokenId], shared_max: usize) -> Vec<BlockDigest> {
+        let (mut parent, mut hash) = (None, BlockHash::root(salt));
+        let mut digest = None::<BlockDigest>;
+        let mut missing = Vec::new();
+        for tokens in prompt.chunks_exact(self.block_tokens).take(shared_max) {
+            if let Some(before) = &digest {
+                let next = before.extend(tokens);
+                missing.push(next);
+                digest = Some(next);
+                continue;
+            }
+            hash = hash.extend(tokens);
+            let prefix = Prefix { parent, salt, hash, tokens };
+            if let Found::Block(block) = self.tree.find(prefix) {
+                parent = Some(block);
+            } else {
+                let first = self.tree.digest(prefix);
+                missing.push(first);
+                digest = Some(first);
+            }
+        }
+        missing
+    }
+
+    /// Offers every block that nobody holds to `tier`, those at the end of their sequences first: for a pool that ends.
+    pub fn keep_cached(&self, tier: &mut dyn LowerTier) {
+        for (block, evicted) in self.tree.idle_blocks() {
+            tier.keep(block, &evicted);
+        }
     }
 
     /// Adds blocks of the sequence's own until it has `blocks` of them; cached blocks of others go where memory is short.
     /// `false` and no change where fewer are free.
-    pub fn grow(&mut self, table: &mut BlockTable, blocks: usize) -> bool {
+    pub fn grow(&mut self, table: &mut BlockTable, blocks: usize, tier: &mut dyn LowerTier) -> bool {
         let more = blocks.saturating_sub(table.blocks.len());
         if more > self.free_blocks() {
             return false;
         }
-        table.blocks.extend((0..more).map_while(|_| self.take()));
+        table.blocks.extend((0..more).map_while(|_| self.take(tier)));
         true
     }
 
@@ -210,6 +311,11 @@ impl BlockPool {
         self.evictions
     }
 
+    /// Blocks that came back since the start.
+    pub fn restored(&self) -> Restored {
+        self.restored
+    }
+
     fn hold(&mut self, block: BlockId) {
         let holders = &mut self.holders[block.0 as usize];
         *holders += 1;
@@ -228,9 +334,10 @@ impl BlockPool {
     }
 
     /// A block for one sequence alone.
-    fn take(&mut self) -> Option<BlockId> {
+    fn take(&mut self, tier: &mut dyn LowerTier) -> Option<BlockId> {
         let block = self.unused.pop().or_else(|| {
-            let block = self.tree.evict()?;
+            let (block, evicted) = self.tree.evict()?;
+            tier.keep(block, &evicted);
             self.evictions += 1;
             Some(block)
         })?;

@@ -16,6 +16,7 @@ mod error;
 mod experts;
 mod fingerprint;
 mod kv_cache;
+mod lower_tier;
 mod options;
 mod rng;
 mod sampler;
@@ -23,7 +24,7 @@ mod stage;
 mod step;
 
 pub use batch::{LogitsWanted, SequenceInput};
-pub use block_pool::{BlockPool, BlockTable, Reservation};
+pub use block_pool::{BlockPool, BlockTable, Reservation, Restored};
 pub use engine::Engine;
 pub use error::{EngineError, InvalidBatch, StepError};
 pub use experts::{
@@ -31,6 +32,7 @@ pub use experts::{
 };
 pub use fingerprint::{ARITHMETIC_REVISION, execution_fingerprint};
 pub use kv_cache::KvPool;
+pub use lower_tier::{Evicted, LowerTier, Source};
 pub use options::{EngineOptions, ResultFormat, wire_activation_format};
 pub use sampler::{Sampled, SequenceSampler};
 pub use stage::Stage;

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use sha2::{Digest, Sha256};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::ids::TokenId;
@@ -35,6 +36,34 @@ impl BlockHash {
 impl fmt::Display for BlockHash {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:032x}", self.0)
+    }
+}
+
+/// Name of a block's KV where its tokens are not at hand to be compared: SHA-256 over the salt and every token up to the
+/// block's end, block by block. Nobody can choose tokens that lead to the KV of others.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BlockDigest(pub [u8; 32]);
+
+impl BlockDigest {
+    /// What the first block's digest builds on.
+    pub fn root(salt: u64) -> Self {
+        Self(Sha256::new().chain_update(b"salt").chain_update(salt.to_le_bytes()).finalize().into())
+    }
+
+    /// The digest of the block behind this one.
+    #[must_use]
+    pub fn extend(&self, block: &[TokenId]) -> Self {
+        let mut digest = Sha256::new_with_prefix(self.0);
+        for token in block {
+            digest.update(token.0.to_le_bytes());
+        }
+        Self(digest.finalize().into())
+    }
+}
+
+impl fmt::Debug for BlockDigest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0[..8].iter().try_for_each(|byte| write!(f, "{byte:02x}"))
     }
 }
 

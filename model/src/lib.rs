@@ -22,7 +22,7 @@ mod sampling;
 pub mod schema;
 mod tokenizer;
 
-pub use block_hash::{BlockHash, block_hashes};
+pub use block_hash::{BlockDigest, BlockHash, block_hashes};
 pub use chat::{ChatMessage, ChatTemplate};
 pub use checkpoint::{Checkpoint, Dtype, MatrixTensors, Tensor, TensorInfo};
 pub use config::{

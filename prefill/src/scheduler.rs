@@ -118,6 +118,10 @@ pub struct PrefixStats {
     pub tokens: u64,
     /// Those of them that were found.
     pub hit_tokens: u64,
+    /// Those of the found ones that came from memory of the host.
+    pub host_hit_tokens: u64,
+    /// Those of the found ones that came from the disk.
+    pub disk_hit_tokens: u64,
     /// Cached blocks that had to go.
     pub evictions: u64,
 }
@@ -324,7 +328,13 @@ impl Scheduler {
 
     /// What the prefix cache has done since the start.
     pub fn prefix_stats(&self) -> PrefixStats {
-        PrefixStats { evictions: self.blocks.evictions(), ..self.prefix }
+        let (restored, block_tokens) = (self.blocks.restored(), self.limits.block_tokens as u64);
+        PrefixStats {
+            host_hit_tokens: restored.host * block_tokens,
+            disk_hit_tokens: restored.disk * block_tokens,
+            evictions: self.blocks.evictions(),
+            ..self.prefix
+        }
     }
 
     fn blocks_for(&self, tokens: usize) -> usize {

@@ -103,7 +103,7 @@ impl Worker {
     /// Runs until drained.
     pub(crate) fn run(mut self) {
         while self.receive() {
-            self.scheduler.schedule(&mut self.step, Instant::now());
+            self.scheduler.schedule(&mut self.step, &mut (), Instant::now());
             let outcome = self.step();
             self.postprocess(outcome);
         }

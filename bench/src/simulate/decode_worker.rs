@@ -98,7 +98,7 @@ impl DecodeWorker {
 
     /// The next request that has blocks now, with those that were here: it goes to prefill.
     pub fn admit(&mut self, now: Instant) -> Option<(usize, usize)> {
-        let (id, _queued) = self.scheduler.admit_next(now)?;
+        let (id, _queued) = self.scheduler.admit_next(&mut (), now)?;
         let shared_blocks = self.scheduler.sequence(id).map_or(0, |sequence| sequence.shared_blocks());
         Some((self.requests[&id], shared_blocks))
     }
@@ -122,7 +122,7 @@ impl DecodeWorker {
         if self.stepping {
             return None;
         }
-        self.scheduler.schedule(&mut self.step);
+        self.scheduler.schedule(&mut self.step, &mut ());
         self.stepping = !self.step.is_empty();
         self.batch_seen_max = self.batch_seen_max.max(self.step.len());
         let lengths = self.step.iter().filter_map(|&id| self.scheduler.sequence(id)).map(|s| s.length());

@@ -67,7 +67,7 @@ impl PrefillWorker {
         if !self.step.is_empty() {
             return None;
         }
-        self.scheduler.schedule(&mut self.step, now);
+        self.scheduler.schedule(&mut self.step, &mut (), now);
         let rows: usize = self.step.iter().map(|chunk| chunk.tokens).sum();
         let context = self.step.iter().map(|c| c.tokens * (2 * c.start + c.tokens + 1) / 2).sum();
         (rows > 0).then(|| self.time.of(rows, context))

@@ -10,7 +10,7 @@
 
 use std::time::{Duration, Instant};
 
-use engine::{BlockTable, Reservation};
+use engine::{BlockTable, LowerTier, Reservation};
 use model::TokenId;
 
 use super::forecast::{Outlook, peak_blocks};
@@ -62,13 +62,14 @@ impl Scheduler {
     }
 
     /// Gives the queue's head blocks for its prompt, those that hold its KV already first; from here on it waits for the
-    /// rest of its KV. `None` where nobody waits, or the head has to. Returns how long it was queued, too.
-    pub fn admit_next(&mut self, now: Instant) -> Option<(SequenceId, Duration)> {
+    /// rest of its KV. What the pool does not have may come from `tier`. `None` where nobody waits, or the head has to.
+    /// Returns how long it was queued, too.
+    pub fn admit_next(&mut self, tier: &mut dyn LowerTier, now: Instant) -> Option<(SequenceId, Duration)> {
         let &id = self.queue.peek(now)?;
         if self.holders >= self.limits.sequences_max || self.short > 0 || self.refused == Some(id) {
             return None;
         }
-        let Some(table) = self.room_for(id) else {
+        let Some(table) = self.room_for(id, tier) else {
             // Until something gives blocks back the answer stays the same.
             self.refused = Some(id);
             return None;
@@ -92,7 +93,7 @@ impl Scheduler {
     }
 
     /// Blocks for the prompt of a queued sequence, if it may and should be let in.
-    fn room_for(&mut self, id: SequenceId) -> Option<BlockTable> {
+    fn room_for(&mut self, id: SequenceId, tier: &mut dyn LowerTier) -> Option<BlockTable> {
         let sequence = self.sequences.get(&id)?;
         let State::Queued { prompt, cache_salt, .. } = &sequence.state else { return None };
         let block_tokens = self.limits.block_tokens;
@@ -105,7 +106,7 @@ impl Scheduler {
             blocks: prompt.len().div_ceil(block_tokens),
             blocks_max: life_blocks,
         };
-        let table = self.blocks.reserve(reservation)?;
+        let table = self.blocks.reserve(reservation, tier)?;
         let owed = life_blocks - table.blocks().len();
         // Where everybody's worst case fits there is nothing to plan and nothing to prove.
         if self.blocks.free_blocks() >= self.owed + owed {
@@ -156,7 +157,7 @@ impl Scheduler {
 
     /// Sees to it that a running sequence has blocks for its next step: for as many rows as a step may have where that is
     /// safe, for one at least. `false`: it must pause for this step.
-    pub(super) fn grow_for_step(&mut self, id: SequenceId) -> bool {
+    pub(super) fn grow_for_step(&mut self, id: SequenceId, tier: &mut dyn LowerTier) -> bool {
         let Some(sequence) = self.sequences.get(&id) else { return false };
         let held = sequence.block_table().len();
         let life_rows = sequence.prompt_tokens + sequence.rule.tokens_max() as usize;
@@ -164,8 +165,8 @@ impl Scheduler {
             |rows: usize| (sequence.length() - 1 + rows).min(life_rows).div_ceil(self.limits.block_tokens);
         let (wanted, needed) = (blocks_for(self.limits.step_rows_max), blocks_for(1));
         let grows = wanted > held
-            && (self.grant(id, wanted - held)
-                || (needed > held && wanted > needed && self.grant(id, needed - held)));
+            && (self.grant(id, wanted - held, tier)
+                || (needed > held && wanted > needed && self.grant(id, needed - held, tier)));
         let fed = grows || needed <= held;
         if let Some(sequence) = self.sequences.get_mut(&id)
             && sequence.short == fed
@@ -177,7 +178,7 @@ impl Scheduler {
     }
 
     /// Gives a sequence `more` blocks, if what follows is safe.
-    fn grant(&mut self, id: SequenceId, more: usize) -> bool {
+    fn grant(&mut self, id: SequenceId, more: usize, tier: &mut dyn LowerTier) -> bool {
         let free = self.blocks.free_blocks();
         if free < more
             || (free < self.owed && !self.banker.safe(&self.blocks, &self.sequences, Some((id, more))))
@@ -188,7 +189,7 @@ impl Scheduler {
             return false;
         };
         let blocks = table.blocks().len() + more;
-        let grown = self.blocks.grow(table, blocks);
+        let grown = self.blocks.grow(table, blocks, tier);
         self.owed -= if grown { more } else { 0 };
         grown
     }

@@ -36,7 +36,7 @@ fn admission(prompt_tokens: usize, max_tokens: u32) -> Admission {
 fn admit(scheduler: &mut Scheduler, admission: Admission) -> Option<SequenceId> {
     let now = Instant::now();
     let id = scheduler.submit(admission, now).expect("it may wait");
-    scheduler.admit_next(now).map(|(admitted, _)| assert_eq!(admitted, id)).map(|()| id)
+    scheduler.admit_next(&mut (), now).map(|(admitted, _)| assert_eq!(admitted, id)).map(|()| id)
 }
 
 /// A scheduler with `count` running sequences of one block each.
@@ -71,7 +71,7 @@ fn admission_takes_the_prompts_blocks_and_growth_the_others() {
     scheduler.apply(id, Event::HandedOff(WORD), now);
     let mut batch = Vec::new();
     for expect in [2, 3, 3, 3, 3, 4, 4] {
-        scheduler.schedule(&mut batch);
+        scheduler.schedule(&mut batch, &mut ());
         assert_eq!((batch.as_slice(), blocks(&scheduler)), (&[id][..], Some(expect)));
         scheduler.apply(id, Event::Sampled(WORD), now);
         scheduler.check_invariants();
@@ -100,11 +100,11 @@ fn seats_are_bounded_too_and_the_next_takes_the_first_that_is_free() {
     let (mut scheduler, ids) = running(6, now);
     assert!(scheduler.free_blocks() > 0);
     let seventh = scheduler.submit(admission(1, 1), now).expect("it may wait");
-    assert_eq!(scheduler.admit_next(now), None);
+    assert_eq!(scheduler.admit_next(&mut (), now), None);
     scheduler.apply(ids[2], Event::Stopped, now);
     assert!(matches!(end_of(&mut scheduler, ids[2]), End::Finished(Finish::StopString)));
     let later = now + Duration::from_millis(5);
-    assert_eq!(scheduler.admit_next(later), Some((seventh, Duration::from_millis(5))));
+    assert_eq!(scheduler.admit_next(&mut (), later), Some((seventh, Duration::from_millis(5))));
     scheduler.check_invariants();
 }
 
@@ -154,7 +154,7 @@ fn more_sequences_than_fit_a_step_take_turns() {
     let mut batch = Vec::new();
     let mut turns = Vec::new();
     for _ in 0..5 {
-        scheduler.schedule(&mut batch);
+        scheduler.schedule(&mut batch, &mut ());
         assert_eq!(batch.len(), LIMITS.batch_max);
         turns.extend_from_slice(&batch);
     }
@@ -169,11 +169,11 @@ fn a_paused_sequence_keeps_its_blocks_and_loses_its_turns() {
     let (mut scheduler, ids) = running(2, now);
     let mut batch = Vec::new();
     scheduler.apply(ids[0], Event::ReaderFull, now);
-    scheduler.schedule(&mut batch);
+    scheduler.schedule(&mut batch, &mut ());
     assert_eq!(batch, [ids[1]]);
     assert_eq!((scheduler.running(), scheduler.runnable()), (2, 1));
     scheduler.apply(ids[0], Event::ReaderReady, now);
-    scheduler.schedule(&mut batch);
+    scheduler.schedule(&mut batch, &mut ());
     assert_eq!(batch.len(), 2);
     scheduler.check_invariants();
 }
@@ -341,7 +341,7 @@ impl World {
                 }
             }
             Op::Admit => {
-                while let Some((id, _)) = self.scheduler.admit_next(self.now) {
+                while let Some((id, _)) = self.scheduler.admit_next(&mut (), self.now) {
                     self.scheduler.check_invariants();
                     self.scheduler.apply(id, Event::Armed(TicketId(self.next_ticket)), self.now);
                     self.next_ticket += 1;
@@ -350,7 +350,7 @@ impl World {
             Op::HandOff(at, first) => self.event(at, Event::HandedOff(first)),
             Op::Step(token) => {
                 let mut batch = Vec::new();
-                self.scheduler.schedule(&mut batch);
+                self.scheduler.schedule(&mut batch, &mut ());
                 assert!(batch.len() <= LIMITS.batch_max);
                 assert_eq!(batch.is_empty(), self.scheduler.runnable() == 0, "work is never left lying");
                 self.scheduler.check_invariants();

@@ -106,7 +106,7 @@ impl Rig {
     /// One round; what it leaves behind is consistent.
     fn round(&mut self) -> bool {
         let goes_on = self.worker.receive();
-        self.worker.scheduler.schedule(&mut self.worker.batch);
+        self.worker.scheduler.schedule(&mut self.worker.batch, &mut ());
         let outcome = self.worker.step();
         self.worker.postprocess(outcome);
         self.worker.scheduler.check_invariants();

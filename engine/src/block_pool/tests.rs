@@ -1,6 +1,9 @@
+use std::collections::HashMap;
+
 use proptest::prelude::*;
 
 use super::*;
+use crate::lower_tier::Evicted;
 
 const BLOCK: usize = 4;
 
@@ -15,7 +18,7 @@ fn want(prompt: &[TokenId], blocks: usize) -> Reservation<'_> {
 
 /// Reserves, "computes" and gives back: `prompt`'s full blocks are cached.
 fn cache(pool: &mut BlockPool, prompt: &[TokenId]) -> Vec<BlockId> {
-    let mut table = pool.reserve(want(prompt, prompt.len().div_ceil(BLOCK))).expect("room");
+    let mut table = pool.reserve(want(prompt, prompt.len().div_ceil(BLOCK)), &mut ()).expect("room");
     pool.commit(&mut table, prompt);
     let blocks = table.blocks().to_vec();
     pool.release(table);
@@ -24,12 +27,58 @@ fn cache(pool: &mut BlockPool, prompt: &[TokenId]) -> Vec<BlockId> {
 }
 
 #[test]
+fn what_was_evicted_comes_back_and_is_found() {
+    let mut pool = BlockPool::new(6, BLOCK);
+    let (mut kept, mut memory) = (Kept::default(), vec![(0, Vec::new()); 6]);
+    let prompt = tokens(0..24);
+    for (at, block) in cache(&mut pool, &prompt).into_iter().enumerate() {
+        memory[block.0 as usize] = (0, prompt[..(at + 1) * BLOCK].to_vec());
+    }
+    let large = pool.reserve(want(&tokens(50..70), 5), &mut Below(&mut kept, &mut memory)).expect("room");
+    assert_eq!((pool.evictions(), pool.cached_blocks(), kept.blocks.len()), (5, 1, 5));
+    pool.release(large);
+    let missing = pool.missing(0, &prompt, 6);
+    assert_eq!(missing.len(), 5);
+    assert!(missing.iter().all(|digest| kept.blocks.contains_key(digest)), "named as they were kept");
+    let back = pool.reserve(want(&prompt, 6), &mut Below(&mut kept, &mut memory)).expect("room");
+    assert_eq!((back.shared(), pool.restored().host), (5, 4), "the last token's block is not shared");
+    pool.check_invariants([&back]);
+    let other = pool.reserve(want(&prompt, 5), &mut ()).expect("shares");
+    assert_eq!(other.shared(), 5, "found without a tier");
+    pool.release(back);
+    pool.release(other);
+    // Another tenant's are other blocks.
+    let asked = pool.missing(1, &prompt, 6);
+    assert!(asked.iter().all(|digest| !kept.blocks.contains_key(digest)));
+}
+
+#[test]
+fn what_cannot_be_restored_ends_the_prefix() {
+    let mut pool = BlockPool::new(4, BLOCK);
+    let (mut kept, mut memory) = (Kept::default(), vec![(0, Vec::new()); 4]);
+    let prompt = tokens(0..16);
+    for (at, block) in cache(&mut pool, &prompt).into_iter().enumerate() {
+        memory[block.0 as usize] = (0, prompt[..(at + 1) * BLOCK].to_vec());
+    }
+    pool.keep_cached(&mut Below(&mut kept, &mut memory));
+    let all = pool.reserve(want(&[], 4), &mut ()).expect("evicts them");
+    pool.release(all);
+    kept.breaks = kept.calls + 2;
+    let back =
+        pool.reserve(Reservation { shared_max: 4, ..want(&prompt, 4) }, &mut Below(&mut kept, &mut memory));
+    let back = back.expect("room");
+    assert_eq!((back.shared(), back.blocks().len()), (1, 4));
+    pool.check_invariants([&back]);
+    pool.release(back);
+}
+
+#[test]
 fn the_longest_cached_prefix_of_full_blocks_is_shared() {
     let mut pool = BlockPool::new(16, BLOCK);
     let first = cache(&mut pool, &tokens(0..14));
     assert_eq!((pool.cached_blocks(), pool.free_blocks()), (3, 16), "the partial block is not kept");
     let check = |pool: &mut BlockPool, prompt: Vec<TokenId>, shared: usize| {
-        let table = pool.reserve(want(&prompt, 5)).expect("room");
+        let table = pool.reserve(want(&prompt, 5), &mut ()).expect("room");
         assert_eq!(table.shared(), shared, "{prompt:?}");
         assert_eq!(table.blocks()[..shared], first[..shared]);
         assert_eq!(pool.free_blocks(), 11);
@@ -49,7 +98,7 @@ fn salts_share_nothing() {
     let mut pool = BlockPool::new(8, BLOCK);
     let prompt = tokens(0..9);
     cache(&mut pool, &prompt);
-    let other = pool.reserve(Reservation { salt: 1, ..want(&prompt, 3) }).expect("room");
+    let other = pool.reserve(Reservation { salt: 1, ..want(&prompt, 3) }, &mut ()).expect("room");
     assert_eq!(other.shared(), 0);
     pool.release(other);
 }
@@ -58,10 +107,10 @@ fn salts_share_nothing() {
 fn blocks_that_fill_while_a_sequence_runs_are_found_while_it_runs() {
     let mut pool = BlockPool::new(8, BLOCK);
     let prompt = tokens(0..6);
-    let mut running = pool.reserve(want(&prompt, 4)).expect("room");
+    let mut running = pool.reserve(want(&prompt, 4), &mut ()).expect("room");
     for length in 6..=12 {
         pool.commit(&mut running, &tokens(0..length));
-        let found = pool.reserve(want(&tokens(0..40), 4)).expect("room");
+        let found = pool.reserve(want(&tokens(0..40), 4), &mut ()).expect("room");
         assert_eq!(found.shared(), length as usize / BLOCK);
         pool.check_invariants([&running, &found]);
         pool.release(found);
@@ -73,8 +122,8 @@ fn blocks_that_fill_while_a_sequence_runs_are_found_while_it_runs() {
 fn two_that_compute_the_same_end_up_with_one_copy() {
     let mut pool = BlockPool::new(8, BLOCK);
     let prompt = tokens(0..10);
-    let mut one = pool.reserve(want(&prompt, 3)).expect("room");
-    let mut two = pool.reserve(want(&prompt, 3)).expect("room");
+    let mut one = pool.reserve(want(&prompt, 3), &mut ()).expect("room");
+    let mut two = pool.reserve(want(&prompt, 3), &mut ()).expect("room");
     assert_eq!(pool.free_blocks(), 2);
     pool.commit(&mut two, &prompt);
     pool.commit(&mut one, &prompt);
@@ -93,10 +142,10 @@ fn a_reservation_that_does_not_fit_changes_nothing() {
     let mut pool = BlockPool::new(6, BLOCK);
     let prompt = tokens(0..12);
     cache(&mut pool, &prompt);
-    let large = pool.reserve(want(&tokens(50..60), 3)).expect("room beside the cache");
+    let large = pool.reserve(want(&tokens(50..60), 3), &mut ()).expect("room beside the cache");
     assert_eq!((pool.cached_blocks(), pool.evictions()), (3, 0));
     // Two are found, which takes them off what is free: one is left for the five that are missing.
-    assert!(pool.reserve(want(&prompt, 7)).is_none());
+    assert!(pool.reserve(want(&prompt, 7), &mut ()).is_none());
     assert_eq!((pool.cached_blocks(), pool.evictions()), (3, 0));
     pool.check_invariants([&large]);
     pool.release(large);
@@ -107,10 +156,10 @@ fn memory_is_taken_from_the_cache_leaf_first_and_only_as_needed() {
     let mut pool = BlockPool::new(6, BLOCK);
     let old = tokens(0..16);
     cache(&mut pool, &old);
-    let table = pool.reserve(want(&tokens(100..120), 4)).expect("evicts two");
+    let table = pool.reserve(want(&tokens(100..120), 4), &mut ()).expect("evicts two");
     assert_eq!((pool.cached_blocks(), pool.evictions()), (2, 2));
     pool.release(table);
-    let found = pool.reserve(want(&old, 4)).expect("room");
+    let found = pool.reserve(want(&old, 4), &mut ()).expect("room");
     assert_eq!(found.shared(), 2, "the start of the prompt is what is left of it");
     pool.release(found);
 }
@@ -120,13 +169,15 @@ fn the_least_recently_used_goes_first_and_the_deep_outlive_the_shallow() {
     let mut pool = BlockPool::new(4, BLOCK);
     let (a, b) = (tokens(0..4), tokens(10..14));
     for prompt in [&a, &b, &a] {
-        let mut table = pool.reserve(Reservation { shared_max: 1, ..want(prompt, 1) }).expect("room");
+        let mut table =
+            pool.reserve(Reservation { shared_max: 1, ..want(prompt, 1) }, &mut ()).expect("room");
         pool.commit(&mut table, prompt);
         pool.release(table);
     }
-    let keep = pool.reserve(want(&[], 3)).expect("one goes");
+    let keep = pool.reserve(want(&[], 3), &mut ()).expect("one goes");
     let hit = |pool: &mut BlockPool, prompt: &[TokenId]| {
-        let table = pool.reserve(Reservation { shared_max: 8, ..want(prompt, 0) }).expect("nothing taken");
+        let table =
+            pool.reserve(Reservation { shared_max: 8, ..want(prompt, 0) }, &mut ()).expect("nothing taken");
         pool.release(table);
         pool.tree.find(Prefix {
             parent: None,
@@ -141,7 +192,7 @@ fn the_least_recently_used_goes_first_and_the_deep_outlive_the_shallow() {
     let mut pool = BlockPool::new(4, BLOCK);
     let deep = cache(&mut pool, &tokens(0..12));
     cache(&mut pool, &tokens(20..24));
-    let keep = pool.reserve(want(&[], 1)).expect("one goes");
+    let keep = pool.reserve(want(&[], 1), &mut ()).expect("one goes");
     assert!(
         !deep.contains(&keep.blocks()[0]),
         "the block at a prompt's start is the cheapest to compute again"
@@ -156,7 +207,7 @@ fn what_nobody_asks_for_ages_whatever_it_cost() {
     for round in 0..4000 {
         cache(&mut pool, &tokens(100 + 12 * round..100 + 12 * round + 12));
     }
-    let table = pool.reserve(want(&tokens(0..12), 3)).expect("room");
+    let table = pool.reserve(want(&tokens(0..12), 3), &mut ()).expect("room");
     assert_eq!(table.shared(), 0);
     pool.release(table);
 }
@@ -165,8 +216,9 @@ fn what_nobody_asks_for_ages_whatever_it_cost() {
 #[should_panic(expected = "released while nobody holds it")]
 fn a_block_that_nobody_holds_is_a_broken_invariant() {
     let mut pool = BlockPool::new(2, BLOCK);
-    let table = pool.reserve(want(&[], 1)).expect("room");
-    let again = BlockTable { blocks: table.blocks.clone(), ..pool.reserve(want(&[], 0)).expect("nothing") };
+    let table = pool.reserve(want(&[], 1), &mut ()).expect("room");
+    let again =
+        BlockTable { blocks: table.blocks.clone(), ..pool.reserve(want(&[], 0), &mut ()).expect("nothing") };
     pool.release(table);
     pool.release(again);
 }
@@ -177,7 +229,7 @@ fn a_collision_of_hashes_is_a_miss() {
     let (known, asked) = (tokens(0..4), tokens(50..58));
     let hash = BlockHash::root(0).extend(&asked[..BLOCK]);
     let forged = Prefix { parent: None, salt: 0, hash, tokens: &known };
-    let holder = pool.reserve(want(&[], 1)).expect("room");
+    let holder = pool.reserve(want(&[], 1), &mut ()).expect("room");
     pool.tree.insert(holder.blocks()[0], forged);
     let find = |prefix| pool.tree.find(prefix);
     assert_eq!(find(forged), Found::Block(holder.blocks()[0]));
@@ -185,7 +237,7 @@ fn a_collision_of_hashes_is_a_miss() {
     assert_eq!(find(Prefix { salt: 1, ..forged }), Found::Collision);
     assert_eq!(find(Prefix { parent: Some(BlockId(7)), ..forged }), Found::Collision);
 
-    let mut table = pool.reserve(Reservation { shared_max: 2, ..want(&asked, 2) }).expect("room");
+    let mut table = pool.reserve(Reservation { shared_max: 2, ..want(&asked, 2) }, &mut ()).expect("room");
     assert_eq!(table.shared(), 0, "the block is another prompt's");
     pool.commit(&mut table, &asked);
     pool.release(table);
@@ -235,15 +287,64 @@ fn compute(memory: &mut Memory, running: &Running, from: usize) {
     }
 }
 
+/// What a pool gave up, with what was written there. Loses every `loses`th block, and finds every `breaks`th broken.
+#[derive(Default)]
+struct Kept {
+    blocks: HashMap<BlockDigest, (u64, Vec<TokenId>)>,
+    loses: usize,
+    breaks: usize,
+    calls: usize,
+    restored: u64,
+}
+
+impl Kept {
+    fn every(&mut self, nth: usize) -> bool {
+        self.calls += 1;
+        nth > 0 && self.calls.is_multiple_of(nth)
+    }
+}
+
+/// [`Kept`] behind [`Memory`].
+struct Below<'a>(&'a mut Kept, &'a mut Memory);
+
+impl LowerTier for Below<'_> {
+    fn holds(&mut self, digest: &BlockDigest) -> bool {
+        self.0.blocks.contains_key(digest)
+    }
+
+    fn keep(&mut self, block: BlockId, evicted: &Evicted) {
+        let content = self.1[block.0 as usize].clone();
+        assert_eq!(content.1.len() as u64, evicted.depth_tokens + BLOCK as u64, "whole when it goes");
+        if !self.0.every(self.0.loses) {
+            self.0.blocks.insert(evicted.digest, content);
+        }
+    }
+
+    fn restore(&mut self, digest: &BlockDigest, block: BlockId) -> Option<Source> {
+        let broken = self.0.every(self.0.breaks);
+        self.1[block.0 as usize] = (u64::MAX, Vec::new());
+        self.1[block.0 as usize] = self.0.blocks.get(digest).filter(|_| !broken)?.clone();
+        self.0.restored += 1;
+        Some(Source::Host)
+    }
+}
+
 proptest! {
     // A failing stream is printed, shrunk, together with the seed that reproduces it.
     #![proptest_config(ProptestConfig::with_cases(512))]
 
     /// Whatever comes in whatever order: the books balance after every event, and every sequence reads from its blocks what
-    /// it would have written to them itself.
+    /// it would have written to them itself, whether it was found here or came back from a lower tier that may lose or
+    /// break it.
     #[test]
-    fn nobody_reads_what_it_would_not_have_written(ops in prop::collection::vec(op(), 1..120)) {
+    fn nobody_reads_what_it_would_not_have_written(
+        ops in prop::collection::vec(op(), 1..120),
+        has_tier in any::<bool>(),
+        loses in 0usize..5,
+        breaks in 0usize..5,
+    ) {
         let blocks_max = 12;
+        let mut kept = Kept { loses: if has_tier { loses } else { 1 }, breaks, ..Kept::default() };
         let mut pool = BlockPool::new(blocks_max, BLOCK);
         let mut memory: Memory = vec![(0, Vec::new()); blocks_max];
         let mut all: Vec<Running> = Vec::new();
@@ -253,7 +354,7 @@ proptest! {
                     let room = prompt.len() + extra;
                     let reservation = Reservation { salt: tenant, ..want(&prompt, room.div_ceil(BLOCK)) };
                     let free = pool.free_blocks();
-                    match pool.reserve(reservation) {
+                    match pool.reserve(reservation, &mut Below(&mut kept, &mut memory)) {
                         Some(mut table) => {
                             prop_assert_eq!(table.blocks().len(), room.div_ceil(BLOCK));
                             let from = table.shared() * BLOCK;
@@ -285,6 +386,7 @@ proptest! {
                 Op::Advance(..) | Op::End(_) => {}
             }
             pool.check_invariants(all.iter().map(|running| &running.table));
+            prop_assert_eq!(pool.restored().host, kept.restored);
             for running in &all {
                 for (at, block) in running.table.blocks().iter().enumerate().take(running.tokens.len().div_ceil(BLOCK)) {
                     let end = running.tokens.len().min((at + 1) * BLOCK);

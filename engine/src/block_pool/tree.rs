@@ -8,9 +8,12 @@
 //! would cost to compute the block again, on top of the priority of the last block evicted; so among equally old
 //! blocks the cheaper goes, and the dearest goes as well once it is old enough. Equal ones go by last use.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 
-use model::{BlockHash, BlockId, TokenId};
+use model::{BlockDigest, BlockHash, BlockId, TokenId};
+
+use super::leaves::Leaves;
+use crate::lower_tier::Evicted;
 
 /// The context at which attention costs a token as much as everything else. In V3 everything else takes 2 × 37 G
 /// operations, absorbed attention 2 × 61 layers × 128 heads × (576 + 512) for each token of context: 4,356.
@@ -46,7 +49,7 @@ pub(super) struct Tree {
     tokens: Vec<TokenId>,
     by_hash: HashMap<BlockHash, BlockId>,
     /// Idle nodes without children: by priority, then by last use.
-    leaves: BTreeSet<(u64, u64, BlockId)>,
+    leaves: Leaves,
     /// Nodes that nobody holds.
     idle: usize,
     /// Priority of the last node evicted.
@@ -60,6 +63,7 @@ struct Node {
     parent: Option<BlockId>,
     salt: u64,
     hash: BlockHash,
+    digest: BlockDigest,
     children: u32,
     /// Tokens before this block.
     depth_tokens: u64,
@@ -81,7 +85,7 @@ impl Tree {
             tokens: vec![TokenId(0); blocks_max * block_tokens],
             // A block is committed during a step: nothing may have to grow then.
             by_hash: HashMap::with_capacity(blocks_max),
-            leaves: BTreeSet::new(),
+            leaves: Leaves::new(blocks_max),
             idle: 0,
             inflation: 0,
             uses: 0,
@@ -101,6 +105,7 @@ impl Tree {
     /// Takes in a block that somebody holds, under a parent that the same sequence holds. Nothing was found there.
     pub(super) fn insert(&mut self, block: BlockId, prefix: Prefix<'_>) {
         let Prefix { parent, salt, hash, tokens } = prefix;
+        let digest = self.digest(prefix);
         let mut depth_tokens = 0;
         if let Some(parent) = parent.and_then(|parent| self.node_mut(parent)) {
             parent.children += 1;
@@ -110,15 +115,21 @@ impl Tree {
         self.tokens[range].copy_from_slice(tokens);
         self.by_hash.insert(hash, block);
         self.nodes[block.0 as usize] =
-            Some(Node { parent, salt, hash, children: 0, depth_tokens, idle: None });
+            Some(Node { parent, salt, hash, digest, children: 0, depth_tokens, idle: None });
+    }
+
+    /// What names the KV of the block of `prefix`, whose parent is in the tree.
+    pub(super) fn digest(&self, prefix: Prefix<'_>) -> BlockDigest {
+        let parent = prefix.parent.and_then(|parent| self.node(parent));
+        parent.map_or_else(|| BlockDigest::root(prefix.salt), |node| node.digest).extend(prefix.tokens)
     }
 
     /// Somebody holds the block again.
     pub(super) fn wake(&mut self, block: BlockId) {
         let Some(node) = self.node_mut(block) else { return };
-        if let Some(Idle { priority, last_use }) = node.idle.take() {
+        if node.idle.take().is_some() {
             self.idle -= 1;
-            self.leaves.remove(&(priority, last_use, block));
+            self.leaves.remove(block.0);
         }
     }
 
@@ -130,27 +141,46 @@ impl Tree {
         let priority = inflation + ATTENTION_PARITY_TOKENS + node.depth_tokens;
         node.idle = Some(Idle { priority, last_use });
         if node.children == 0 {
-            self.leaves.insert((priority, last_use, block));
+            self.leaves.insert(block.0, (priority, last_use));
         }
         self.idle += 1;
         true
     }
 
     /// Removes the leaf that is worth the least.
-    pub(super) fn evict(&mut self) -> Option<BlockId> {
-        let (priority, _, block) = self.leaves.pop_first()?;
+    pub(super) fn evict(&mut self) -> Option<(BlockId, Evicted)> {
+        let ((priority, _), block) = self.leaves.pop_first()?;
+        let block = BlockId(block);
         self.inflation = self.inflation.max(priority);
         self.idle -= 1;
         let node = self.nodes[block.0 as usize].take()?;
         self.by_hash.remove(&node.hash);
-        let Some(parent_block) = node.parent else { return Some(block) };
-        if let Some(parent) = self.node_mut(parent_block) {
-            parent.children -= 1;
-            if let (0, Some(Idle { priority, last_use })) = (parent.children, parent.idle) {
-                self.leaves.insert((priority, last_use, parent_block));
-            }
+        let Node { parent, salt, digest, depth_tokens, .. } = node;
+        let evicted = |parent| (block, Evicted { digest, parent, depth_tokens });
+        let Some(parent_block) = parent else { return Some(evicted(BlockDigest::root(salt))) };
+        // Leaves go first, so that it is still here.
+        let parent = self.node_mut(parent_block)?;
+        parent.children -= 1;
+        let evicted = evicted(parent.digest);
+        if let (0, Some(Idle { priority, last_use })) = (parent.children, parent.idle) {
+            self.leaves.insert(parent_block.0, (priority, last_use));
         }
-        Some(block)
+        Some(evicted)
+    }
+
+    /// Idle blocks, children before their parents.
+    pub(super) fn idle_blocks(&self) -> Vec<(BlockId, Evicted)> {
+        let nodes = self.nodes.iter().enumerate();
+        let idle = nodes.filter_map(|(at, node)| Some((BlockId(at as u32), node.as_ref()?)));
+        let idle = idle.filter(|(_, node)| node.idle.is_some()).map(|(block, node)| {
+            let parent = node.parent.and_then(|parent| self.node(parent));
+            let parent = parent.map_or_else(|| BlockDigest::root(node.salt), |parent| parent.digest);
+            let Node { digest, depth_tokens, .. } = *node;
+            (block, Evicted { digest, parent, depth_tokens })
+        });
+        let mut idle: Vec<_> = idle.collect();
+        idle.sort_by_key(|(_, evicted)| std::cmp::Reverse(evicted.depth_tokens));
+        idle
     }
 
     pub(super) fn contains(&self, block: BlockId) -> bool {
@@ -204,7 +234,9 @@ impl Tree {
             );
             if let Some(Idle { priority, last_use }) = node.idle {
                 idle += 1;
-                let leaf = self.leaves.contains(&(priority, last_use, block));
+                let rank = self.leaves.rank(block.0);
+                let leaf = rank == Some((priority, last_use));
+                assert!(leaf || rank.is_none(), "block {block} has its own rank");
                 assert_eq!(leaf, node.children == 0, "idle leaves can be evicted");
                 leaves += usize::from(leaf);
             }

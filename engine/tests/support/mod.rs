@@ -140,7 +140,7 @@ impl Bench {
     pub fn sequence(&mut self, tokens: &[TokenId], extra: usize) -> Sequence {
         let blocks = self.engine.kv_layout().blocks_for(tokens.len() + extra);
         let reservation = Reservation { salt: 0, prompt: &[], shared_max: 0, blocks, blocks_max: blocks };
-        let table = self.pool.reserve(reservation).expect("the test pool is large enough");
+        let table = self.pool.reserve(reservation, &mut ()).expect("the test pool is large enough");
         Sequence { tokens: tokens.to_vec(), blocks: table.blocks().to_vec(), table }
     }
 

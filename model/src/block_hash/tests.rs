@@ -38,3 +38,22 @@ fn salts_share_nothing() {
     let (a, b) = (block_hashes(1, &tokens(256), 64), block_hashes(2, &tokens(256), 64));
     assert!(a.iter().all(|hash| !b.contains(hash)));
 }
+
+#[test]
+fn a_digest_stands_for_salt_and_tokens() {
+    let all = |salt, tokens: &[TokenId]| -> Vec<BlockDigest> {
+        let mut digest = BlockDigest::root(salt);
+        let next = |block: &[TokenId]| {
+            digest = digest.extend(block);
+            digest
+        };
+        tokens.chunks_exact(64).map(next).collect()
+    };
+    let base = all(5, &tokens(256));
+    assert_eq!(all(5, &tokens(150)), base[..2]);
+    assert!(all(6, &tokens(256)).iter().all(|digest| !base.contains(digest)), "salts share nothing");
+    let mut other = tokens(256);
+    other[70] = TokenId(9999);
+    let same: Vec<_> = base.iter().zip(all(5, &other)).map(|(a, b)| *a == b).collect();
+    assert_eq!(same, [true, false, false, false]);
+}

@@ -112,7 +112,7 @@ impl Scene {
     /// "Computes" the next chunk: rows appear in the pool layer by layer, and the observer hears of each.
     fn step(&mut self) -> bool {
         let mut step = Vec::new();
-        self.scheduler.schedule(&mut step, Instant::now());
+        self.scheduler.schedule(&mut step, &mut (), Instant::now());
         let Some(&chunk) = step.first() else { return false };
         for layer in 0..self.layout.layers {
             for position in chunk.start..chunk.start + chunk.tokens {

@@ -9,7 +9,7 @@
 
 use std::time::Instant;
 
-use engine::Reservation;
+use engine::{LowerTier, Reservation};
 
 use super::{Chunk, Scheduler, SequenceId};
 
@@ -18,11 +18,12 @@ const INTERLEAVED_MAX: usize = 8;
 
 impl Scheduler {
     /// Forms the next step into `step`, which is cleared first; empty when there is nothing to run.
-    /// Each non-empty step must be ended by [`Self::complete`] before the next is formed.
-    pub fn schedule(&mut self, step: &mut Vec<Chunk>, now: Instant) {
+    /// Each non-empty step must be ended by [`Self::complete`] before the next is formed. What prompts that are let in do
+    /// not find in the pool comes from `tier`.
+    pub fn schedule(&mut self, step: &mut Vec<Chunk>, tier: &mut dyn LowerTier, now: Instant) {
         step.clear();
         let mut budget = self.limits.step_tokens_max;
-        if self.running.is_empty() && !self.admit_head(now) {
+        if self.running.is_empty() && !self.admit_head(tier, now) {
             return;
         }
         let Some(&oldest) = self.running.front() else { return };
@@ -31,11 +32,11 @@ impl Scheduler {
         // The oldest's chunk stands first, whatever it comes to.
         self.chunk(oldest, reserved, step);
         budget -= reserved;
-        budget -= self.run_short_ones(lacking / 2, budget, step, now);
+        budget -= self.run_short_ones(lacking / 2, budget, step, tier, now);
         budget -= self.lengthen_first(budget, step);
         let mut next = 1;
         while budget > 0 {
-            if next == self.running.len() && !self.admit_head(now) {
+            if next == self.running.len() && !self.admit_head(tier, now) {
                 break;
             }
             let id = self.running[next];
@@ -52,6 +53,7 @@ impl Scheduler {
         tokens_max: usize,
         budget: usize,
         step: &mut Vec<Chunk>,
+        tier: &mut dyn LowerTier,
         now: Instant,
     ) -> usize {
         let mut left = budget;
@@ -62,7 +64,7 @@ impl Scheduler {
                 Some(id) => left -= self.chunk(id, left, step),
                 // Perhaps the next in the queue is one.
                 None if self.running.len() < INTERLEAVED_MAX && self.head_is_short(tokens_max, now) => {
-                    if !self.admit_head(now) {
+                    if !self.admit_head(tier, now) {
                         break;
                     }
                 }
@@ -106,7 +108,7 @@ impl Scheduler {
     }
 
     /// Admits the head of the queue when there is room and memory for it.
-    fn admit_head(&mut self, now: Instant) -> bool {
+    fn admit_head(&mut self, tier: &mut dyn LowerTier, now: Instant) -> bool {
         let Some(&id) = self.waiting.peek(now) else {
             return false;
         };
@@ -118,7 +120,7 @@ impl Scheduler {
         };
         let prompt_tokens = sequence.prompt.len();
         let blocks = prompt_tokens.div_ceil(self.limits.block_tokens);
-        let reserved = self.blocks.reserve(Reservation {
+        let reservation = Reservation {
             salt: sequence.cache_salt,
             prompt: &sequence.prompt,
             // The last token is computed in any case: the first token comes from its logits.
@@ -126,8 +128,8 @@ impl Scheduler {
             blocks,
             // A prompt does not grow.
             blocks_max: blocks,
-        });
-        let Some(table) = reserved else {
+        };
+        let Some(table) = self.blocks.reserve(reservation, tier) else {
             return false;
         };
         sequence.cached = table.shared() * self.limits.block_tokens;

@@ -153,7 +153,7 @@ impl World {
     }
 
     fn form_step(&mut self) {
-        self.scheduler.schedule(&mut self.step, self.now);
+        self.scheduler.schedule(&mut self.step, &mut (), self.now);
         let tokens: usize = self.step.iter().map(|chunk| chunk.tokens).sum();
         assert!(tokens <= LIMITS.step_tokens_max);
         for chunk in &self.step {
@@ -222,7 +222,7 @@ proptest! {
 
 fn step_of(scheduler: &mut Scheduler) -> Vec<(u64, usize, usize, bool)> {
     let mut step = Vec::new();
-    scheduler.schedule(&mut step, Instant::now());
+    scheduler.schedule(&mut step, &mut (), Instant::now());
     scheduler.complete(&step);
     let row = |chunk: &Chunk| (chunk.id.0, chunk.start, chunk.tokens, chunk.last);
     step.iter().map(row).collect()
@@ -288,7 +288,7 @@ fn tenants_share_by_prompt_tokens_and_batch_waits_until_it_has_aged() {
         (0..20).map(|_| submit(&mut scheduler, of(2, Priority::Interactive), 50, start)).collect();
     let mut run = |now| {
         let mut step = Vec::new();
-        scheduler.schedule(&mut step, now);
+        scheduler.schedule(&mut step, &mut (), now);
         scheduler.complete(&step);
         for chunk in step.iter().filter(|chunk| chunk.last) {
             scheduler.remove(chunk.id);
@@ -326,7 +326,7 @@ fn blocks_of_a_running_step_are_freed_only_when_it_ends() {
     let mut scheduler = Scheduler::new(LIMITS);
     scheduler.submit(arrival(0, 200), Instant::now()).expect("room");
     let mut step = Vec::new();
-    scheduler.schedule(&mut step, Instant::now());
+    scheduler.schedule(&mut step, &mut (), Instant::now());
     scheduler.remove(SequenceId(0));
     assert_eq!(scheduler.free_blocks(), LIMITS.kv_blocks - 4);
     scheduler.complete(&step);

@@ -31,10 +31,10 @@ fn run_dry(
     let mut batch = Vec::new();
     let mut steps = 0;
     while !scheduler.is_empty() {
-        while let Some((id, _)) = scheduler.admit_next(now) {
+        while let Some((id, _)) = scheduler.admit_next(&mut (), now) {
             scheduler.apply(id, Event::HandedOff(WORD), now);
         }
-        scheduler.schedule(&mut batch);
+        scheduler.schedule(&mut batch, &mut ());
         scheduler.check_invariants();
         assert!(!batch.is_empty() || scheduler.next_finished().is_some(), "everybody pauses: a freeze");
         for &id in &batch {
@@ -108,7 +108,7 @@ fn a_right_estimate_lets_more_in_and_pauses_are_rare() {
     let mut worst = Scheduler::new(limits(64, 1));
     submit(&mut worst);
     let mut at_once = 0;
-    while worst.admit_next(now).is_some() {
+    while worst.admit_next(&mut (), now).is_some() {
         at_once += 1;
     }
     assert_eq!(at_once, 2, "31 blocks each, at worst");
@@ -118,7 +118,7 @@ fn a_right_estimate_lets_more_in_and_pauses_are_rare() {
     }
     submit(&mut scheduler);
     let mut at_once = 0;
-    while let Some((id, _)) = scheduler.admit_next(now) {
+    while let Some((id, _)) = scheduler.admit_next(&mut (), now) {
         scheduler.apply(id, Event::HandedOff(WORD), now);
         at_once += 1;
     }
@@ -174,7 +174,7 @@ fn force(scheduler: &mut Scheduler, id: SequenceId) -> Option<()> {
     let shared_max = prompt.len() / LIMITS.block_tokens;
     let reservation =
         engine::Reservation { salt: *cache_salt, prompt, shared_max, blocks, blocks_max: blocks };
-    sequence.table = Some(scheduler.blocks.reserve(reservation)?);
+    sequence.table = Some(scheduler.blocks.reserve(reservation, &mut ())?);
     sequence.tokens = prompt.to_vec();
     sequence.state = State::Waiting;
     scheduler.owed += sequence.owed_blocks();
@@ -222,11 +222,11 @@ fn whoever_is_short_comes_before_whoever_waits() {
     let mut was_short = false;
     let mut admitted = false;
     for _ in 0..200 {
-        scheduler.schedule(&mut batch);
+        scheduler.schedule(&mut batch, &mut ());
         scheduler.check_invariants();
         if scheduler.short() > 0 {
             was_short = true;
-            assert_eq!(scheduler.admit_next(now), None);
+            assert_eq!(scheduler.admit_next(&mut (), now), None);
         }
         for &id in &batch {
             scheduler.apply(id, Event::Sampled(WORD), now);
@@ -235,7 +235,7 @@ fn whoever_is_short_comes_before_whoever_waits() {
             scheduler.release(id);
         }
         if scheduler.short() == 0
-            && let Some((id, _)) = scheduler.admit_next(now)
+            && let Some((id, _)) = scheduler.admit_next(&mut (), now)
         {
             admitted |= id == waits;
             scheduler.apply(id, Event::HandedOff(WORD), now);
@@ -258,7 +258,7 @@ fn a_flood_of_one_tenant_does_not_delay_another() {
         let id = scheduler.submit(of(2), now).expect("it may wait");
         let mut turns = 0;
         loop {
-            let (next, _) = scheduler.admit_next(now).expect("the seat is free");
+            let (next, _) = scheduler.admit_next(&mut (), now).expect("the seat is free");
             scheduler.apply(next, Event::Failed(Failure::Cancelled), now);
             scheduler.release(next);
             if next == id {
@@ -285,7 +285,7 @@ fn batch_progresses_under_interactive_overload() {
         let now = start + Duration::from_millis(ms * 100);
         scheduler.submit(of(Priority::Interactive), now).expect("it may wait");
         scheduler.submit(of(Priority::Interactive), now).expect("it may wait");
-        let (id, _) = scheduler.admit_next(now).expect("the seat is free");
+        let (id, _) = scheduler.admit_next(&mut (), now).expect("the seat is free");
         let batch = scheduler.sequence(id).is_some_and(|sequence| sequence.share.priority == Priority::Batch);
         admitted.push((now.duration_since(start), batch));
         scheduler.apply(id, Event::Failed(Failure::Cancelled), now);
