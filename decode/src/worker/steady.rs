@@ -1,13 +1,13 @@
-//! After warm-up a round of the worker allocates nothing: step, sampling, delivery and its own books.
+//! After warm-up a round of the worker allocates nothing: drafts, step, sampling, delivery and its own books.
 
 use model::SamplingParams;
 
 use super::*;
 
-/// Tokens before anything is counted: buffers have grown to the batch, and queues to what their readers leave in them.
-const WARM_ROUNDS: usize = 40;
-/// More than a KV block: the table of a sequence does not grow either.
-const COUNTED_ROUNDS: usize = 100;
+/// Rounds before anything is counted: buffers have grown to the batch, and queues to what their readers leave in them.
+const WARM_ROUNDS: usize = 30;
+/// More tokens than a KV block has: the table of a sequence does not grow either.
+const COUNTED_ROUNDS: usize = 70;
 
 /// One round without what the rig checks.
 fn bare_round(worker: &mut Worker) {
@@ -17,12 +17,20 @@ fn bare_round(worker: &mut Worker) {
     worker.postprocess(outcome);
 }
 
-fn check(sampling: impl Fn(u64) -> SamplingParams) {
-    let mut rig = Rig::new();
-    let oracle = engine();
+/// One over the demo model, most of whose drafts stand.
+fn drafting_rig() -> Rig {
+    let engine = || support::engine_of(support::DEMO);
+    let mut rig = Rig::with(engine(), engine(), Arc::default());
+    if let Some(speculation) = &mut rig.worker.speculation {
+        speculation.always = true;
+    }
+    rig
+}
+
+fn check(mut rig: Rig, sampling: impl Fn(u64) -> SamplingParams) {
     let mut inboxes = Vec::new();
     for seed in 1..=BATCH_MAX as u64 {
-        let mut sequence = request(&oracle, seed, 30, 300);
+        let mut sequence = request(&rig.prefill.engine, seed, 30, 320);
         sequence.sampling = sampling(seed);
         inboxes.push(rig.start(&sequence).0);
     }
@@ -44,20 +52,39 @@ fn check(sampling: impl Fn(u64) -> SamplingParams) {
         }
     }
     assert!(tokens >= BATCH_MAX * COUNTED_ROUNDS, "{tokens} tokens");
+    // One that ends gives its memory back, which is no part of a steady round.
+    assert_eq!(rig.worker.scheduler.runnable(), BATCH_MAX, "all of them go on");
+    let drafting = rig.worker.speculation.is_some_and(|speculation| speculation.always);
+    assert!(
+        !drafting || tokens > BATCH_MAX * (WARM_ROUNDS + COUNTED_ROUNDS),
+        "{tokens} tokens, no draft stood"
+    );
+}
+
+fn greedy(seed: u64) -> SamplingParams {
+    SamplingParams { seed, ..SamplingParams::greedy() }
+}
+
+fn sampled(seed: u64) -> SamplingParams {
+    SamplingParams { temperature: 0.7, top_p: 0.9, top_k: 20, ..greedy(seed) }
 }
 
 #[test]
 fn a_warm_greedy_round_allocates_nothing() {
-    check(|seed| SamplingParams { seed, ..SamplingParams::greedy() });
+    check(Rig::new(), greedy);
 }
 
 #[test]
 fn a_warm_sampled_round_allocates_nothing() {
-    check(|seed| SamplingParams {
-        temperature: 0.7,
-        top_p: 0.9,
-        top_k: 20,
-        seed,
-        ..SamplingParams::greedy()
-    });
+    check(Rig::new(), sampled);
+}
+
+#[test]
+fn a_warm_greedy_round_with_drafts_allocates_nothing() {
+    check(drafting_rig(), greedy);
+}
+
+#[test]
+fn a_warm_sampled_round_with_drafts_allocates_nothing() {
+    check(drafting_rig(), sampled);
 }
