@@ -29,7 +29,9 @@ mod samples;
 
 pub use activations::{ActivationFormat, Activations, WireError};
 pub use arena::Arena;
-pub use cpu::{Cpu, InputRows, Isa, LinearJob, ThreadPool, WEIGHT_BLOCK, WeightBlock};
+pub use cpu::{
+    Cpu, GUMBEL_TOKENS, GumbelKey, InputRows, Isa, LinearJob, ThreadPool, WEIGHT_BLOCK, WeightBlock,
+};
 pub use fp8::ScaleFormat;
 pub use kv::{KvFormat, KvGeometry, KvSlot, KvView, KvViewMut, MlaRow, MlaShape};
 pub use matrix::{HeadMatrices, Matrix, MatrixError, WeightFormat};

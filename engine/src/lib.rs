@@ -18,7 +18,6 @@ mod fingerprint;
 mod kv_cache;
 mod lower_tier;
 mod options;
-mod rng;
 mod sampler;
 mod stage;
 mod step;

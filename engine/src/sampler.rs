@@ -1,19 +1,19 @@
 //! From a row of logits to a token: one sequence's sampler.
 //!
 //! The order of operations is vLLM's: logit bias, then repetition, frequency and presence penalties, then the
-//! log-probabilities are taken, then temperature, min-p, top-k, top-p, and one draw. The draw is counter-based
-//! ([`crate::rng`]), so a token depends on (logits, parameters, seed, choice, position, tokens so far) and on nothing
-//! else: a sampler rebuilt on another worker by replaying [`SequenceSampler::observe`] goes on with the same tokens.
+//! log-probabilities are taken, then temperature, min-p, top-k, top-p, and one draw. The draw is counter-based and each token
+//! has its own noise ([`Isa::gumbel_argmax`]), so a token depends on (logits, parameters, seed, choice, position, tokens so far)
+//! and on nothing else: a sampler rebuilt on another worker by replaying [`SequenceSampler::observe`] goes on with the same
+//! tokens, and a draft model's logits that are nearly the main model's give nearly always the same token.
 //!
 //! What is deliberately not here: stop conditions. Whoever owns the sequence decides when it ends; it passes the tokens
 //! that may not come yet (`min_tokens`) as `suppress`.
 
 use std::collections::HashMap;
 
-use compute::{Isa, WEIGHT_BLOCK, WeightBlock};
+use compute::{GUMBEL_TOKENS, GumbelKey, Isa, WeightBlock};
 use model::{SamplingParams, TokenId};
 
-use crate::rng;
 use truncation::{Candidate, Truncation};
 
 mod truncation;
@@ -64,10 +64,10 @@ pub struct SequenceSampler {
     choice: u32,
     /// Kept only where a penalty is in force: the common request pays nothing for it.
     occurrences: Option<HashMap<TokenId, Occurrence>>,
-    /// Softmax weights of the vocabulary and of its blocks; stay empty where the best token is taken.
+    /// Softmax weights of the vocabulary and of its blocks, and the tokens that survive truncation; stay empty unless top-k,
+    /// top-p or min-p is in force.
     weights: Vec<f32>,
     blocks: Vec<WeightBlock>,
-    /// Tokens that survive truncation; stays empty unless top-k, top-p or min-p is in force.
     candidates: Vec<Candidate>,
     spare: Vec<Candidate>,
     isa: Isa,
@@ -124,20 +124,20 @@ impl SequenceSampler {
     }
 
     /// What [`Self::sample`] would take if these logits were the main model's: a guess from a draft model's. It is made
-    /// with the same random number, so where the two distributions agree a sampled token is guessed as well as a greedy
+    /// with the same noise of each token, so where the two distributions agree a sampled token is guessed as well as a greedy
     /// one; the most probable token would be right only as often as it is probable.
     pub fn guess(&mut self, logits: &mut [f32], position: usize, suppress: &[TokenId]) -> TokenId {
         self.adjust(logits, suppress);
         TokenId(self.choose(logits, self.isa.argmax(logits), position) as u32)
     }
 
-    /// Greedy, or by the random number of `position`.
+    /// Greedy, or by the noise of `position`.
     fn choose(&mut self, logits: &[f32], best: usize, position: usize) -> usize {
         if self.params.temperature < GREEDY_BELOW || !logits[best].is_finite() {
             return best;
         }
-        let uniform = rng::uniform(self.params.seed, self.choice, position as u64);
-        self.draw(logits, logits[best], uniform)
+        let key = GumbelKey { seed: self.params.seed, choice: self.choice, position: position as u64 };
+        self.draw(logits, best, key)
     }
 
     /// Bias, penalties and suppression, in place.
@@ -174,52 +174,33 @@ impl SequenceSampler {
         logit
     }
 
-    /// The index that `uniform` in `[0, 1)` falls on.
-    fn draw(&mut self, logits: &[f32], peak: f32, uniform: f64) -> usize {
+    /// Of the tokens that truncation leaves the one with the largest sum of logit over temperature and noise, the lowest on a
+    /// tie.
+    fn draw(&mut self, logits: &[f32], best: usize, key: GumbelKey) -> usize {
         let Self { params, isa, weights, blocks, candidates, spare, .. } = self;
         let limits = Truncation { top_k: params.top_k, top_p: params.top_p, min_p: params.min_p };
-        isa.softmax_weights(logits, peak, params.temperature, weights, blocks);
+        let (peak, temperature) = (logits[best], params.temperature);
         if limits.keeps_all(logits.len()) {
-            return pick_block(weights, blocks, uniform);
+            return isa.gumbel_argmax(logits, best, peak, temperature, key);
         }
+        isa.softmax_weights(logits, peak, temperature, weights, blocks);
         limits.apply(logits, weights, blocks, candidates, spare);
-        let total: f64 = candidates.iter().map(|candidate| f64::from(candidate.weight)).sum();
-        let weights = candidates.iter().map(|candidate| (candidate.token as usize, candidate.weight));
-        pick(weights, uniform * total)
-    }
-}
-
-/// Inverts the cumulative distribution by way of its blocks: adds up these, then the weights of the one that is hit.
-fn pick_block(weights: &[f32], blocks: &[WeightBlock], uniform: f64) -> usize {
-    let total: f64 = blocks.iter().map(|block| f64::from(block.sum)).sum();
-    let target = uniform * total;
-    let (mut before, mut hit, mut cumulative) = (0.0, 0, 0.0);
-    for (index, block) in blocks.iter().enumerate().filter(|(_, block)| block.sum > 0.0) {
-        (before, hit) = (cumulative, index);
-        cumulative += f64::from(block.sum);
-        if cumulative > target {
-            break;
-        }
-    }
-    let first = hit * WEIGHT_BLOCK;
-    let weights = weights[first..].iter().take(WEIGHT_BLOCK).copied();
-    pick((first..).zip(weights), target - before)
-}
-
-/// Where the cumulative weight exceeds `target`. Rounding may leave it unreached: the last possible token then.
-fn pick(weights: impl Iterator<Item = (usize, f32)>, target: f64) -> usize {
-    let mut cumulative = 0.0;
-    let mut last = 0;
-    for (index, weight) in weights {
-        if weight > 0.0 {
-            cumulative += f64::from(weight);
-            last = index;
-            if cumulative > target {
-                break;
+        let (mut drawn, mut largest) = (best, f32::NEG_INFINITY);
+        for candidates in candidates.chunks(GUMBEL_TOKENS) {
+            let mut tokens = [0; GUMBEL_TOKENS];
+            for (token, candidate) in tokens.iter_mut().zip(candidates) {
+                *token = candidate.token;
+            }
+            let noise = isa.gumbel_noise(key, &tokens);
+            for (candidate, noise) in candidates.iter().zip(noise) {
+                let sum = (candidate.logit - peak) / temperature + noise;
+                if sum > largest {
+                    (drawn, largest) = (candidate.token as usize, sum);
+                }
             }
         }
+        drawn
     }
-    last
 }
 
 /// Of a token that cannot come, and in a row without any finite logit: negative infinity, never NaN.

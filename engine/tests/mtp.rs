@@ -3,7 +3,9 @@
 
 mod support;
 
-use engine::{DraftInput, FollowedInput, LogitsWanted, MtpInput, SequenceInput, StepObserver};
+use engine::{
+    DraftInput, FollowedInput, LogitsWanted, MtpInput, SequenceInput, SequenceSampler, StepObserver,
+};
 use model::{BlockId, Numerics, TokenId};
 use support::{Bench, Golden, Recorder, Rows, Sequence, Setup, argmax, assert_same_bits, fixture, tiny};
 
@@ -300,4 +302,65 @@ fn drafts_of_the_demo_model_are_worth_having() {
     println!("right {right:?} of {tried:?}");
     assert!(right[0] * 10 > tried[0] * 8, "first drafts: {right:?} of {tried:?}");
     assert!(right[1] * 10 > tried[1], "second drafts: {right:?} of {tried:?}");
+}
+
+/// How often a draft stands where tokens are sampled, over many seeds, in texts that the demo model has sampled itself. Each token
+/// has its own noise, so the two draws are equal nearly as often as they could be, which is one less the distributions' total
+/// variation; a draw of its own would be equal with the sum of products.
+#[test]
+fn sampled_drafts_stand_nearly_as_often_as_they_could() {
+    const PROMPT: usize = 60;
+    const TEXT: usize = 300;
+    let mut bench = Bench::open(&tiny(), Setup::new(Numerics::Fp8));
+    let text = include_str!("data/demo_conversation.txt");
+    let prompt = model::Tokenizer::open(tiny()).and_then(|t| t.encode(text)).expect("the tokenizer works");
+    let (vocab, hidden_size) = (bench.vocab(), bench.engine.config().hidden_size);
+    for temperature in [0.7f32, 1.0] {
+        let sampler = |seed| {
+            let params = model::SamplingParams { temperature, seed, ..model::SamplingParams::greedy() };
+            SequenceSampler::new(&params, 0, &[])
+        };
+        let softmax = |logits: &[f32]| -> Vec<f64> {
+            let peak = logits[argmax(logits)];
+            let weights: Vec<f64> =
+                logits.iter().map(|&x| f64::from((x - peak) / temperature).exp()).collect();
+            let total: f64 = weights.iter().sum();
+            weights.into_iter().map(|weight| weight / total).collect()
+        };
+        let (mut stood, mut draws, mut most, mut independent) = (0.0, 0.0, 0.0, 0.0);
+        for start in [0, 200, 400] {
+            let mut sequence = bench.sequence(&prompt[start..start + PROMPT], TEXT);
+            let mut rows = fill(&mut bench, &sequence, 0, PROMPT, Vec::new(), &mut ());
+            while sequence.tokens.len() < TEXT {
+                let length = sequence.tokens.len();
+                let last = &mut rows.logits[(length - 1) * vocab..].to_vec();
+                sequence.tokens.push(sampler(start as u64).sample(last, length, &[]).token);
+                let more = fill(&mut bench, &sequence, length, 1, Vec::new(), &mut ());
+                rows.logits.extend(more.logits);
+                rows.hidden.extend(more.hidden);
+            }
+            let states = &rows.hidden[..(TEXT - 1) * hidden_size];
+            let module = bench.mtp(&sequence.blocks, 0, &sequence.tokens[1..], states, &mut ());
+            for position in PROMPT..TEXT {
+                // The module's row made with token `position` guesses the token that the main model's row of it draws.
+                let mut main = rows.logits[position * vocab..][..vocab].to_vec();
+                let mut guess = module.logits[(position - 1) * vocab..][..vocab].to_vec();
+                let (p, q) = (softmax(&main), softmax(&guess));
+                most += p.iter().zip(&q).map(|(p, q)| p.min(*q)).sum::<f64>();
+                independent += p.iter().zip(&q).map(|(p, q)| p * q).sum::<f64>();
+                for seed in 100..120 {
+                    let drawn = sampler(seed).sample(&mut main, position + 1, &[]).token;
+                    stood += f64::from(drawn == sampler(seed).guess(&mut guess, position + 1, &[]));
+                    draws += 1.0;
+                }
+            }
+            bench.release(sequence);
+        }
+        let rows = 3.0 * (TEXT - PROMPT) as f64;
+        let (stood, most, independent) = (stood / draws, most / rows, independent / rows);
+        println!(
+            "temperature {temperature}: {stood:.3} stood, {most:.3} at best, {independent:.3} if independent"
+        );
+        assert!(stood > 0.95 * most && stood > independent, "{stood} of {most}");
+    }
 }

@@ -340,7 +340,10 @@ impl Bench<'_> {
         let vocab = self.shapes.vocab;
         let logits = values(vocab);
         let usual = SamplingParams { temperature: 0.6, top_p: 0.95, ..SamplingParams::default() };
-        for (name, params) in [("greedy", SamplingParams::greedy()), ("top-p 0.95", usual)] {
+        let plain = SamplingParams { temperature: 1.0, ..SamplingParams::default() };
+        for (name, params) in
+            [("greedy", SamplingParams::greedy()), ("top-p 0.95", usual), ("temperature 1", plain)]
+        {
             let mut sampler = SequenceSampler::new(&params, 0, &[TokenId(1)]);
             let mut row = logits.clone();
             let work = Work {

@@ -2,6 +2,7 @@
 
 mod disjoint;
 mod elementwise;
+mod gumbel;
 mod isa;
 mod kv_write;
 mod linear;
@@ -18,6 +19,7 @@ mod vector;
 use std::ops::Range;
 
 pub(crate) use disjoint::Disjoint;
+pub use gumbel::{GUMBEL_TOKENS, GumbelKey};
 pub use isa::Isa;
 pub use linear::{InputRows, LinearJob};
 pub use logits::{WEIGHT_BLOCK, WeightBlock};

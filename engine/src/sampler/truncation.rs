@@ -100,7 +100,7 @@ impl Truncation {
         kept.select_nth_unstable_by(k - 1, |a, b| b.logit.total_cmp(&a.logit));
         let threshold = kept[k - 1].logit;
         kept.retain(|candidate| candidate.logit >= threshold);
-        // The sums that follow go by id.
+        // The sums that follow, and the choice among equals, go by id.
         kept.sort_unstable_by_key(|candidate| candidate.token);
     }
 
