@@ -61,6 +61,8 @@ pub struct Activations {
     pub(crate) bf16: Aligned<u16>,
     codes: Vec<u8>,
     pub(crate) scales: Vec<f32>,
+    /// Whether codes are expanded for a product on the CPU.
+    expands: bool,
 }
 
 impl Default for Activations {
@@ -80,7 +82,19 @@ impl Activations {
             bf16: Aligned::new(),
             codes: Vec::new(),
             scales: Vec::new(),
+            expands: true,
         }
+    }
+
+    /// A buffer whose FP8 rows are kept as codes only: on their way to another device or worker. The CPU cannot multiply
+    /// by them, nor [`Self::value`] show them.
+    pub fn in_transit() -> Self {
+        Self { expands: false, ..Self::new() }
+    }
+
+    /// Codes `[m, k]` and scales `[m, ceil(k/128)]` of FP8 rows; of others, nothing.
+    pub(crate) fn codes(&self) -> (&[u8], &[f32]) {
+        (&self.codes, &self.scales)
     }
 
     /// Takes rows `x` `[m, k]`, rounding or quantising them: FP8 per row and 128 channels with
@@ -90,6 +104,7 @@ impl Activations {
     /// If `x` is not `m * k` long.
     pub fn prepare(&mut self, cpu: &Cpu, x: &[f32], m: usize, k: usize, format: ActivationFormat) {
         assert_eq!(x.len(), m * k, "activations [{m}, {k}]");
+        assert!(self.expands, "rows in transit are read from the wire");
         self.shape(m, k, format);
         if m == 0 || k == 0 {
             return;
@@ -154,8 +169,10 @@ impl Activations {
                 ActivationFormat::Fp8(_) => {
                     let (codes, scales) = bytes.split_at(k);
                     self.codes[row * k..][..k].copy_from_slice(codes);
-                    for (out, &code) in self.bf16[row * stride..].iter_mut().zip(codes) {
-                        *out = fp8::E4M3_TO_BF16[usize::from(code)];
+                    if self.expands {
+                        for (out, &code) in self.bf16[row * stride..].iter_mut().zip(codes) {
+                            *out = fp8::E4M3_TO_BF16[usize::from(code)];
+                        }
                     }
                     for (out, bytes) in self.scales[row * blocks..].iter_mut().zip(scales.chunks_exact(4)) {
                         *out = f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
@@ -245,7 +262,8 @@ impl Activations {
         let padded = m * self.stride();
         let fp8 = matches!(format, ActivationFormat::Fp8(_));
         self.f32.set_len(if format == ActivationFormat::F32 { padded } else { 0 });
-        self.bf16.set_len(if format == ActivationFormat::F32 { 0 } else { padded });
+        let expanded = self.expands || !fp8;
+        self.bf16.set_len(if format == ActivationFormat::F32 || !expanded { 0 } else { padded });
         self.codes.clear();
         self.codes.resize(if fp8 { m * k } else { 0 }, 0);
         self.scales.clear();

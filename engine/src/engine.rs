@@ -4,13 +4,12 @@ use model::{Checkpoint, Device, ExecutionFingerprint, KvLayout, ModelConfig, Tok
 
 use crate::batch::SequenceInput;
 use crate::cuda::{CudaEngine, RoutedExperts};
+use crate::drawing::{Draw, Drawn};
 use crate::error::{EngineError, InvalidBatch, StepError};
 use crate::experts::{ExpertBank, Experts, LocalExperts};
 use crate::kv_cache::KvPool;
 use crate::options::EngineOptions;
-use crate::step::{
-    CpuEngine, DraftInput, FollowedInput, FollowedOutput, GreedyOutput, MtpInput, StepObserver, StepOutput,
-};
+use crate::step::{CpuEngine, DraftInput, FollowedInput, FollowedOutput, MtpInput, StepObserver, StepOutput};
 
 /// A model ready to step, with its KV cache.
 pub struct Engine(Backend);
@@ -146,19 +145,25 @@ impl Engine {
         }
     }
 
-    /// As [`Self::step`], for whoever takes the most probable token of each wanted row: the token and its log-probability,
-    /// chosen on the device, so that no logits come to the host. None where the device does not do that.
+    /// As [`Self::step`], for whoever wants tokens: `draws` says, row by row in the batch's order, how the token of each wanted
+    /// row is drawn, or none where its logits are wanted. A device that can draws there, and no logits come to the host but
+    /// those that are asked for; elsewhere [`Drawn::token`] draws from them.
     ///
     /// # Errors
     /// As [`Self::step`].
-    pub fn step_greedy(
+    pub fn step_drawing(
         &mut self,
         inputs: &[SequenceInput<'_>],
+        draws: &mut dyn Iterator<Item = Option<Draw<'_>>>,
         observer: &mut dyn StepObserver,
-    ) -> Option<Result<GreedyOutput<'_>, StepError>> {
+    ) -> Result<Drawn<'_>, StepError> {
         match &mut self.0 {
-            Backend::Cpu(_) => None,
-            Backend::Cuda(engine) => Some(engine.step_greedy(inputs, observer)),
+            Backend::Cpu(engine) => {
+                let vocab = engine.config().vocab_size;
+                let StepOutput { logits, hidden } = engine.step(inputs, observer)?;
+                Ok(Drawn::from_logits(logits, vocab, hidden))
+            }
+            Backend::Cuda(engine) => engine.step_drawing(inputs, draws, observer),
         }
     }
 

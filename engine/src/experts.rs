@@ -58,6 +58,9 @@ pub enum ExpertsError {
         /// What is wrong with it.
         detail: String,
     },
+    /// The device that computes them has failed. It gives nothing any more: its worker must end.
+    #[error("the experts' device failed")]
+    Device(#[from] compute::cuda::CudaError),
     /// An expert that is not loaded here.
     #[error("layer {layer}: expert {expert} is not held here")]
     NotHeld {

@@ -8,14 +8,19 @@ use model::{Checkpoint, ExecutionFingerprint, KvLayout, Numerics};
 pub const ARITHMETIC_REVISION: u32 = 3;
 
 /// What must be equal for KV, prefixes and bits to cross between two workers; an expert worker, which has no engine,
-/// proves with it that its sources compute as it does.
+/// proves with it that its sources compute as it does. `backend` is what computes: [`crate::ExpertBank::backend`].
 pub fn execution_fingerprint(
     checkpoint: &Checkpoint,
     layout: &KvLayout,
     numerics: Numerics,
-    cpu: &Cpu,
+    backend: String,
 ) -> ExecutionFingerprint {
-    fingerprint_of(checkpoint.weights_hash(), layout, numerics, format!("cpu-{}", cpu.isa().name()))
+    fingerprint_of(checkpoint.weights_hash(), layout, numerics, backend)
+}
+
+/// How a fingerprint names the CPU.
+pub(crate) fn cpu_backend(cpu: &Cpu) -> String {
+    format!("cpu-{}", cpu.isa().name())
 }
 
 /// The same for any back end.

@@ -11,6 +11,7 @@ mod batch;
 mod block_pool;
 mod cuda;
 mod deepseek;
+mod drawing;
 mod engine;
 mod error;
 mod experts;
@@ -24,6 +25,7 @@ mod step;
 
 pub use batch::{LogitsWanted, SequenceInput};
 pub use block_pool::{BlockPool, BlockTable, Reservation, Restored};
+pub use drawing::{Draw, Drawn};
 pub use engine::Engine;
 pub use error::{EngineError, InvalidBatch, StepError};
 pub use experts::{
@@ -35,6 +37,4 @@ pub use lower_tier::{Evicted, LowerTier, Source};
 pub use options::{EngineOptions, ResultFormat, wire_activation_format};
 pub use sampler::{Sampled, SequenceSampler};
 pub use stage::Stage;
-pub use step::{
-    DraftInput, FollowedInput, FollowedOutput, GreedyOutput, MtpInput, StepObserver, StepOutput, Watched,
-};
+pub use step::{DraftInput, FollowedInput, FollowedOutput, MtpInput, StepObserver, StepOutput, Watched};

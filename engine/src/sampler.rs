@@ -14,8 +14,10 @@ use std::collections::HashMap;
 use compute::{GUMBEL_TOKENS, GumbelKey, Isa, WeightBlock};
 use model::{SamplingParams, TokenId};
 
+pub(crate) use plan::Adjustments;
 use truncation::{Candidate, Truncation};
 
+mod plan;
 mod truncation;
 
 /// Below this temperature the best token is taken; dividing by less overflows f32 (vLLM's `_SAMPLING_EPS`).

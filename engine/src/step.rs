@@ -9,7 +9,7 @@ use crate::deepseek::{
 };
 use crate::error::{EngineError, StepError};
 use crate::experts::Experts;
-use crate::fingerprint::execution_fingerprint;
+use crate::fingerprint::{cpu_backend, execution_fingerprint};
 use crate::kv_cache::KvPool;
 use crate::options::EngineOptions;
 use crate::stage::Stage;
@@ -65,15 +65,6 @@ pub struct StepOutput<'a> {
     pub hidden: &'a [f32],
 }
 
-/// The most probable token of each wanted row, in the batch's order.
-#[derive(Clone, Copy, Debug)]
-pub struct GreedyOutput<'a> {
-    /// `[wanted]`
-    pub tokens: &'a [u32],
-    /// `[wanted]`: their log-probabilities.
-    pub logprobs: &'a [f32],
-}
-
 /// The engine on the CPU.
 pub(crate) struct CpuEngine {
     config: ModelConfig,
@@ -103,7 +94,7 @@ impl CpuEngine {
         let config = checkpoint.config().clone();
         let layout = options.kv_layout(&config)?;
         let cpu = Cpu::new(options.threads);
-        let fingerprint = execution_fingerprint(checkpoint, &layout, options.numerics, &cpu);
+        let fingerprint = execution_fingerprint(checkpoint, &layout, options.numerics, cpu_backend(&cpu));
 
         let schema::GlobalTensors { embed_tokens, norm, lm_head } = schema::global(&config);
         let plan = [embed_tokens, norm, lm_head].into_iter();

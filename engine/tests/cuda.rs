@@ -5,8 +5,8 @@
 
 mod support;
 
-use engine::{Engine, EngineOptions, LogitsWanted, SequenceInput};
-use model::{BlockId, Device, ModelConfig, Numerics, TokenId};
+use engine::{Draw, Engine, EngineOptions, LogitsWanted, Sampled, SequenceInput, SequenceSampler};
+use model::{BlockId, Device, ModelConfig, Numerics, SamplingParams, TokenId};
 use support::{assert_same_bits, device};
 
 /// V3's configuration with fewer layers, experts and tokens.
@@ -130,9 +130,16 @@ fn company_does_not_matter() {
         let some = engine.step(&inputs[..count], &mut ()).expect("a step").logits.to_vec();
         assert_same_bits(&format!("{count} together"), &some, &together[..count * vocab]);
     }
-    let greedy = engine.step_greedy(&inputs, &mut ()).expect("a GPU").expect("a step");
-    for (row, (token, logprob)) in greedy.tokens.iter().zip(greedy.logprobs).enumerate() {
-        assert_eq!(*token as usize, support::argmax(&together[row * vocab..(row + 1) * vocab]));
-        assert!(*logprob <= 0.0 && logprob.is_finite());
+    let mut sampler = SequenceSampler::new(&SamplingParams::greedy(), 0, &[]);
+    let draws = {
+        let draw = Draw { sampler: &sampler, position: 9, suppress: &[], ahead: &[] };
+        engine.step_drawing(&inputs, &mut std::iter::repeat(Some(draw)), &mut ()).expect("a step")
+    };
+    let drawn: Vec<Sampled> =
+        (0..inputs.len()).map(|row| draws.token(row, &mut sampler, (9, &[]), &mut Vec::new())).collect();
+    for (row, drawn) in drawn.iter().enumerate() {
+        let logits = &together[row * vocab..(row + 1) * vocab];
+        assert_eq!(drawn.token.0 as usize, support::argmax(logits));
+        assert!(drawn.logprob <= 0.0 && drawn.logprob.is_finite());
     }
 }

@@ -18,7 +18,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use compute::Cpu;
 use crossbeam_channel::RecvTimeoutError;
-use engine::ExpertBank;
+use engine::{ExpertBank, ExpertsError};
 use fabric::{Arrivals, Channel, Event, Fabric, Frame, PeerId, SendError};
 use prost::Message;
 use proto::v1::{CombineHead, DispatchHead};
@@ -79,8 +79,11 @@ impl Worker {
         while !self.stop.load(Ordering::Relaxed) && self.receive(&mut batch) {
             // Stable: within a layer, frames keep their order of arrival.
             batch.sort_by_key(Dispatch::layer);
-            for layer in batch.chunk_by(|a, b| a.layer() == b.layer()) {
-                self.compute(layer);
+            let mut layers = batch.chunk_by(|a, b| a.layer() == b.layer());
+            if let Err(error) = layers.try_for_each(|layer| self.compute(layer)) {
+                // Nothing that it is asked from now on would be answered. Its sources see it go, and ask elsewhere.
+                tracing::error!(%error, cause = ?std::error::Error::source(&error), "the device failed");
+                return;
             }
             batch.clear();
             self.flush();
@@ -133,7 +136,9 @@ impl Worker {
         }
     }
 
-    fn compute(&mut self, layer: &[Dispatch]) {
+    /// # Errors
+    /// The device has failed, and with it the worker.
+    fn compute(&mut self, layer: &[Dispatch]) -> Result<(), ExpertsError> {
         // Which requests these rows belong to, only their sources know: their spans name them.
         let _hop = tracing::info_span!("experts", hop = 8, layer = layer[0].layer()).entered();
         match self.step.run(layer) {
@@ -144,6 +149,7 @@ impl Worker {
                     self.reply(dispatch.peer, combine_head(&dispatch.head, vectors, String::new()), body);
                 }
             }
+            Err(error @ ExpertsError::Device(_)) => return Err(error),
             // The placement promises an expert that was not loaded: refuse, and say so loudly.
             Err(error) => {
                 tracing::error!(%error, "experts cannot be computed");
@@ -152,6 +158,7 @@ impl Worker {
                 }
             }
         }
+        Ok(())
     }
 
     fn refuse(&mut self, peer: PeerId, head: &DispatchHead, reason: String) {

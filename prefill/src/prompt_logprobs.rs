@@ -19,10 +19,15 @@ impl PromptLogprobs {
         Self { alternatives, tokens: Vec::new() }
     }
 
-    /// Takes in the rows of `prompt` from `start` on, `[rows, vocab]`. The row of the last token says nothing of the prompt.
-    pub(crate) fn rows(&mut self, prompt: &[TokenId], start: usize, logits: &[f32], vocab_size: usize) {
+    /// Takes in the rows of `prompt` from `start` on, each `[vocab]`. The row of the last token says nothing of the prompt.
+    pub(crate) fn rows<'a>(
+        &mut self,
+        prompt: &[TokenId],
+        start: usize,
+        logits: impl Iterator<Item = &'a [f32]>,
+    ) {
         let behind = prompt.get(start + 1..).unwrap_or_default();
-        for (&token, logits) in behind.iter().zip(logits.chunks_exact(vocab_size)) {
+        for (&token, logits) in behind.iter().zip(logits) {
             self.tokens.push(to_wire(Sampled::given(token, logits, self.alternatives), true));
         }
     }
@@ -53,8 +58,8 @@ mod tests {
         // Of three tokens: the second twice as probable as the others, then the first nine times.
         let rows = [[0.0, 2f32.ln(), 0.0], [9f32.ln(), 0.0, 0.0], [5.0, 0.0, 0.0]];
         let mut logprobs = PromptLogprobs::new(1);
-        logprobs.rows(&prompt, 0, rows[..1].as_flattened(), 3);
-        logprobs.rows(&prompt, 1, rows[1..].as_flattened(), 3);
+        logprobs.rows(&prompt, 0, rows[..1].iter().map(<[f32; 3]>::as_slice));
+        logprobs.rows(&prompt, 1, rows[1..].iter().map(<[f32; 3]>::as_slice));
         let seen: Vec<_> = logprobs
             .take()
             .into_iter()

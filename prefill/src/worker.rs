@@ -12,7 +12,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver as Channel, Select, TryRecvError};
-use engine::{Engine, FollowedInput, LogitsWanted, Sampled, SequenceInput, SequenceSampler, StepError};
+use engine::{
+    Draw, Drawn, Engine, FollowedInput, LogitsWanted, Sampled, SequenceInput, SequenceSampler, StepError,
+};
 use model::BlockId;
 use proto::share::Priority;
 use tracing::Span;
@@ -75,6 +77,8 @@ struct Request {
     state: Vec<f32>,
     /// Where the prompt's own log-probabilities are wanted.
     prompt_logprobs: Option<PromptLogprobs>,
+    /// Of the token behind the prompt.
+    sampler: SequenceSampler,
     span: Span,
 }
 
@@ -159,8 +163,11 @@ impl Worker {
             Ok(()) => {
                 outbox.send(RequestEvent::Queued);
                 let prompt_logprobs = checked.prompt_logprobs.map(PromptLogprobs::new);
+                let sequence = &checked.sequence;
+                let sampler = SequenceSampler::new(&sequence.sampling, sequence.choice, &sequence.prompt);
                 let (started, state) = (None, Vec::new());
-                let request = Request { checked, outbox, arrived, started, state, prompt_logprobs, span };
+                let request =
+                    Request { checked, outbox, arrived, started, state, prompt_logprobs, sampler, span };
                 self.requests.insert(id, request);
             }
             Err(refusal) => {
@@ -247,27 +254,35 @@ impl Worker {
         let _hop = hops.first().map(Span::enter);
         let mut observer = self.handoff.during(&self.scheduler, &self.step);
         let (vocab_size, hidden_size) = (self.engine.config().vocab_size, self.engine.config().hidden_size);
-        let logits = if self.engine.has_mtp() {
+        let drawn = if self.engine.has_mtp() {
             let output = self.engine.step_with_mtp(&batch, &mut observer)?;
             keep_states(&mut self.requests, &self.step, output.hidden, hidden_size);
-            output.logits
+            Drawn::from_logits(output.logits, vocab_size, output.hidden)
         } else {
             let batch: Vec<_> = batch.iter().map(|input| input.sequence).collect();
-            self.engine.step(&batch, &mut observer)?.logits
+            let requests = &self.requests;
+            let of_chunk = |chunk: &Chunk| {
+                let request = requests.get(&chunk.id);
+                let rows = request.map_or(0, |request| request.rows_wanted(chunk));
+                let draw = request.filter(|_| chunk.last).map(Request::draw);
+                std::iter::repeat_n(None, rows.saturating_sub(1)).chain((rows > 0).then_some(draw))
+            };
+            self.engine.step_drawing(&batch, &mut self.step.iter().flat_map(of_chunk), &mut observer)?
         };
         let mut first_tokens = Vec::new();
-        let mut rows = logits;
+        let mut row = 0;
         for chunk in &self.step {
             let Some(request) = self.requests.get_mut(&chunk.id) else { continue };
-            let (of_chunk, others) = rows.split_at(request.rows_wanted(chunk) * vocab_size);
-            rows = others;
-            if let Some(logprobs) = &mut request.prompt_logprobs {
-                logprobs.rows(&request.checked.sequence.prompt, chunk.start, of_chunk, vocab_size);
+            let rows = row..row + request.rows_wanted(chunk);
+            row = rows.end;
+            let Request { checked, sampler, prompt_logprobs, .. } = request;
+            if let Some(logprobs) = prompt_logprobs {
+                let logits = rows.clone().map(|row| drawn.logits(row));
+                logprobs.rows(&checked.sequence.prompt, chunk.start, logits);
             }
             if chunk.last {
-                self.logits.clear();
-                self.logits.extend_from_slice(&of_chunk[of_chunk.len() - vocab_size..]);
-                first_tokens.push((chunk.id, request.checked.first_token(&mut self.logits)));
+                let place = (checked.sequence.prompt.len(), checked.suppressed.as_slice());
+                first_tokens.push((chunk.id, drawn.token(rows.end - 1, sampler, place, &mut self.logits)));
             }
         }
         Ok(first_tokens)
@@ -382,6 +397,12 @@ impl Request {
         }
     }
 
+    /// How the token behind the prompt is drawn.
+    fn draw(&self) -> Draw<'_> {
+        let Checked { sequence, suppressed, .. } = &self.checked;
+        Draw { sampler: &self.sampler, position: sequence.prompt.len(), suppress: suppressed, ahead: &[] }
+    }
+
     /// Rows of [`Self::input`] that logits are wanted for.
     fn rows_wanted(&self, chunk: &Chunk) -> usize {
         if self.prompt_logprobs.is_some() { chunk.tokens } else { usize::from(chunk.last) }
@@ -402,14 +423,5 @@ fn keep_states(
             request.state.clear();
             request.state.extend_from_slice(&hidden[end - hidden_size..end]);
         }
-    }
-}
-
-impl Checked {
-    /// Draws the token behind the prompt from its row of `logits`, which is overwritten.
-    fn first_token(&self, logits: &mut [f32]) -> Sampled {
-        let sequence = &self.sequence;
-        let mut sampler = SequenceSampler::new(&sequence.sampling, sequence.choice, &sequence.prompt);
-        sampler.sample(logits, sequence.prompt.len(), &self.suppressed)
     }
 }

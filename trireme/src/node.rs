@@ -327,20 +327,13 @@ fn load_experts(surroundings: &Surroundings, worker: &Worker) -> anyhow::Result<
         .workers_of(Role::Expert)
         .position(|w| w.id == worker.id)
         .with_context(|| format!("{} is not in the configuration", worker.id))?;
-    anyhow::ensure!(
-        worker.device == Device::Cpu,
-        "{}: expert workers compute on the CPU only; on {} experts run inside prefill and decode",
-        worker.id,
-        worker.device
-    );
     let bar = progress::Weights::new(&worker.id, "experts", surroundings.supervised);
-    let bank = ExpertBank::load(checkpoint, &placement.share(rank), config.model.numerics, &mut |d, t| {
-        bar.at(d, t)
-    })?;
+    let (share, numerics) = (placement.share(rank), config.model.numerics);
+    let bank = ExpertBank::load_on(worker.device, checkpoint, &share, numerics, &mut |d, t| bar.at(d, t))?;
     let cpu = Cpu::new(worker.threads);
     let options = engine_options(config, checkpoint.config(), worker.device, worker.threads);
     let layout = options.kv_layout(checkpoint.config())?;
-    let fingerprint = engine::execution_fingerprint(checkpoint, &layout, config.model.numerics, &cpu);
+    let fingerprint = engine::execution_fingerprint(checkpoint, &layout, numerics, bank.backend(&cpu));
     Ok((bank, placement, rank, cpu, fingerprint))
 }
 

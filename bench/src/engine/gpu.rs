@@ -7,9 +7,11 @@
 use std::fmt::Write as _;
 use std::time::Instant;
 
-use anyhow::{Context as _, ensure};
-use engine::{Engine, EngineOptions, LogitsWanted, SequenceInput, Stage, StepObserver, Watched};
-use model::{BlockId, Checkpoint, KvFormat, KvLayout, ModelConfig, TokenId};
+use anyhow::ensure;
+use engine::{
+    Draw, Engine, EngineOptions, LogitsWanted, SequenceInput, SequenceSampler, Stage, StepObserver, Watched,
+};
+use model::{BlockId, Checkpoint, KvFormat, KvLayout, ModelConfig, SamplingParams, TokenId};
 
 use super::Args;
 use crate::demo;
@@ -59,7 +61,8 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
         Some(checkpoint) => Engine::load_with_experts(checkpoint, &options, &mut |_, _| {})?,
         None => Engine::synthetic(&config, &options, args.seed)?,
     };
-    let mut bench = Bench { engine, vocab: config.vocab_size as u32, chunk: args.chunk as usize };
+    let sampler = SequenceSampler::new(&SamplingParams::greedy(), 0, &[]);
+    let mut bench = Bench { engine, sampler, vocab: config.vocab_size as u32, chunk: args.chunk as usize };
     println!(
         "{} layers of {}, {}, {}; ready in {:.1} s",
         config.num_hidden_layers,
@@ -127,6 +130,7 @@ impl std::str::FromStr for Prompts {
 
 struct Bench {
     engine: Engine,
+    sampler: SequenceSampler,
     vocab: u32,
     chunk: usize,
 }
@@ -189,7 +193,8 @@ impl Bench {
             if step.is_empty() {
                 return Ok(());
             }
-            self.engine.step_greedy(&step, observer).context("the device chooses no tokens")??;
+            let draw = Draw { sampler: &self.sampler, position: 0, suppress: &[], ahead: &[] };
+            self.engine.step_drawing(&step, &mut std::iter::repeat(Some(draw)), observer)?;
         }
     }
 
@@ -208,9 +213,17 @@ impl Bench {
                 logits: LogitsWanted::Last,
             })
             .collect();
-        let chosen = self.engine.step_greedy(&step, observer).context("the device chooses no tokens")??;
-        let chosen: Vec<TokenId> = chosen.tokens.iter().copied().map(TokenId).collect();
-        for (sequence, token) in sequences.iter_mut().zip(chosen) {
+        let Self { engine, sampler, .. } = self;
+        let position = |sequence: &Sequence| sequence.tokens.len();
+        let drawn = {
+            let draw = |sequence: &Sequence| {
+                Some(Draw { sampler, position: position(sequence), suppress: &[], ahead: &[] })
+            };
+            engine.step_drawing(&step, &mut sequences.iter().map(draw), observer)?
+        };
+        let mut scratch = Vec::new();
+        for (row, sequence) in sequences.iter_mut().enumerate() {
+            let token = drawn.token(row, sampler, (position(sequence), &[]), &mut scratch).token;
             sequence.tokens.push(token);
         }
         Ok(())

@@ -2,7 +2,7 @@
 
 use super::launch::{Grid, launch, size};
 use super::linear::LinearKernel;
-use super::{Buffer, CudaError, Device, Outputs, View, ViewMut};
+use super::{Buffer, CudaError, Device, Outputs, Pinned, View, ViewMut};
 
 /// The order in which a batch's assignments are computed: expert by expert, in tiles.
 ///
@@ -52,7 +52,60 @@ impl Groups {
     }
 }
 
+/// Groups that the host sorted, on their way to the device.
+pub struct GroupStaging {
+    order: Pinned<u32>,
+    tiles: Pinned<u32>,
+    totals: Pinned<u32>,
+}
+
+impl GroupStaging {
+    /// Room for `assignments_max` assignments.
+    pub fn new(device: &Device, assignments_max: usize) -> Result<Self, CudaError> {
+        Ok(Self {
+            order: device.pinned(assignments_max)?,
+            tiles: device.pinned(4 * assignments_max)?,
+            totals: device.pinned(2)?,
+        })
+    }
+}
+
 impl Device {
+    /// Sorts rows into `groups` as the host has sorted them: position p reads row `rows[p]`, and `counts` are `(expert,
+    /// positions)` of each expert in turn, none of them zero. The device takes it in order with its other work;
+    /// `staging` stays as it is until [`Device::synchronize`].
+    ///
+    /// # Panics
+    /// If there is no room for them, there is no such expert, or the counts are not as many as the rows.
+    pub fn take_groups(
+        &self,
+        rows: &[u32],
+        counts: impl ExactSizeIterator<Item = (usize, usize)>,
+        kernel: LinearKernel,
+        staging: &mut GroupStaging,
+        groups: &mut Groups,
+    ) -> Result<(), CudaError> {
+        assert!(rows.len() <= groups.order.len() && rows.len() <= staging.order.len(), "{} rows", rows.len());
+        groups.rows = rows.len();
+        groups.tile_rows = self.group_tile(kernel, rows.len(), counts.len().max(1));
+        staging.order[..rows.len()].copy_from_slice(rows);
+        let (mut first, mut tiles) = (0, 0);
+        for (expert, count) in counts {
+            assert!(expert < groups.experts, "expert {expert} of {}", groups.experts);
+            for start in (0..count).step_by(groups.tile_rows) {
+                let tile = [expert, first + start, groups.tile_rows.min(count - start), 0].map(|x| x as u32);
+                staging.tiles[4 * tiles..4 * tiles + 4].copy_from_slice(&tile);
+                tiles += 1;
+            }
+            first += count;
+        }
+        assert_eq!(first, rows.len(), "a position for every row");
+        staging.totals.copy_from_slice(&[rows.len() as u32, tiles as u32]);
+        self.copy_in_later(&staging.order, &mut groups.order.slice_mut(0..rows.len()))?;
+        self.copy_in_later(&staging.tiles, &mut groups.tiles.slice_mut(0..4 * tiles))?;
+        self.copy_in_later(&staging.totals, &mut groups.totals.view_mut())
+    }
+
     /// Sorts assignments `ids` by expert into `groups`, for products by `kernel`. An id of `u16::MAX` goes to no expert,
     /// any other past the experts ends the context.
     ///
@@ -161,14 +214,61 @@ impl ResultBuffer {
         }
     }
 
-    /// Takes values that were computed elsewhere, already rounded.
-    pub fn fill(&mut self, device: &Device, values: &[f32]) -> Result<(), CudaError> {
+    /// Takes values that were computed elsewhere, already rounded, by way of `staging`, which stays as it is until
+    /// [`Device::synchronize`].
+    ///
+    /// # Panics
+    /// If there is no room for them.
+    pub fn fill(
+        &mut self,
+        device: &Device,
+        values: &[f32],
+        staging: &mut ResultStaging,
+    ) -> Result<(), CudaError> {
+        let len = values.len();
         if self.is_bf16 {
-            let bits: Vec<u16> = values.iter().map(|&value| crate::fp8::to_bf16(value)).collect();
-            device.copy_in(&bits, &mut self.bf16.slice_mut(0..values.len()))
+            for (bits, &value) in staging.bf16[..len].iter_mut().zip(values) {
+                *bits = crate::fp8::to_bf16(value);
+            }
+            device.copy_in_later(&staging.bf16, &mut self.bf16.slice_mut(0..len))
         } else {
-            device.copy_in(values, &mut self.f32.slice_mut(0..values.len()))
+            staging.f32[..len].copy_from_slice(values);
+            device.copy_in_later(&staging.f32, &mut self.f32.slice_mut(0..len))
         }
+    }
+
+    /// The first `values.len()` values, once everything asked for before is done.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    pub fn read(
+        &self,
+        device: &Device,
+        values: &mut [f32],
+        staging: &mut ResultStaging,
+    ) -> Result<(), CudaError> {
+        let len = values.len();
+        if self.is_bf16 {
+            device.copy_out_later(self.bf16.slice(0..len), &mut staging.bf16)?;
+            device.synchronize()?;
+            for (value, &bits) in values.iter_mut().zip(&staging.bf16[..len]) {
+                *value = crate::fp8::from_bf16(bits);
+            }
+        } else {
+            device.copy_out_later(self.f32.slice(0..len), &mut staging.f32)?;
+            device.synchronize()?;
+            values.copy_from_slice(&staging.f32[..len]);
+        }
+        Ok(())
+    }
+
+    /// Page-locked room for `len` values of this format.
+    pub fn staging(&self, device: &Device, len: usize) -> Result<ResultStaging, CudaError> {
+        let when = |is: bool| if is { len } else { 0 };
+        Ok(ResultStaging {
+            f32: device.pinned(when(!self.is_bf16))?,
+            bf16: device.pinned(when(self.is_bf16))?,
+        })
     }
 
     /// Lets `work` write the first `len` values.
@@ -183,4 +283,10 @@ impl ResultBuffer {
             work(Outputs::F32(&mut self.f32.slice_mut(0..len)))
         }
     }
+}
+
+/// Results on their way to or from the device.
+pub struct ResultStaging {
+    f32: Pinned<f32>,
+    bf16: Pinned<u16>,
 }

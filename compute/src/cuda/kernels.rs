@@ -11,7 +11,7 @@ use super::error::Doing;
 use super::launch::size;
 use super::linear::{WIDE_SHARED, wgmma_shared};
 use super::mla_attention::MLA_SHARED;
-use super::store::{KernelStore, Origin};
+use super::store::{KernelStore, Origin, in_parallel};
 
 /// One kernel file: what is compiled at a time.
 #[derive(Clone, Copy, Debug)]
@@ -76,6 +76,7 @@ kernels! {
     route: route;
     embed: embed_f32, embed_bf16, embed_fp8;
     logprob: logprob;
+    sample: sample;
     synthetic: synthetic_f32, synthetic_bf16, synthetic_e4m3;
 }
 
@@ -105,10 +106,11 @@ impl Functions {
         store: &KernelStore,
         architecture: &str,
     ) -> Result<(Self, [usize; 3]), CudaError> {
+        let mut found = in_parallel(SOURCES, |source| store.find(source, architecture)).into_iter();
         let mut origins = [0; 3];
+        // Modules are asked for in the order of the list.
         let functions = Self::load_with(|name| {
-            let source = SOURCES.iter().find(|source| source.name == name).expect("listed above");
-            let (cubin, origin) = store.find(source, architecture)?;
+            let (cubin, origin) = found.next().ok_or(CudaError::NoNvrtc { kernel: name })??;
             origins[match origin {
                 Origin::Prebuilt => 0,
                 Origin::Cache => 1,

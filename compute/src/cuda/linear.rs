@@ -98,6 +98,8 @@ enum Order<'a> {
     ToExperts(&'a Groups, usize),
     /// Position p back to `order[p]`.
     FromExperts(&'a Groups),
+    /// Position p as it is.
+    Sorted(&'a Groups),
 }
 
 impl Device {
@@ -207,6 +209,20 @@ impl Device {
         self.multiply(Operands { first: &w.0, second: None, inputs: x }, Order::FromExperts(groups), y)
     }
 
+    /// Sorted rows by their experts' matrices, in the order of `groups`: `y[p]` is row p of `x` by its expert's `w`.
+    ///
+    /// # Panics
+    /// As [`Self::linear`].
+    pub fn experts_sorted(
+        &self,
+        w: &ExpertMatrices,
+        x: Inputs<'_>,
+        groups: &Groups,
+        y: Outputs<'_, '_>,
+    ) -> Result<(), CudaError> {
+        self.multiply(Operands { first: &w.0, second: None, inputs: x }, Order::Sorted(groups), y)
+    }
+
     fn multiply(
         &self,
         operands: Operands<'_>,
@@ -223,7 +239,9 @@ impl Device {
         let (m, groups) = match order {
             Order::All => (x_rows, None),
             Order::Named(rows) => (rows.len(), None),
-            Order::ToExperts(groups, _) | Order::FromExperts(groups) => (groups.rows(), Some(groups)),
+            Order::ToExperts(groups, _) | Order::FromExperts(groups) | Order::Sorted(groups) => {
+                (groups.rows(), Some(groups))
+            }
         };
         assert_eq!(y.len(), m * n, "output [{m}, {n}]");
         if m * n == 0 {
@@ -232,7 +250,7 @@ impl Device {
         assert!(groups.is_some() || w.count == 1, "rows sorted by expert");
         let (values, x_scales) = x.addresses();
         let (rows, rows_per, out_rows) = match order {
-            Order::All => (0, 1, 0),
+            Order::All | Order::Sorted(_) => (0, 1, 0),
             Order::Named(rows) => (rows.address(), 1, 0),
             Order::ToExperts(groups, per) => (groups.order.view().address(), per, 0),
             Order::FromExperts(groups) => (0, 1, groups.order.view().address()),

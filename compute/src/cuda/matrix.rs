@@ -127,6 +127,11 @@ impl ExpertMatrices {
         self.0.set(device, expert, matrix)
     }
 
+    /// How the weights are stored.
+    pub fn format(&self) -> WeightFormat {
+        self.0.format
+    }
+
     /// Experts.
     pub fn experts(&self) -> usize {
         self.0.count

@@ -32,6 +32,7 @@ mod query;
 mod rms_norm;
 mod rope;
 mod route;
+mod sample;
 mod store;
 mod swiglu;
 mod synthetic;
@@ -40,9 +41,9 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaStream, result, sys};
 
-pub use activations::{Activations, InputFormat};
+pub use activations::{Activations, InputFormat, RowStaging};
 pub use error::CudaError;
-pub use experts::{Groups, ResultBuffer, Results};
+pub use experts::{GroupStaging, Groups, ResultBuffer, ResultStaging, Results};
 pub use graph::Graph;
 pub use kernels::{SOURCES, Source};
 pub use kv_write::CacheRows;
@@ -55,6 +56,7 @@ pub use norm::NormRows;
 pub use pinned::Pinned;
 pub use query::{QueryParts, QueryShape};
 pub use rope::RopeTable;
+pub use sample::{Adjustment, DRAWN_WORDS, DrawRow};
 pub use store::{BuildError, KernelStore};
 
 use error::Doing;

@@ -55,11 +55,24 @@ impl Device {
     /// # Panics
     /// If `to` is shorter.
     pub fn copy_out_later<T: Element>(&self, from: View<'_, T>, to: &mut Pinned<T>) -> Result<(), CudaError> {
+        self.copy_out_later_at(from, to, 0)
+    }
+
+    /// As [`Self::copy_out_later`], to the values from `start` on.
+    ///
+    /// # Panics
+    /// If `to` ends before.
+    pub fn copy_out_later_at<T: Element>(
+        &self,
+        from: View<'_, T>,
+        to: &mut Pinned<T>,
+        start: usize,
+    ) -> Result<(), CudaError> {
         if from.is_empty() {
             return Ok(());
         }
         self.bind()?;
-        let to = &mut to[..from.len()];
+        let to = &mut to[start..start + from.len()];
         // SAFETY: both sides have the length; `Pinned` waits before it is freed.
         unsafe { result::memcpy_dtoh_async(to, from.address(), self.stream.cu_stream()) }
             .doing("copy from the device")

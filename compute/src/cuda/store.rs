@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
@@ -72,14 +73,42 @@ impl KernelStore {
         architecture: &str,
         mut report: impl FnMut(&'static str, &str),
     ) -> Result<(), BuildError> {
-        for source in SOURCES {
-            let compiled = nvrtc::compile(source, architecture, true)?;
+        let compiled = in_parallel(SOURCES, |source| nvrtc::compile(source, architecture, true));
+        for (source, compiled) in SOURCES.iter().zip(compiled) {
+            let compiled = compiled?;
             report(source.name, &compiled.log);
             let path = folder.join(file_name(source, architecture, None));
             write(&path, &compiled.cubin).map_err(|source| BuildError::Write { path, source })?;
         }
         Ok(())
     }
+}
+
+/// What `work` makes of each item, in their order; as many at once as the machine has cores. A kernel file is compiled by
+/// one thread, and takes up to a second.
+pub(super) fn in_parallel<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let next = AtomicUsize::new(0);
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(items.len());
+    let worker = || {
+        let mut done = Vec::new();
+        while let index = next.fetch_add(1, Ordering::Relaxed)
+            && let Some(item) = items.get(index)
+        {
+            done.push((index, work(item)));
+        }
+        done
+    };
+    let mut results: Vec<(usize, R)> = std::thread::scope(|scope| {
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(worker)).collect();
+        let own = worker();
+        let joined = others.into_iter().flat_map(|other| match other.join() {
+            Ok(done) => done,
+            Err(panic) => std::panic::resume_unwind(panic),
+        });
+        own.into_iter().chain(joined).collect()
+    });
+    results.sort_by_key(|(index, _)| *index);
+    results.into_iter().map(|(_, result)| result).collect()
 }
 
 /// Why kernels could not be built into a folder.

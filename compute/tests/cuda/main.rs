@@ -11,4 +11,5 @@ mod experts;
 mod fused;
 mod products;
 mod rows;
+mod sample;
 mod support;

@@ -10,9 +10,10 @@
 //! sequence's first step runs the prompt's last token once more for it, which changes no byte of the cache. What the module
 //! is owed ([`super::owed`]) is stored before it drafts, and otherwise every few steps.
 
+use std::ops::Range;
 use std::time::Instant;
 
-use engine::{DraftInput, LogitsWanted, MtpInput, Sampled, SequenceInput, StepError, StepOutput};
+use engine::{DraftInput, Draw, Drawn, LogitsWanted, MtpInput, Sampled, SequenceInput, StepError};
 use model::TokenId;
 
 use super::owed::{Owed, store_owed};
@@ -177,7 +178,7 @@ impl Worker {
     fn run_rows(&mut self) -> Result<usize, StepError> {
         let Self { engine, scheduler, seats, batch, buffers, .. } = self;
         let Buffers { inputs, logits, .. } = buffers;
-        let (vocab_size, hidden_size) = (engine.config().vocab_size, engine.config().hidden_size);
+        let hidden_size = engine.config().hidden_size;
         let mut rows: Vec<SequenceInput<'_>> = std::mem::take(inputs);
         for id in &*batch {
             let (Some(seat), Some(sequence)) = (seats.get(id), scheduler.sequence(*id)) else { continue };
@@ -189,10 +190,12 @@ impl Worker {
                 logits: LogitsWanted::All,
             });
         }
-        let stepped = engine.step(&rows, &mut ());
+        let mut draws = batch.iter().flat_map(|id| draws(seats.get(id), scheduler.sequence(*id)));
+        let drawn = engine.step_drawing(&rows, &mut draws, &mut ());
+        drop(draws);
         *inputs = recycle(rows);
-        // Of every row, since the logits of every row are wanted.
-        let StepOutput { logits: all_logits, hidden } = stepped?;
+        // Of every row, since every row is wanted.
+        let drawn = drawn?;
         let (mut row, mut drafted) = (0, 0);
         for id in &*batch {
             let (Some(seat), Some(sequence)) = (seats.get_mut(id), scheduler.sequence(*id)) else { continue };
@@ -201,13 +204,12 @@ impl Worker {
             row += seat.rows.tokens.len();
             let drafts = row - first - 1;
             drafted += drafts;
-            let rows = all_logits[first * vocab_size..row * vocab_size].chunks_exact(vocab_size);
-            let (tokens, stood) = judge(*id, seat, sequence, rows, logits, &mut self.sampled);
+            let (tokens, stood) = judge(*id, seat, sequence, (&drawn, first..row), logits, &mut self.sampled);
             if let Some(speculation) = &mut self.speculation {
                 speculation.observe_drafts(&mut seat.rows.acceptance, drafts, stood);
                 self.metrics.drafts.count(drafts, stood);
                 let Rows { owed, rerun, .. } = &mut seat.rows;
-                let ran = &hidden[(first - *rerun) * hidden_size..(first + tokens) * hidden_size];
+                let ran = &drawn.hidden()[(first - *rerun) * hidden_size..(first + tokens) * hidden_size];
                 owed.push(position - *rerun, ran);
             }
         }
@@ -215,13 +217,30 @@ impl Worker {
     }
 }
 
-/// Draws a sequence's next tokens from its `rows` of logits, up to the first that is not what was drafted. Returns how many
+/// How each row of a sequence is drawn: where it is run again not at all, behind drafts as if they stood.
+fn draws<'a>(
+    seat: Option<&'a Seat>,
+    sequence: Option<&'a Sequence>,
+) -> impl Iterator<Item = Option<Draw<'a>>> + use<'a> {
+    let both = seat.zip(sequence.filter(|sequence| sequence.step_input().is_some()));
+    both.into_iter().flat_map(|(seat, sequence)| {
+        let Seat { rows: Rows { tokens, rerun, .. }, sampler, .. } = seat;
+        let drafts = &tokens[*rerun + 1..];
+        let drawn = (0..=drafts.len()).map(move |given| {
+            let (position, suppress) = (sequence.length() + given, sequence.suppressed_after(given));
+            Some(Draw { sampler, position, suppress, ahead: &drafts[..given] })
+        });
+        std::iter::repeat_n(None, *rerun).chain(drawn)
+    })
+}
+
+/// Takes a sequence's next tokens, drawn from its `rows`, up to the first that is not what was drafted. Returns how many
 /// tokens came and how many drafts stood.
-fn judge<'a>(
+fn judge(
     id: SequenceId,
     seat: &mut Seat,
     sequence: &Sequence,
-    rows: impl Iterator<Item = &'a [f32]>,
+    (step, rows): (&Drawn<'_>, Range<usize>),
     logits: &mut Vec<f32>,
     sampled: &mut Vec<Token>,
 ) -> (usize, usize) {
@@ -229,9 +248,8 @@ fn judge<'a>(
     let drafts = &tokens[*rerun + 1..];
     let (mut given, mut stood) = (0, 0);
     for row in rows {
-        logits.clear();
-        logits.extend_from_slice(row);
-        let drawn = sampler.sample(logits, sequence.length() + given, sequence.suppressed_after(given));
+        let place = (sequence.length() + given, sequence.suppressed_after(given));
+        let drawn = step.token(row, sampler, place, logits);
         sampler.observe(drawn.token);
         let token = drawn.token;
         let stands = drafts.get(given) == Some(&token);

@@ -2,8 +2,8 @@
 
 use compute::KvGeometry;
 use compute::cuda::{Activations, AttentionKernel, Buffer, CudaError, Device, InputFormat, NormRows};
-use model::ModelConfig;
 use model::schema::{FfnTensors, LayerTensors};
+use model::{ExpertId, ModelConfig};
 
 use super::attention::{Attention, AttentionWorkspace};
 use super::mlp::{Mlp, MlpWorkspace};
@@ -56,7 +56,8 @@ impl Layer {
             FfnTensors::Moe { gate, correction_bias, shared } => {
                 let mut moe = Moe::load(weights, gate, correction_bias.as_ref(), shared.as_ref())?;
                 if local {
-                    moe.hold(weights.experts(index)?);
+                    let all: Vec<_> = (0..weights.config().n_routed_experts as u16).map(ExpertId).collect();
+                    moe.hold(weights.experts(index, &all)?);
                 }
                 FeedForward::Moe(Box::new(moe))
             }

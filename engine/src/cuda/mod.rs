@@ -7,6 +7,8 @@
 //! Not here: the MTP module.
 
 mod attention;
+mod bank;
+mod drawing;
 mod inputs;
 mod layer;
 mod mlp;
@@ -25,13 +27,16 @@ use model::{Checkpoint, ExecutionFingerprint, KvLayout, ModelConfig, Numerics, s
 
 use crate::batch::{BatchLimits, RowsOf, SequenceInput, StepBatch};
 use crate::deepseek::{Loader, rope_table};
+use crate::drawing::{Draw, Drawn};
 use crate::error::{EngineError, StepError};
 use crate::experts::Experts;
 use crate::fingerprint::fingerprint_of;
 use crate::kv_cache::KvPool;
 use crate::options::{EngineOptions, wire_activation_format};
 use crate::stage::Stage;
-use crate::step::{GreedyOutput, StepObserver, StepOutput};
+use crate::step::{StepObserver, StepOutput};
+pub(crate) use bank::{DeviceBank, DeviceScratch};
+use drawing::DrawPlan;
 use inputs::StepInputs;
 use layer::{Layer, LayerWorkspace};
 use plan::Plan;
@@ -60,6 +65,7 @@ pub(crate) struct CudaEngine {
     inputs: StepInputs,
     workspace: Workspace,
     recorded: Vec<Recorded>,
+    draw_plan: DrawPlan,
 }
 
 /// The main model.
@@ -158,7 +164,7 @@ impl CudaEngine {
         let model = Model::load(&mut weights, kv.geometry(), local, format)?;
         let workspace = Workspace::new(&device, config, &kv, &model, format, (rows_max, local))?;
         let table = rope_table(config);
-        let backend = format!("cuda-{}", device.architecture());
+        let backend = backend(&device);
         Ok(Self {
             fingerprint: fingerprint_of(hash, kv.layout(), options.numerics, backend),
             limits: BatchLimits::new(config, rows_max, options.kv_blocks_max, kv.layout().block_tokens),
@@ -173,6 +179,7 @@ impl CudaEngine {
             numerics: options.numerics,
             config: config.clone(),
             recorded: Vec::new(),
+            draw_plan: DrawPlan::new(&device)?,
             model,
             kv,
             workspace,
@@ -220,22 +227,18 @@ impl CudaEngine {
         Ok(StepOutput { logits: &host.logits[..logits], hidden: &host.hidden[..hidden] })
     }
 
-    /// As [`crate::Engine::step_greedy`].
-    pub fn step_greedy(
+    /// As [`crate::Engine::step_drawing`].
+    pub fn step_drawing(
         &mut self,
         inputs: &[SequenceInput<'_>],
+        draws: &mut dyn Iterator<Item = Option<Draw<'_>>>,
         observer: &mut dyn StepObserver,
-    ) -> Result<GreedyOutput<'_>, StepError> {
+    ) -> Result<Drawn<'_>, StepError> {
         self.run(inputs, observer)?;
-        let wanted = self.batch.wanted.len();
-        let Workspace { logits, tokens, logprobs, host, .. } = &mut self.workspace;
-        let vocab = self.config.vocab_size;
-        let (to, to_logprobs) = (&mut tokens.slice_mut(0..wanted), &mut logprobs.slice_mut(0..wanted));
-        self.device.logprob(logits.slice(0..wanted * vocab), vocab, None, to, to_logprobs)?;
-        self.device.copy_out_later(tokens.slice(0..wanted), &mut host.tokens)?;
-        self.device.copy_out_later(logprobs.slice(0..wanted), &mut host.logprobs)?;
-        self.device.synchronize()?;
-        Ok(GreedyOutput { tokens: &host.tokens[..wanted], logprobs: &host.logprobs[..wanted] })
+        self.draw_plan.take(self.batch.wanted.len(), draws);
+        let Self { draw_plan, device, workspace, config, .. } = self;
+        let rows = draw_plan.run(device, &mut workspace.logits, config.vocab_size)?;
+        Ok(Drawn::from_device(rows, &[]))
     }
 
     /// Leaves logits and hidden states of the wanted rows on the device.
@@ -339,6 +342,11 @@ impl CudaEngine {
     }
 }
 
+/// What computes, for the execution fingerprint.
+fn backend(device: &Device) -> String {
+    format!("cuda-{}", device.architecture())
+}
+
 /// What tells checkpoints apart.
 type WeightsHash = [u8; 16];
 
@@ -382,8 +390,6 @@ struct Workspace {
     head_input: Activations,
     /// `[wanted, vocab]`; both grow to the most rows ever wanted at once.
     logits: Buffer<f32>,
-    tokens: Buffer<u32>,
-    logprobs: Buffer<f32>,
     host: Host,
     wanted_max: usize,
     head_format: InputFormat,
@@ -395,8 +401,6 @@ struct Workspace {
 struct Host {
     logits: Pinned<f32>,
     hidden: Pinned<f32>,
-    tokens: Pinned<u32>,
-    logprobs: Pinned<f32>,
 }
 
 impl Workspace {
@@ -423,14 +427,7 @@ impl Workspace {
             normed: device.alloc(0)?,
             head_input: Activations::new(device, head_format, 0, config.hidden_size)?,
             logits: device.alloc(0)?,
-            tokens: device.alloc(0)?,
-            logprobs: device.alloc(0)?,
-            host: Host {
-                logits: device.pinned(0)?,
-                hidden: device.pinned(0)?,
-                tokens: device.pinned(0)?,
-                logprobs: device.pinned(0)?,
-            },
+            host: Host { logits: device.pinned(0)?, hidden: device.pinned(0)? },
             wanted_max: 0,
             head_format,
             vocab_size: config.vocab_size,
@@ -455,11 +452,7 @@ impl Workspace {
         self.logits = device.alloc(room * self.vocab_size)?;
         self.normed = device.alloc(room * self.hidden_size)?;
         self.head_input = Activations::new(device, self.head_format, room, self.hidden_size)?;
-        self.tokens = device.alloc(room)?;
-        self.logprobs = device.alloc(room)?;
         self.host.hidden = device.pinned(room * self.hidden_size)?;
-        self.host.tokens = device.pinned(room)?;
-        self.host.logprobs = device.pinned(room)?;
         self.wanted_max = room;
         Ok(())
     }

@@ -5,17 +5,18 @@
 
 use compute::RoutingRule;
 use compute::cuda::{
-    Activations, Buffer, CudaError, Device, Groups, InputFormat, Inputs, Pinned, ResultBuffer,
+    Activations, Buffer, CudaError, Device, Groups, InputFormat, Inputs, Pinned, ResultBuffer, ResultStaging,
+    RowStaging,
 };
 use model::ModelConfig;
 use model::schema::{MlpTensors, TensorSpec};
 
 use super::mlp::{Mlp, MlpWorkspace};
-use super::step::Step;
+use super::step::{Remote, Step};
 use super::weights::{Experts, Linear, Weights};
 use crate::deepseek::routing_rule;
 use crate::error::{EngineError, StepError};
-use crate::experts::ExpertBatch;
+use crate::experts::{ExpertBatch, ExpertsError};
 use crate::stage::Stage;
 
 /// Router, shared and routed experts of one layer.
@@ -102,7 +103,7 @@ impl Moe {
 
         match &self.experts {
             Some(experts) => self.run_local(step, work, experts, input)?,
-            None => self.run_remote(step, layer, work, input)?,
+            None => self.dispatch(step, layer, work, input)?,
         }
         step.stage(Stage::Experts)?;
         let shared = match &self.shared {
@@ -113,6 +114,9 @@ impl Moe {
             None => None,
         };
         step.stage(Stage::SharedExpert)?;
+        if self.experts.is_none() {
+            self.collect(step, work, width)?;
+        }
         let hidden = &mut hidden.slice_mut(0..rows * width);
         let (ids, weights) = (work.ids.slice(0..assignments), work.weights.slice(0..assignments));
         device.combine(hidden, shared, work.results.results(assignments * width), ids, weights, top_k)?;
@@ -142,8 +146,9 @@ impl Moe {
         })
     }
 
-    /// By way of the host. The step is not recorded, and its rows are not padded, where this runs.
-    fn run_remote(
+    /// Sends rows to experts elsewhere, by way of the host. The step is not recorded, and its rows are not padded, where
+    /// this runs.
+    fn dispatch(
         &self,
         step: &mut Step<'_>,
         layer: usize,
@@ -152,33 +157,32 @@ impl Moe {
     ) -> Result<(), StepError> {
         let (device, rows, top_k) = (step.device, step.inputs.rows(), self.rule.top_k);
         let (assignments, width) = (rows * top_k, input.channels());
-        let remote = step
-            .remote
-            .as_mut()
-            .ok_or(crate::experts::ExpertsError::NotHeld { layer, expert: model::ExpertId(0) })?;
-        let staging = &mut work.staging;
+        let Remote { experts, cpu, wire } =
+            step.remote.as_mut().ok_or(ExpertsError::NotHeld { layer, expert: model::ExpertId(0) })?;
+        let Some(staging) = &mut work.staging else {
+            return Err(ExpertsError::NotHeld { layer, expert: model::ExpertId(0) }.into());
+        };
         device.copy_out_later(work.ids.slice(0..assignments), &mut staging.ids)?;
-        let format = remote.wire;
-        match input.inputs(rows) {
-            Inputs::F32(x) => device.copy_out_later(x, &mut staging.values)?,
-            Inputs::Bf16(x) => device.copy_out_later(x, &mut staging.bf16)?,
-            Inputs::Fp8 { codes, scales } => {
-                device.copy_out_later(codes, &mut staging.codes)?;
-                device.copy_out_later(scales, &mut staging.values)?;
-            }
-        }
+        staging.rows.fetch(device, input, rows)?;
         device.synchronize()?;
-        staging.encode(input.format(), rows, width);
+        staging.rows.to_wire(rows, width, &mut staging.wire);
         staging
             .activations
-            .read_wire(format, rows, width, &staging.wire)
-            .map_err(|error| crate::experts::ExpertsError::Rejected { layer, detail: error.to_string() })?;
+            .read_wire(*wire, rows, width, &staging.wire)
+            .map_err(|error| ExpertsError::Rejected { layer, detail: error.to_string() })?;
         let expert_ids = &staging.ids[..assignments];
         let batch = ExpertBatch { layer, activations: &staging.activations, topk: top_k, expert_ids };
-        remote.experts.dispatch(remote.cpu, &batch)?;
-        let len = assignments * width;
-        remote.experts.combine(remote.cpu, &mut staging.results[..len])?;
-        work.results.fill(device, &staging.results[..len])?;
+        Ok(experts.dispatch(cpu, &batch)?)
+    }
+
+    /// Waits for what experts elsewhere give back.
+    fn collect(&self, step: &mut Step<'_>, work: &mut MoeWorkspace, width: usize) -> Result<(), StepError> {
+        let len = step.inputs.rows() * self.rule.top_k * width;
+        let (Some(Remote { experts, cpu, .. }), Some(staging)) = (&mut step.remote, &mut work.staging) else {
+            return Ok(());
+        };
+        experts.combine(cpu, &mut staging.results[..len])?;
+        work.results.fill(step.device, &staging.results[..len], &mut staging.sent)?;
         Ok(())
     }
 }
@@ -198,55 +202,18 @@ pub(super) struct MoeWorkspace {
     /// `[rows * topk, hidden]`, token by token.
     results: ResultBuffer,
     shared: MlpWorkspace,
-    staging: Staging,
+    /// None where the routed experts are here.
+    staging: Option<Staging>,
 }
 
 /// What goes to experts elsewhere and comes back.
 struct Staging {
     ids: Pinned<u16>,
-    codes: Pinned<u8>,
-    bf16: Pinned<u16>,
-    /// Values, or scales of codes.
-    values: Pinned<f32>,
+    rows: RowStaging,
     wire: Vec<u8>,
     activations: compute::Activations,
     results: Vec<f32>,
-}
-
-impl Staging {
-    fn new(device: &Device, rows: usize, config: &ModelConfig) -> Result<Self, CudaError> {
-        let values = rows * config.hidden_size;
-        Ok(Self {
-            ids: device.pinned(rows * config.num_experts_per_tok)?,
-            codes: device.pinned(values)?,
-            bf16: device.pinned(values)?,
-            values: device.pinned(values)?,
-            wire: Vec::new(),
-            activations: compute::Activations::new(),
-            results: vec![0.0; values * config.num_experts_per_tok],
-        })
-    }
-
-    /// The rows that were copied, in wire form.
-    fn encode(&mut self, format: InputFormat, rows: usize, width: usize) {
-        self.wire.clear();
-        match format {
-            InputFormat::Fp8(_) => {
-                let blocks = width.div_ceil(compute::fp8::BLOCK);
-                for row in 0..rows {
-                    self.wire.extend_from_slice(&self.codes[row * width..][..width]);
-                    let scales = &self.values[row * blocks..][..blocks];
-                    self.wire.extend(scales.iter().flat_map(|scale| scale.to_le_bytes()));
-                }
-            }
-            InputFormat::Bf16 | InputFormat::Parts => {
-                self.wire.extend(self.bf16[..rows * width].iter().flat_map(|value| value.to_le_bytes()));
-            }
-            InputFormat::F32 => {
-                self.wire.extend(self.values[..rows * width].iter().flat_map(|value| value.to_le_bytes()));
-            }
-        }
-    }
+    sent: ResultStaging,
 }
 
 impl MoeWorkspace {
@@ -262,6 +229,20 @@ impl MoeWorkspace {
         let inside = config.moe_intermediate_size;
         let here = if local { assignments } else { 0 };
         let slices = device.parts_slices(config.hidden_size);
+        let values = assignments * config.hidden_size;
+        let results = ResultBuffer::new(device, format != InputFormat::F32, values)?;
+        let staging = if local {
+            None
+        } else {
+            Some(Staging {
+                ids: device.pinned(assignments)?,
+                rows: RowStaging::new(device, format, rows_max, config.hidden_size)?,
+                wire: Vec::new(),
+                activations: compute::Activations::in_transit(),
+                results: vec![0.0; values],
+                sent: results.staging(device, values)?,
+            })
+        };
         Ok(Self {
             logits: device.alloc(slices * rows_max * config.n_routed_experts)?,
             ids: device.alloc(assignments)?,
@@ -269,9 +250,9 @@ impl MoeWorkspace {
             groups: Groups::new(device, here, config.n_routed_experts)?,
             gate_up: device.alloc(here * 2 * inside)?,
             inside: Activations::new(device, format, here, inside.max(1))?,
-            results: ResultBuffer::new(device, format != InputFormat::F32, assignments * config.hidden_size)?,
+            results,
             shared: MlpWorkspace::new(device, format, rows_max, config.shared_intermediate_size())?,
-            staging: Staging::new(device, if local { 0 } else { rows_max }, config)?,
+            staging,
         })
     }
 }

@@ -157,11 +157,11 @@ impl Weights<'_, '_> {
         }
     }
 
-    /// All routed experts of a layer.
-    pub fn experts(&mut self, layer: usize) -> Result<Experts, EngineError> {
+    /// Routed experts of a layer, in the order of `ids`.
+    pub fn experts(&mut self, layer: usize, ids: &[ExpertId]) -> Result<Experts, EngineError> {
         let device = self.device;
         let config = self.config();
-        let count = config.n_routed_experts;
+        let count = ids.len();
         let (inside, hidden) = (config.moe_intermediate_size, config.hidden_size);
         let alloc = |format| -> Result<Experts, cuda::CudaError> {
             Ok(Experts {
@@ -174,8 +174,8 @@ impl Weights<'_, '_> {
         match &mut self.source {
             Source::Checkpoint(loader) => {
                 let mut experts = None;
-                for expert in 0..count {
-                    let tensors = schema::expert(loader.config(), layer, ExpertId(expert as u16));
+                for (place, &expert) in ids.iter().enumerate() {
+                    let tensors = schema::expert(loader.config(), layer, expert);
                     let MlpTensors { gate_proj, up_proj, down_proj } = &tensors;
                     for (spec, which) in [(gate_proj, 0), (up_proj, 1), (down_proj, 2)] {
                         let linear = loader.linear(spec)?;
@@ -192,7 +192,7 @@ impl Weights<'_, '_> {
                         if !stack.takes(matrix) {
                             return Err(EngineError::MixedFormats { tensor: spec.name.clone() });
                         }
-                        stack.set(device, expert, matrix)?;
+                        stack.set(device, place, matrix)?;
                     }
                 }
                 experts.ok_or(EngineError::NoSuchExpert { layer, expert: ExpertId(0) })
@@ -221,7 +221,8 @@ impl Weights<'_, '_> {
         }
     }
 
-    fn input_format(&self, weights: WeightFormat) -> InputFormat {
+    /// What rows are rounded to that a matrix in this format multiplies.
+    pub fn input_format(&self, weights: WeightFormat) -> InputFormat {
         match weights {
             WeightFormat::F32 => InputFormat::F32,
             WeightFormat::Bf16 => InputFormat::Bf16,

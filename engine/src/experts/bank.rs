@@ -1,21 +1,29 @@
-//! Loaded routed experts and their computation.
+//! Loaded routed experts and their computation, on the CPU or on a device.
 
 use compute::{ActivationFormat, Activations, Cpu, InputRows};
-use model::{Checkpoint, ExpertId, Numerics, schema};
+use model::{Checkpoint, Device, ExpertId, Numerics, schema};
 
 use super::ExpertsError;
+use crate::cuda::{DeviceBank, DeviceScratch};
 use crate::deepseek::{GatedMlp, GatedMlpWorkspace, Loader};
 use crate::error::EngineError;
+use crate::fingerprint::cpu_backend;
 use crate::options::{ResultFormat, wire_activation_format};
 
 /// Some experts of some layers.
 pub struct ExpertBank {
-    /// `[layer][expert]`.
-    layers: Vec<Vec<Option<GatedMlp>>>,
+    held: Held,
     hidden_size: usize,
     activation_format: ActivationFormat,
     result_format: ResultFormat,
     bytes: u64,
+}
+
+/// Where they are.
+enum Held {
+    /// `[layer][expert]`.
+    Host(Vec<Vec<Option<GatedMlp>>>),
+    Device(Box<DeviceBank>),
 }
 
 /// Rows of a batch, grouped by the expert that computes them.
@@ -44,13 +52,25 @@ pub struct ExpertGroup {
 #[derive(Default)]
 pub struct ExpertScratch {
     mlp: GatedMlpWorkspace,
+    device: Option<DeviceScratch>,
 }
 
 impl ExpertBank {
-    /// Loads the experts in `held`: pairs of a MoE layer and its expert ids.
+    /// Loads the experts in `held`, pairs of a MoE layer and its expert ids, into the host's memory.
     ///
     /// `progress` is told `(bytes done, bytes in all)`.
     pub fn load(
+        checkpoint: &Checkpoint,
+        held: &[(usize, Vec<ExpertId>)],
+        numerics: Numerics,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self, EngineError> {
+        Self::load_on(Device::Cpu, checkpoint, held, numerics, progress)
+    }
+
+    /// As [`Self::load`], onto a device.
+    pub fn load_on(
+        device: Device,
         checkpoint: &Checkpoint,
         held: &[(usize, Vec<ExpertId>)],
         numerics: Numerics,
@@ -68,6 +88,18 @@ impl ExpertBank {
                 return Err(EngineError::NoSuchExpert { layer, expert });
             }
         }
+        let bank = |held, bytes| Self {
+            held,
+            hidden_size: config.hidden_size,
+            activation_format,
+            result_format: ResultFormat::of(numerics),
+            bytes,
+        };
+        if let Device::Cuda(ordinal) = device {
+            let loaded = DeviceBank::load(checkpoint, held, numerics, ordinal, progress)?;
+            let bytes = loaded.bytes();
+            return Ok(bank(Held::Device(Box::new(loaded)), bytes));
+        }
         let plan = experts().flat_map(|(layer, expert)| schema::expert(config, layer, expert).into_specs());
         let mut loader = Loader::new(checkpoint, numerics, plan, progress)?;
         let mut layers: Vec<Vec<Option<GatedMlp>>> = Vec::new();
@@ -83,17 +115,23 @@ impl ExpertBank {
             layers[layer].resize_with(config.n_routed_experts, || None);
             layers[layer][usize::from(expert.0)] = Some(mlp);
         }
-        Ok(Self {
-            layers,
-            hidden_size: config.hidden_size,
-            activation_format,
-            result_format: ResultFormat::of(numerics),
-            bytes: loader.bytes_done(),
-        })
+        let bytes = loader.bytes_done();
+        Ok(bank(Held::Host(layers), bytes))
     }
 
     /// Loads every routed expert of the main model, and of the MTP module if `mtp`.
     pub fn load_all(
+        checkpoint: &Checkpoint,
+        numerics: Numerics,
+        mtp: bool,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self, EngineError> {
+        Self::load_all_on(Device::Cpu, checkpoint, numerics, mtp, progress)
+    }
+
+    /// As [`Self::load_all`], onto a device.
+    pub fn load_all_on(
+        device: Device,
         checkpoint: &Checkpoint,
         numerics: Numerics,
         mtp: bool,
@@ -104,7 +142,7 @@ impl ExpertBank {
         let all: Vec<ExpertId> = (0..config.n_routed_experts).map(|expert| ExpertId(expert as u16)).collect();
         let held: Vec<_> =
             config.moe_layers().filter(|&layer| layer < layers).map(|layer| (layer, all.clone())).collect();
-        Self::load(checkpoint, &held, numerics, progress)
+        Self::load_on(device, checkpoint, &held, numerics, progress)
     }
 
     /// Each row's result: `out` is `[rows, hidden_size]`, rounded to the result format. The products of all experts are
@@ -119,6 +157,9 @@ impl ExpertBank {
         out: &mut [f32],
     ) -> Result<(), ExpertsError> {
         let ExpertJobs { layer, activations, rows, groups } = jobs;
+        if let Held::Device(bank) = &self.held {
+            return bank.forward(&mut scratch.device, jobs, out);
+        }
         let Some((width, format)) = self.inner(layer, groups)? else { return Ok(()) };
         let experts = || {
             let mlps = groups.iter().filter_map(move |group| self.get(layer, group.expert));
@@ -168,11 +209,32 @@ impl ExpertBank {
 
     /// Whether an expert is held.
     pub fn contains(&self, layer: usize, expert: ExpertId) -> bool {
-        self.get(layer, expert).is_some()
+        match &self.held {
+            Held::Host(_) => self.get(layer, expert).is_some(),
+            Held::Device(bank) => bank.contains(layer, expert),
+        }
     }
 
+    /// What computes them where `cpu` is the host's part, as the execution fingerprint names it.
+    pub fn backend(&self, cpu: &Cpu) -> String {
+        match &self.held {
+            Held::Host(_) => cpu_backend(cpu),
+            Held::Device(bank) => bank.backend(),
+        }
+    }
+
+    /// A buffer for tokens on their way into [`Self::forward`].
+    pub fn activations(&self) -> Activations {
+        match &self.held {
+            Held::Host(_) => Activations::new(),
+            Held::Device(_) => Activations::in_transit(),
+        }
+    }
+
+    /// Of experts on the host.
     fn get(&self, layer: usize, expert: ExpertId) -> Option<&GatedMlp> {
-        self.layers.get(layer)?.get(usize::from(expert.0))?.as_ref()
+        let Held::Host(layers) = &self.held else { return None };
+        layers.get(layer)?.get(usize::from(expert.0))?.as_ref()
     }
 
     /// Bytes of weights held, as stored in the checkpoint.

@@ -54,12 +54,12 @@ pub(crate) struct Step {
 impl Step {
     pub(crate) fn new(bank: ExpertBank, cpu: Cpu, wire: WireFormats) -> Self {
         Self {
+            activations: bank.activations(),
             bank,
             cpu,
             wire,
             scratch: ExpertScratch::default(),
             rows_bytes: Vec::new(),
-            activations: Activations::new(),
             assignments: Vec::new(),
             rows: Vec::new(),
             groups: Vec::new(),

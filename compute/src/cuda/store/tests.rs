@@ -41,3 +41,10 @@ fn a_prebuilt_kernel_needs_no_compiler() {
     let (cubin, origin) = store.find(source, "sm_90a").expect("found");
     assert_eq!((cubin.as_slice(), origin), (&b"machine code"[..], Origin::Prebuilt));
 }
+
+#[test]
+fn work_in_parallel_keeps_its_order() {
+    let items: Vec<usize> = (0..100).collect();
+    assert_eq!(in_parallel(&items, |item| item * 3), items.iter().map(|item| item * 3).collect::<Vec<_>>());
+    assert!(in_parallel(&items[..0], |item| *item).is_empty());
+}
