@@ -72,9 +72,13 @@ fn local_and_remote_agree_between_processes() {
 }
 
 /// A whole forward step, two chunks of one prompt.
-fn logits(checkpoint: &Checkpoint, numerics: Numerics, experts: Box<dyn Experts>) -> Vec<u32> {
-    let mut engine =
-        Engine::load(checkpoint, &options(numerics), experts, &mut |_, _| {}).expect("an engine");
+fn logits(checkpoint: &Checkpoint, numerics: Numerics, experts: Option<Box<dyn Experts>>) -> Vec<u32> {
+    let options = options(numerics);
+    let mut engine = match experts {
+        Some(experts) => Engine::load(checkpoint, &options, experts, &mut |_, _| {}),
+        None => Engine::load_with_experts(checkpoint, &options, &mut |_, _| {}),
+    }
+    .expect("an engine");
     let prompt: Vec<TokenId> = (0..40).map(|i| TokenId(3 + 7 * i % 200)).collect();
     let block_table = [BlockId(2)];
     let mut all = Vec::new();
@@ -107,8 +111,10 @@ fn an_engine_cannot_tell_the_difference() {
         let addresses = workers.iter().map(|worker| worker.fabric.address()).collect();
         let source = network.join("prefill-0", 7);
         let remote = remote(&checkpoint, numerics, &placement, addresses, source, PATIENCE);
-        let here = logits(&checkpoint, numerics, Box::new(local(&checkpoint, numerics)));
-        assert_eq!(logits(&checkpoint, numerics, Box::new(remote)), here, "{numerics}");
+        let here = logits(&checkpoint, numerics, Some(Box::new(local(&checkpoint, numerics))));
+        assert_eq!(logits(&checkpoint, numerics, Some(Box::new(remote))), here, "{numerics}");
+        // On a GPU these are beside the layers, and nothing passes by way of the host.
+        assert_eq!(logits(&checkpoint, numerics, None), here, "{numerics}: the engine's own");
     }
 }
 

@@ -18,9 +18,19 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 /// For tests that expect an answer: far above what any machine takes, so that only a hang meets it.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// What experts and engines are tested on: the CPU, or what `TRIREME_TEST_DEVICE` names.
+pub fn device() -> Device {
+    match std::env::var("TRIREME_TEST_DEVICE") {
+        Ok(name) => name.parse().expect("TRIREME_TEST_DEVICE is a device"),
+        Err(_) => Device::Cpu,
+    }
+}
+
 pub fn checkpoint(fixture: &str) -> Checkpoint {
-    let folder: PathBuf = [env!("CARGO_MANIFEST_DIR"), "..", "fixtures", fixture].iter().collect();
-    Checkpoint::open(&folder).expect("the fixture lies in the repository")
+    // A machine that has only the built tests names the repository's root.
+    let root = std::env::var_os("TRIREME_ROOT")
+        .map_or_else(|| [env!("CARGO_MANIFEST_DIR"), ".."].iter().collect(), PathBuf::from);
+    Checkpoint::open(&root.join("fixtures").join(fixture)).expect("the fixture lies in the repository")
 }
 
 pub fn runtime() -> tokio::runtime::Runtime {
@@ -96,7 +106,8 @@ impl Worker {
         rank: usize,
         fabric: Fabric,
     ) -> Self {
-        let bank = ExpertBank::load(checkpoint, &placement.share(rank), numerics, &mut |_, _| {});
+        let share = placement.share(rank);
+        let bank = ExpertBank::load_on(device(), checkpoint, &share, numerics, &mut |_, _| {});
         let layout = KvLayout::for_model(checkpoint.config(), KvFormat::F32, 0);
         let node = Node {
             worker_id: format!("expert-{rank}"),
@@ -154,7 +165,8 @@ pub fn remote(
 
 pub fn local(checkpoint: &Checkpoint, numerics: Numerics) -> LocalExperts {
     let mtp = checkpoint.config().num_nextn_predict_layers > 0;
-    LocalExperts::new(ExpertBank::load_all(checkpoint, numerics, mtp, &mut |_, _| {}).expect("experts"))
+    let bank = ExpertBank::load_all_on(device(), checkpoint, numerics, mtp, &mut |_, _| {});
+    LocalExperts::new(bank.expect("experts"))
 }
 
 /// Tokens of one layer with their chosen experts.
@@ -226,7 +238,7 @@ impl Batch {
 
 pub fn options(numerics: Numerics) -> EngineOptions {
     EngineOptions {
-        device: Device::Cpu,
+        device: device(),
         numerics,
         kv_format: None,
         kv_blocks_max: 4,
