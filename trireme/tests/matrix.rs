@@ -1,5 +1,6 @@
 //! The invariance matrix: batch composition × chunk size × prefix hit or miss × MTP on or off × experts local or on one, two or
-//! three workers × threads × numerics and KV format, on a fixture and on the demo model. All give the tokens and the
+//! three workers × threads × numerics and KV format, on a fixture and on the demo model, on the CPU or on what
+//! `TRIREME_TEST_DEVICE` names. All give the tokens and the
 //! log-probabilities of one engine that runs each request alone, its prompt in one chunk, without drafts and cache.
 //!
 //! The full product has 2 × 4 × 3 × 2 × 4 × 2 = 384 clusters, each asked in three ways. Here a *covering* selection runs: every
@@ -12,11 +13,11 @@ mod support;
 use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
 
-use engine::{Engine, EngineOptions, ExpertBank, LocalExperts, LogitsWanted, SequenceInput, SequenceSampler};
+use engine::{Draw, Engine, EngineOptions, LogitsWanted, SequenceInput, SequenceSampler};
 use futures::future::join_all;
 use model::{BlockId, Checkpoint, Device, KvFormat, Numerics, SamplingParams, TokenId};
 use proto::v1::{GeneratedToken, Sampling, TokenLogprob};
-use support::{Ask, TokenBits, ask, bits, demo, fixture, grpc, in_process_with};
+use support::{Ask, TokenBits, ask, bits, demo, device, fixture, grpc, in_process_with};
 use trireme::cluster::{Carrier, Cluster};
 
 /// Numerics, and what the cache stores.
@@ -120,9 +121,8 @@ fn requests(name: &str) -> Vec<Ask> {
 fn alone(name: &str, (numerics, kv_format): (Numerics, KvFormat), requests: &[Ask]) -> Vec<Vec<TokenBits>> {
     const BLOCKS: usize = 8;
     let checkpoint = checkpoint(name);
-    let bank = ExpertBank::load_all(&checkpoint, numerics, false, &mut |_, _| {}).expect("experts");
     let options = EngineOptions {
-        device: Device::Cpu,
+        device: device(),
         numerics,
         kv_format: Some(kv_format),
         kv_blocks_max: BLOCKS,
@@ -130,8 +130,7 @@ fn alone(name: &str, (numerics, kv_format): (Numerics, KvFormat), requests: &[As
         step_tokens_max: 512,
         mtp: false,
     };
-    let experts = Box::new(LocalExperts::new(bank));
-    let mut engine = Engine::load(&checkpoint, &options, experts, &mut |_, _| {}).expect("engine");
+    let mut engine = Engine::load_with_experts(&checkpoint, &options, &mut |_, _| {}).expect("engine");
     let blocks: Vec<_> = (0..BLOCKS as u32).map(BlockId).collect();
     requests.iter().map(|request| answer(&mut engine, &blocks, request)).collect()
 }
@@ -155,9 +154,10 @@ fn answer(engine: &mut Engine, block_table: &[BlockId], request: &Ask) -> Vec<To
     let (mut position, mut out) = (0, Vec::new());
     for _ in 0..request.max_tokens {
         let input = SequenceInput { tokens: &next, position, block_table, logits: LogitsWanted::Last };
-        let mut logits = engine.step(&[input], &mut ()).expect("a step").logits.to_vec();
         position += next.len();
-        let sampled = sampler.sample(&mut logits, position, &[]);
+        let draw = Some(Draw { sampler: &sampler, position, suppress: &[], ahead: &[] });
+        let drawn = engine.step_drawing(&[input], &mut std::iter::once(draw), &mut ()).expect("a step");
+        let sampled = drawn.token(0, &mut sampler, (position, &[]), &mut Vec::new());
         sampler.observe(sampled.token);
         next = vec![sampled.token];
         let top = sampled.top.iter().map(|&(token, logprob)| TokenLogprob { token_id: token.0, logprob });
@@ -171,8 +171,11 @@ async fn check(case: &Case, requests: &[Ask], expected: &[Vec<TokenBits>]) {
     let [name, cache, chunk, experts, threads, mtp] = *case;
     let (numerics, kv_format) = CACHES[cache];
     let flags = format!(
-        "--numerics {numerics} --kv-format {kv_format} --expert {} --threads {} --mtp {} --kv-blocks-max 256",
-        EXPERTS[experts], THREADS[threads], MTP[mtp]
+        "--device {} --numerics {numerics} --kv-format {kv_format} --expert {} --threads {} --mtp {} --kv-blocks-max 256",
+        device(),
+        EXPERTS[experts],
+        THREADS[threads],
+        MTP[mtp]
     );
     let what = format!("{} {flags}, chunks of {}", MODELS[name], CHUNKS[chunk]);
     let cluster = in_process_with(&model(MODELS[name]), &flags, Carrier::InProcess, |config| {
@@ -195,9 +198,10 @@ async fn check(case: &Case, requests: &[Ask], expected: &[Vec<TokenBits>]) {
     let hits = metric(&cluster, "decode_prefix_hit_tokens_total")
         + metric(&cluster, "prefill_prefix_hit_tokens_total");
     println!("{what}: {accepted} of {drafted} first drafts accepted, {hits} prefix tokens found");
-    assert_eq!(drafted > 0, MTP[mtp] == "auto", "{what}: drafts");
+    // Engines on a GPU do not draft yet.
+    assert_eq!(drafted > 0, MTP[mtp] == "auto" && device() == Device::Cpu, "{what}: drafts");
     // The fixture's weights are random, and so is what its module drafts.
-    assert!(accepted > 0 || MTP[mtp] == "off" || MODELS[name] != "demo", "{what}: no draft stood");
+    assert!(accepted > 0 || drafted == 0 || MODELS[name] != "demo", "{what}: no draft stood");
     assert!(hits > 0, "{what}: no prefix was found");
     cluster.shutdown().await;
 }

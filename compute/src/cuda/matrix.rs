@@ -1,6 +1,6 @@
 //! Weights on the device.
 
-use super::{Buffer, CudaError, Device, ViewMut};
+use super::{Buffer, CudaError, Device, Uploads, ViewMut};
 use crate::WeightFormat;
 use crate::fp8::{self, BLOCK};
 use crate::matrix::{HeadStorage, Storage};
@@ -31,18 +31,31 @@ impl Stack {
         Ok(Self { count, rows, cols, format, weights, scales: device.alloc(count * scales)? })
     }
 
-    fn set(&mut self, device: &Device, index: usize, matrix: &crate::Matrix) -> Result<(), CudaError> {
+    /// Where there are `uploads`, bytes that are the file's own go through them.
+    fn set(
+        &mut self,
+        device: &Device,
+        index: usize,
+        matrix: &crate::Matrix,
+        uploads: Option<&mut Uploads>,
+    ) -> Result<(), CudaError> {
         assert!(
             (matrix.rows(), matrix.cols(), matrix.format()) == (self.rows, self.cols, self.format),
             "matrices of one shape and format"
         );
         let (bytes, scales) = (self.weights.len() / self.count, self.scales.len() / self.count);
-        let mut to = self.weights.slice_mut(index * bytes..(index + 1) * bytes);
+        let later = |weights: &bytes::Bytes, to: &mut Buffer<u8>| match uploads {
+            Some(uploads) => uploads.copy(weights, to, index * bytes),
+            None => device.copy_in(weights, &mut to.slice_mut(index * bytes..(index + 1) * bytes)),
+        };
         match &matrix.storage {
-            Storage::F32(weights) => device.copy_in(bytes_of(weights), &mut to),
-            Storage::Bf16(weights) => device.copy_in(weights, &mut to),
+            Storage::F32(weights) => {
+                let to = &mut self.weights.slice_mut(index * bytes..(index + 1) * bytes);
+                device.copy_in(bytes_of(weights), to)
+            }
+            Storage::Bf16(weights) => later(weights, &mut self.weights),
             Storage::Fp8 { codes, scales: values } => {
-                device.copy_in(codes, &mut to)?;
+                later(codes, &mut self.weights)?;
                 device.copy_in(values, &mut self.scales.slice_mut(index * scales..(index + 1) * scales))
             }
             Storage::Panels { .. } => unreachable!("only what the CPU multiplies is arranged for it"),
@@ -65,7 +78,18 @@ impl Matrix {
     /// Copies a matrix to the device.
     pub fn new(device: &Device, matrix: &crate::Matrix) -> Result<Self, CudaError> {
         let mut stack = Stack::alloc(device, 1, (matrix.rows(), matrix.cols()), matrix.format())?;
-        stack.set(device, 0, matrix)?;
+        stack.set(device, 0, matrix, None)?;
+        Ok(Self(stack))
+    }
+
+    /// As [`Self::new`], through `uploads`: it is there once they are finished.
+    pub fn new_later(
+        device: &Device,
+        matrix: &crate::Matrix,
+        uploads: &mut Uploads,
+    ) -> Result<Self, CudaError> {
+        let mut stack = Stack::alloc(device, 1, (matrix.rows(), matrix.cols()), matrix.format())?;
+        stack.set(device, 0, matrix, Some(uploads))?;
         Ok(Self(stack))
     }
 
@@ -124,7 +148,21 @@ impl ExpertMatrices {
     /// # Panics
     /// If there is no such expert or the matrix has another shape or format.
     pub fn set(&mut self, device: &Device, expert: usize, matrix: &crate::Matrix) -> Result<(), CudaError> {
-        self.0.set(device, expert, matrix)
+        self.0.set(device, expert, matrix, None)
+    }
+
+    /// As [`Self::set`], through `uploads`: it is there once they are finished.
+    ///
+    /// # Panics
+    /// As [`Self::set`].
+    pub fn set_later(
+        &mut self,
+        device: &Device,
+        expert: usize,
+        matrix: &crate::Matrix,
+        uploads: &mut Uploads,
+    ) -> Result<(), CudaError> {
+        self.0.set(device, expert, matrix, Some(uploads))
     }
 
     /// How the weights are stored.

@@ -24,11 +24,28 @@ macro_rules! elements {
 
 elements!(u8, u16, u32, f32);
 
+/// An allocation; freed when the last who keeps it goes, after the work that was asked for before.
+pub(super) struct Memory {
+    address: u64,
+    stream: Arc<CudaStream>,
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // Errors are those of an earlier kernel and show at the next call; here nothing can be done about them.
+        let _ = self.stream.context().bind_to_thread();
+        let _ = self.stream.synchronize();
+        // SAFETY: allocated by `Device::alloc`, and nothing that uses it is still running.
+        let _ = unsafe { result::free_sync(self.address) };
+    }
+}
+
 /// `len` values on the device; freed when dropped, after the work that was asked for before.
 pub struct Buffer<T> {
     address: u64,
     len: usize,
-    stream: Arc<CudaStream>,
+    /// None where there are no values.
+    memory: Option<Arc<Memory>>,
     element: PhantomData<T>,
 }
 
@@ -69,18 +86,13 @@ impl<T: Element> Buffer<T> {
         let View { address, len, .. } = self.view().slice(range);
         ViewMut { address, len, owner: PhantomData }
     }
-}
 
-impl<T> Drop for Buffer<T> {
-    fn drop(&mut self) {
-        if self.len == 0 {
-            return;
-        }
-        // Errors are those of an earlier kernel and show at the next call; here nothing can be done about them.
-        let _ = self.stream.context().bind_to_thread();
-        let _ = self.stream.synchronize();
-        // SAFETY: allocated by `Device::alloc`, and nothing that uses it is still running.
-        let _ = unsafe { result::free_sync(self.address) };
+    /// Where a part lies, for whoever writes it beside the stream, and what keeps it there meanwhile.
+    ///
+    /// # Panics
+    /// If the range reaches past the end.
+    pub(super) fn place(&mut self, range: Range<usize>) -> (u64, Option<Arc<Memory>>) {
+        (self.slice(range).address, self.memory.clone())
     }
 }
 
@@ -164,20 +176,20 @@ impl Device {
     pub fn alloc<T: Element>(&self, len: usize) -> Result<Buffer<T>, CudaError> {
         self.bind()?;
         let requested = len.saturating_mul(size_of::<T>());
-        let address = if requested == 0 {
-            0
-        } else {
-            // SAFETY: the memory is the device's; hosts reach it through copies only, and any bits are values.
-            unsafe { result::malloc_sync(requested) }.map_err(|source| {
-                let (free, total) = result::mem_get_info().unwrap_or((0, 0));
-                if is_out_of_memory(&source) {
-                    CudaError::OutOfMemory { requested, free, total }
-                } else {
-                    CudaError::Driver { action: "allocate memory", source }
-                }
-            })?
-        };
-        Ok(Buffer { address, len, stream: self.stream.clone(), element: PhantomData })
+        if requested == 0 {
+            return Ok(Buffer { address: 0, len, memory: None, element: PhantomData });
+        }
+        // SAFETY: the memory is the device's; hosts reach it through copies only, and any bits are values.
+        let address = unsafe { result::malloc_sync(requested) }.map_err(|source| {
+            let (free, total) = result::mem_get_info().unwrap_or((0, 0));
+            if is_out_of_memory(&source) {
+                CudaError::OutOfMemory { requested, free, total }
+            } else {
+                CudaError::Driver { action: "allocate memory", source }
+            }
+        })?;
+        let memory = Some(Arc::new(Memory { address, stream: self.stream.clone() }));
+        Ok(Buffer { address, len, memory, element: PhantomData })
     }
 
     /// A buffer holding `values`.

@@ -36,6 +36,7 @@ mod sample;
 mod store;
 mod swiglu;
 mod synthetic;
+mod uploads;
 
 use std::sync::Arc;
 
@@ -58,6 +59,7 @@ pub use query::{QueryParts, QueryShape};
 pub use rope::RopeTable;
 pub use sample::{Adjustment, DRAWN_WORDS, DrawRow};
 pub use store::{BuildError, KernelStore};
+pub use uploads::Uploads;
 
 use error::Doing;
 use kernels::Functions;

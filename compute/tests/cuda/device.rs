@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use compute::cuda::{CudaError, Device, KernelStore, SOURCES, nvrtc};
+use compute::cuda::{CudaError, Device, KernelStore, Matrix, SOURCES, Uploads, nvrtc};
 
 use super::support::{device, read};
 
@@ -78,4 +78,34 @@ fn memory_is_copied_and_runs_out() {
     };
     assert_eq!((requested, stated), (2 * total, total));
     device.upload(&values).expect("still usable");
+}
+
+#[test]
+fn uploads_bring_every_byte() {
+    let Some(device) = device() else { return };
+    // Matrices of less than a slot, of several, and of nothing, more of them than there are threads.
+    let sizes = [(1, 1), (3, 5_000_011), (0, 7), (1000, 1001), (4096, 4096), (1, 4 << 20), (2, 4 << 20)];
+    let bytes = |seed: usize, len: usize| -> Vec<u8> {
+        (0..len).map(|i| (i.wrapping_mul(2_654_435_761).wrapping_add(seed) >> 7) as u8).collect()
+    };
+    for threads in [1, 3] {
+        let mut uploads = Uploads::new(device, threads).expect("threads");
+        let mut there: Vec<(Matrix, Vec<u8>)> = Vec::new();
+        for (seed, &(rows, cols)) in sizes.iter().enumerate() {
+            let values = bytes(seed, 2 * rows * cols);
+            let matrix = compute::Matrix::bf16(rows, cols, values.clone().into()).expect("a matrix");
+            there.push((Matrix::new_later(device, &matrix, &mut uploads).expect("asked for"), values));
+        }
+        let sum: usize = there.iter().map(|(_, values)| values.len()).sum();
+        assert_eq!(uploads.finish().expect("copied"), sum as u64);
+        for (matrix, values) in &mut there {
+            assert!(read(device, matrix.parts_mut().0.view()) == *values, "{} bytes", values.len());
+        }
+        // Given up half way, with the memory gone: nothing is written where others may be.
+        let mut uploads = Uploads::new(device, threads).expect("threads");
+        let matrix = compute::Matrix::bf16(4096, 4096, bytes(9, 2 << 24).into()).expect("a matrix");
+        drop(Matrix::new_later(device, &matrix, &mut uploads).expect("asked for"));
+        drop(uploads);
+        device.synchronize().expect("still usable");
+    }
 }

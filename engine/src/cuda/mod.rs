@@ -41,7 +41,7 @@ use inputs::StepInputs;
 use layer::{Layer, LayerWorkspace};
 use plan::Plan;
 use step::{Remote, Step};
-use weights::{Linear, Norm, Source, Weights};
+use weights::{Linear, Norm, Origin, Weights};
 
 /// Rows of a recorded step at most: more take long enough for their launches not to matter.
 const RECORDED_ROWS_MAX: usize = 256;
@@ -115,9 +115,9 @@ impl CudaEngine {
         }
         let mut loader = Loader::new(checkpoint, options.numerics, specs.into_iter(), progress)?.unarranged();
         let weight_bytes = loader.bytes_total();
-        let source = Source::Checkpoint(&mut loader);
+        let origin = Origin::Checkpoint(&mut loader);
         let hash = checkpoint.weights_hash();
-        Self::build(config, options, layout, ordinal, experts, source, (weight_bytes, hash))
+        Self::build(config, options, layout, ordinal, experts, origin, (weight_bytes, hash))
     }
 
     /// An engine with weights made from a seed, experts included.
@@ -129,14 +129,14 @@ impl CudaEngine {
     ) -> Result<Self, EngineError> {
         let layout = options.kv_layout(config)?;
         let bytes = schema::all(config).map(|spec| spec.elements() as u64).sum();
-        let source = Source::Synthetic { config, seed };
+        let origin = Origin::Synthetic { config, seed };
         Self::build(
             config,
             options,
             layout,
             ordinal,
             RoutedExperts::Local,
-            source,
+            origin,
             (bytes, Default::default()),
         )
     }
@@ -147,7 +147,7 @@ impl CudaEngine {
         layout: KvLayout,
         ordinal: u32,
         experts: RoutedExperts,
-        source: Source<'_, '_>,
+        origin: Origin<'_, '_>,
         (weight_bytes, hash): (u64, WeightsHash),
     ) -> Result<Self, EngineError> {
         if options.mtp {
@@ -160,8 +160,13 @@ impl CudaEngine {
         let local = matches!(experts, RoutedExperts::Local);
         let format: InputFormat = wire_activation_format(config, options.numerics).into();
         let kv = KvPool::on_device(layout, options.kv_blocks_max, &device)?;
-        let mut weights = Weights { device: &device, source, numerics: options.numerics };
+        let mut weights = Weights {
+            device: &device,
+            source: origin.open(&device, options.threads)?,
+            numerics: options.numerics,
+        };
         let model = Model::load(&mut weights, kv.geometry(), local, format)?;
+        weights.finish()?;
         let workspace = Workspace::new(&device, config, &kv, &model, format, (rows_max, local))?;
         let table = rope_table(config);
         let backend = backend(&device);

@@ -1,6 +1,10 @@
 //! Weights on their way to the device: from a checkpoint, or made there from a seed.
 
-use compute::cuda::{self, Buffer, Device, ExpertMatrices, HeadMatrices, InputFormat, LinearKernel, Matrix};
+use std::time::Instant;
+
+use compute::cuda::{
+    self, Buffer, Device, ExpertMatrices, HeadMatrices, InputFormat, LinearKernel, Matrix, Uploads,
+};
 use compute::{HeadMatrices as HostHeads, WeightFormat};
 use model::schema::{MlpTensors, TensorSpec};
 use model::{ExpertId, ModelConfig, Numerics, schema};
@@ -28,14 +32,26 @@ pub(super) struct Experts {
     pub down: ExpertMatrices,
 }
 
-/// Where weights come from.
-pub(super) enum Source<'a, 'b> {
+/// Where weights come from, before there is a device.
+pub(super) enum Origin<'a, 'b> {
     Checkpoint(&'a mut Loader<'b>),
     /// As a checkpoint of this configuration would store them, with values from a seed.
     Synthetic {
         config: &'a ModelConfig,
         seed: u64,
     },
+}
+
+/// Where weights come from.
+pub(super) enum Source<'a, 'b> {
+    Checkpoint {
+        loader: &'a mut Loader<'b>,
+        /// How what lies in the files as the device wants it gets there.
+        uploads: Uploads,
+        started: Instant,
+    },
+    /// As a checkpoint of this configuration would store them, with values from a seed.
+    Synthetic { config: &'a ModelConfig, seed: u64 },
 }
 
 /// Brings weights to a device.
@@ -45,10 +61,39 @@ pub(super) struct Weights<'a, 'b> {
     pub numerics: Numerics,
 }
 
+/// So many threads read a checkpoint of `bytes` bytes at most: more than a few do not make a small one arrive sooner.
+fn readers(threads: usize, bytes: u64) -> usize {
+    threads.min(1 + (bytes >> 28) as usize).clamp(1, 16)
+}
+
+impl<'a, 'b> Origin<'a, 'b> {
+    /// Ready to bring weights to `device`; a checkpoint is read by at most `threads` threads.
+    pub fn open(self, device: &Device, threads: usize) -> Result<Source<'a, 'b>, cuda::CudaError> {
+        Ok(match self {
+            Self::Checkpoint(loader) => {
+                let uploads = Uploads::new(device, readers(threads, loader.bytes_total()))?;
+                Source::Checkpoint { loader, uploads, started: Instant::now() }
+            }
+            Self::Synthetic { config, seed } => Source::Synthetic { config, seed },
+        })
+    }
+}
+
 impl Weights<'_, '_> {
+    /// Waits until all weights are on the device.
+    pub fn finish(self) -> Result<(), EngineError> {
+        if let Source::Checkpoint { uploads, started, .. } = self.source {
+            let bytes = uploads.finish()?;
+            let seconds = started.elapsed().as_secs_f64();
+            let gib_per_s = bytes as f64 / seconds / f64::from(1 << 30);
+            tracing::info!(bytes, seconds, gib_per_s, "weights are on the device");
+        }
+        Ok(())
+    }
+
     pub fn config(&self) -> &ModelConfig {
         match &self.source {
-            Source::Checkpoint(loader) => loader.config(),
+            Source::Checkpoint { loader, .. } => loader.config(),
             Source::Synthetic { config, .. } => config,
         }
     }
@@ -57,7 +102,9 @@ impl Weights<'_, '_> {
     pub fn linear(&mut self, spec: &TensorSpec) -> Result<Linear, EngineError> {
         let format = self.linear_format();
         let matrix = match &mut self.source {
-            Source::Checkpoint(loader) => Matrix::new(self.device, loader.linear(spec)?.matrix())?,
+            Source::Checkpoint { loader, uploads, .. } => {
+                Matrix::new_later(self.device, loader.linear(spec)?.matrix(), uploads)?
+            }
             Source::Synthetic { .. } => self.made(spec, format)?,
         };
         Ok(Linear { input: self.input_format(matrix.format()), matrix })
@@ -66,7 +113,7 @@ impl Weights<'_, '_> {
     /// The head, which checkpoints keep in bf16.
     pub fn head(&mut self, spec: &TensorSpec) -> Result<Linear, EngineError> {
         match self.source {
-            Source::Checkpoint(_) => self.linear(spec),
+            Source::Checkpoint { .. } => self.linear(spec),
             Source::Synthetic { .. } => {
                 Ok(Linear { matrix: self.made(spec, WeightFormat::Bf16)?, input: InputFormat::Bf16 })
             }
@@ -77,7 +124,7 @@ impl Weights<'_, '_> {
     /// can, else f32 by f32.
     pub fn router(&mut self, spec: &TensorSpec) -> Result<Linear, EngineError> {
         let matrix = match &mut self.source {
-            Source::Checkpoint(loader) => {
+            Source::Checkpoint { loader, .. } => {
                 let stored = loader.table(spec)?;
                 if self.numerics == Numerics::Fp8 && stored.format() == WeightFormat::Bf16 {
                     let matrix = Matrix::new(self.device, &stored)?;
@@ -104,7 +151,9 @@ impl Weights<'_, '_> {
     /// A table whose rows are looked up.
     pub fn table(&mut self, spec: &TensorSpec) -> Result<Matrix, EngineError> {
         match &mut self.source {
-            Source::Checkpoint(loader) => Ok(Matrix::new(self.device, &loader.table(spec)?)?),
+            Source::Checkpoint { loader, uploads, .. } => {
+                Ok(Matrix::new_later(self.device, &loader.table(spec)?, uploads)?)
+            }
             Source::Synthetic { .. } => self.made(spec, WeightFormat::Bf16),
         }
     }
@@ -112,7 +161,7 @@ impl Weights<'_, '_> {
     /// A vector in f32.
     pub fn values(&mut self, spec: &TensorSpec) -> Result<Buffer<f32>, EngineError> {
         match &mut self.source {
-            Source::Checkpoint(loader) => Ok(self.device.upload(&loader.values(spec)?)?),
+            Source::Checkpoint { loader, .. } => Ok(self.device.upload(&loader.values(spec)?)?),
             Source::Synthetic { seed, .. } => {
                 let mut values = self.device.alloc(spec.elements())?;
                 // A norm's weight, or a correction bias, which adds the same to every expert's score.
@@ -135,7 +184,7 @@ impl Weights<'_, '_> {
     ) -> Result<(HeadMatrices, HeadMatrices), EngineError> {
         let device = self.device;
         match &mut self.source {
-            Source::Checkpoint(loader) => {
+            Source::Checkpoint { loader, .. } => {
                 let (key, value) = absorb(loader, spec)?;
                 let copy = |heads: &HostHeads| {
                     if bf16 {
@@ -172,7 +221,7 @@ impl Weights<'_, '_> {
         };
         let made_format = self.linear_format();
         match &mut self.source {
-            Source::Checkpoint(loader) => {
+            Source::Checkpoint { loader, uploads, .. } => {
                 let mut experts = None;
                 for (place, &expert) in ids.iter().enumerate() {
                     let tensors = schema::expert(loader.config(), layer, expert);
@@ -192,7 +241,7 @@ impl Weights<'_, '_> {
                         if !stack.takes(matrix) {
                             return Err(EngineError::MixedFormats { tensor: spec.name.clone() });
                         }
-                        stack.set(device, place, matrix)?;
+                        stack.set_later(device, place, matrix, uploads)?;
                     }
                 }
                 experts.ok_or(EngineError::NoSuchExpert { layer, expert: ExpertId(0) })

@@ -10,6 +10,7 @@ use std::{
 
 use bench::client::Client;
 use clap::Parser as _;
+use model::Device;
 use proto::v1::{
     GenerateRequest, GeneratedToken, Sampling, Stopping, TokenIds, generate_request::Prompt,
     inference_client::InferenceClient,
@@ -24,8 +25,19 @@ use trireme::{
 /// Nothing in a test takes this long; a hang fails instead of lasting for ever.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
+/// The repository's root, which a machine that has only the built tests names in `TRIREME_ROOT`.
 pub fn repository() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().expect("the workspace")
+    let root = std::env::var_os("TRIREME_ROOT")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join(".."), PathBuf::from);
+    root.canonicalize().expect("the workspace")
+}
+
+/// What workers compute on: the CPU, or what `TRIREME_TEST_DEVICE` names.
+pub fn device() -> Device {
+    match std::env::var("TRIREME_TEST_DEVICE") {
+        Ok(name) => name.parse().expect("TRIREME_TEST_DEVICE is a device"),
+        Err(_) => Device::Cpu,
+    }
 }
 
 pub fn fixture(name: &str) -> PathBuf {
