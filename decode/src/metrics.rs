@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use kvtransfer::ReceiverStats;
+use kvtransfer::{ReceiverStats, TransferReport};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::encoding::{EncodeLabelSet, EncodeMetric, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
@@ -67,6 +67,8 @@ pub struct Metrics {
     pub(crate) step_time: DurationHistogram,
     /// Time from ticket to commit.
     pub(crate) handoff_time: DurationHistogram,
+    /// Where that time goes.
+    pub(crate) handoff_stages: HandoffStages,
     /// What the receiver of hand-offs has counted.
     pub(crate) handoffs: HandoffCounters,
     /// Drafted tokens, and those that stood.
@@ -140,6 +142,17 @@ impl Metrics {
             stale: counter("handoff_stale", "KV frames that the fence stopped: their ticket was dead"),
             violations: counter("handoff_violations", "KV frames that their ticket did not permit"),
             malformed: counter("handoff_malformed", "Frames on the KV channel that were no message"),
+            superseded: counter(
+                "handoff_superseded",
+                "KV frames that the fence stopped: their transfer had left their path",
+            ),
+            broken: counter("handoff_broken_paths", "Paths that were lost in the middle of a hand-off"),
+            resumed: counter("handoff_resumed", "Hand-offs that went on where they were, on another path"),
+            revoked: counter("handoff_revoked", "Tickets that were revoked in the middle of a hand-off"),
+            landing_us: counter(
+                "handoff_landing_microseconds",
+                "Time spent on checksums and on copying KV into the pool",
+            ),
         };
         let step_time = DurationHistogram::new(STEP_BOUNDS_US);
         registry.register_with_unit(
@@ -155,6 +168,7 @@ impl Metrics {
             Unit::Seconds,
             handoff_time.clone(),
         );
+        let handoff_stages = HandoffStages::new(&mut registry);
         let queue_time = [(); 2].map(|()| DurationHistogram::new(HANDOFF_BOUNDS_US));
         for (priority, histogram) in Priority::ALL.into_iter().zip(&queue_time) {
             let name = format!("queue_{}", priority.name());
@@ -185,6 +199,7 @@ impl Metrics {
             finished,
             step_time,
             handoff_time,
+            handoff_stages,
             handoffs,
             drafts,
             failures,
@@ -229,16 +244,58 @@ pub(crate) struct HandoffCounters {
     stale: Counter,
     violations: Counter,
     malformed: Counter,
+    superseded: Counter,
+    broken: Counter,
+    resumed: Counter,
+    revoked: Counter,
+    landing_us: Counter,
 }
 
 impl HandoffCounters {
-    pub(crate) fn store(&self, stats: &ReceiverStats) {
+    pub(crate) fn store(&self, stats: &ReceiverStats, landing: Duration) {
         let store = |counter: &Counter, total| counter.inner().store(total, Ordering::Relaxed);
         store(&self.bytes, stats.bytes);
         store(&self.duplicates, stats.duplicates);
         store(&self.stale, stats.stale);
         store(&self.violations, stats.violations);
         store(&self.malformed, stats.malformed);
+        store(&self.superseded, stats.superseded);
+        store(&self.broken, stats.broken);
+        store(&self.resumed, stats.resumed);
+        store(&self.revoked, stats.revoked);
+        store(&self.landing_us, u64::try_from(landing.as_micros()).unwrap_or(u64::MAX));
+    }
+}
+
+/// A hand-off's time by stage, and what it moved.
+#[derive(Clone, Debug)]
+pub(crate) struct HandoffStages {
+    reserved: DurationHistogram,
+    arriving: DurationHistogram,
+    finishing: DurationHistogram,
+    /// From the commit to the first token sampled here.
+    pub(crate) first_step: DurationHistogram,
+}
+
+impl HandoffStages {
+    fn new(registry: &mut Registry) -> Self {
+        let mut stage = |name: &str, help: &str| {
+            let histogram = DurationHistogram::new(HANDOFF_BOUNDS_US);
+            registry.register_with_unit(name, help, Unit::Seconds, histogram.clone());
+            histogram
+        };
+        Self {
+            reserved: stage("handoff_reserved", "Time from the ticket to its first KV frame"),
+            arriving: stage("handoff_arriving", "Time from the first KV frame to the last KV piece"),
+            finishing: stage("handoff_finishing", "Time from the last KV piece to the commit"),
+            first_step: stage("handoff_first_step", "Time from the commit to the first token sampled here"),
+        }
+    }
+
+    pub(crate) fn observe(&self, report: &TransferReport) {
+        self.reserved.observe(report.reserved);
+        self.arriving.observe(report.arriving);
+        self.finishing.observe(report.finishing);
     }
 }
 

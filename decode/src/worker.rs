@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver as Channel, Select, TryRecvError};
 use engine::{Engine, KvPool, SequenceSampler, StepError};
-use kvtransfer::{BlockSink, Receiver, ReceiverEvent};
+use kvtransfer::{BlockSink, Receiver, ReceiverEvent, TransferReport};
 use model::{BlockId, TokenId};
 use proto::share::Priority;
 use proto::ticket::TicketId;
@@ -245,7 +245,9 @@ impl Worker {
         let mut sink = PoolSink { scheduler: &self.scheduler, pool: self.engine.kv_mut() };
         for event in self.receiver.poll(now, &mut sink) {
             match event {
-                ReceiverEvent::Committed { ticket, first_token } => self.hand_off(ticket, first_token, now),
+                ReceiverEvent::Committed { ticket, first_token, report } => {
+                    self.hand_off(ticket, first_token, &report, now);
+                }
                 ReceiverEvent::Expired { ticket } => self.fail_ticket(ticket, Failure::LeaseExpired, now),
                 ReceiverEvent::Aborted { ticket, reason } => {
                     self.fail_ticket(ticket, Failure::HandoffAborted(Arc::from(reason)), now);
@@ -254,7 +256,7 @@ impl Worker {
         }
     }
 
-    fn hand_off(&mut self, ticket: TicketId, first_token: TokenId, now: Instant) {
+    fn hand_off(&mut self, ticket: TicketId, first_token: TokenId, report: &TransferReport, now: Instant) {
         let Some(id) = self.scheduler.by_ticket(ticket) else { return };
         let Some(seat) = self.seats.get_mut(&id) else { return };
         if !self.intake.in_vocabulary(first_token) {
@@ -264,6 +266,7 @@ impl Worker {
         }
         let handoff = now.duration_since(seat.issued_at);
         self.metrics.handoff_time.observe(handoff);
+        self.metrics.handoff_stages.observe(report);
         seat.committed_at = Some(now);
         seat.sampler.observe(first_token);
         seat.span =
@@ -310,6 +313,11 @@ impl Worker {
     fn deliver(&mut self, now: Instant) {
         for step::Token { id, sampled, drafts } in self.sampled.drain(..) {
             let Some(seat) = self.seats.get_mut(&id) else { continue };
+            if seat.first_step_at.is_none()
+                && let Some(committed_at) = seat.committed_at
+            {
+                self.metrics.handoff_stages.first_step.observe(now.duration_since(committed_at));
+            }
             seat.first_step_at.get_or_insert(now);
             let token = sampled.token;
             seat.outbox.send(SequenceEvent::Token(sampled, drafts));
@@ -335,7 +343,7 @@ impl Worker {
     fn release(&mut self, id: SequenceId, now: Instant) {
         // In this order: behind this line no push can land in the blocks any more.
         if let Some(ticket) = self.scheduler.sequence(id).and_then(|sequence| sequence.ticket()) {
-            self.receiver.revoke(ticket);
+            let _fenced = self.receiver.revoke(ticket);
         }
         // Its blocks stay to be found: with all that belongs in them.
         owed::store_owed(&mut self.engine, &self.scheduler, &mut self.seats, &[id], &mut self.buffers.owed);
@@ -382,7 +390,7 @@ impl Worker {
         self.metrics.blocks_free.set(as_gauge(self.scheduler.free_blocks()));
         self.metrics.blocks_cached.set(as_gauge(self.scheduler.cached_blocks()));
         self.metrics.prefix.store(&self.scheduler.prefix_stats());
-        self.metrics.handoffs.store(&self.receiver.stats());
+        self.metrics.handoffs.store(&self.receiver.stats(), self.receiver.landing());
     }
 }
 

@@ -66,12 +66,51 @@ impl Body {
         })
     }
 
+    /// The `bytes` bytes from `start` on, once they have passed their [`checksum`], where nobody else can change them any
+    /// more: as they lie if they are our own, copied to `scratch` if they lie in a peer's memory. `None`: they are damaged.
+    ///
+    /// # Errors
+    /// The body does not hold so many. Nothing was copied.
+    pub fn verified<'a>(
+        &'a self,
+        start: usize,
+        bytes: usize,
+        expected: u64,
+        scratch: &'a mut Vec<u8>,
+    ) -> Result<Option<Verified<'a>>, OutsideBody> {
+        let end = start.checked_add(bytes).filter(|&end| end <= self.len());
+        let end = end.ok_or(OutsideBody { start, bytes, len: self.len() })?;
+        let (piece, sum): (&[u8], u64) = match &self.0 {
+            Place::Own(own) => (&own[start..end], checksum(&own[start..end])),
+            Place::Shared(shared) => {
+                scratch.resize(bytes, 0);
+                let sum = shared.0.copy_summed(start, scratch);
+                (scratch, sum)
+            }
+        };
+        Ok((sum == expected).then_some(Verified(piece)))
+    }
+
     /// The bytes, copied where they lie in a peer's memory.
     pub fn into_bytes(self) -> Bytes {
         match self.0 {
             Place::Own(bytes) => bytes,
             Place::Shared(shared) => shared.0.to_vec().into(),
         }
+    }
+}
+
+/// Bytes of a body that have passed their checksum and can no longer change.
+#[derive(Debug)]
+pub struct Verified<'a>(&'a [u8]);
+
+impl Verified<'_> {
+    /// Copies them to where they belong.
+    ///
+    /// # Panics
+    /// `into` is not as long as they are.
+    pub fn copy_to(self, into: &mut [u8]) {
+        into.copy_from_slice(self.0);
     }
 }
 

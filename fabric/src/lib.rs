@@ -33,7 +33,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 pub use arrivals::Arrivals;
-pub use body::{Body, OutsideBody};
+pub use body::{Body, OutsideBody, Verified};
 pub use error::{CredentialError, DialError, FabricError, SendError};
 pub use event::{Event, LossReason, PeerId, PeerInfo};
 pub use frame::{Channel, Frame, ProtocolError, checksum};

@@ -84,6 +84,14 @@ pub enum Violation {
         /// The block.
         block: u32,
     },
+    /// Of a path that no resume has opened.
+    #[error("generation is {sent}, the ticket is at {known}")]
+    Generation {
+        /// The ticket's.
+        known: u32,
+        /// The frame's.
+        sent: u32,
+    },
     /// A second first token, and another one.
     #[error("first_token was {known}, now it is {sent}")]
     FirstToken {

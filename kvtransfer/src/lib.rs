@@ -15,6 +15,7 @@
 mod error;
 mod extent;
 mod outlet;
+mod pieces;
 pub mod receiver;
 pub mod sender;
 pub mod wire;
@@ -22,5 +23,7 @@ pub mod wire;
 pub use error::TransferError;
 pub use outlet::{Outlet, Unsent};
 pub use proto::ticket::{KvTicket, TicketId};
-pub use receiver::{BlockSink, Receiver, ReceiverEvent, ReceiverOptions, ReceiverStats, Reservation};
+pub use receiver::{
+    BlockSink, Fenced, Receiver, ReceiverEvent, ReceiverOptions, ReceiverStats, Reservation, TransferReport,
+};
 pub use sender::{Sender, SenderEvent, TransferId};

@@ -5,22 +5,23 @@
 
 mod arrival;
 mod core;
+mod ticket;
 
 use std::time::{Duration, Instant};
 
-use fabric::{Arrivals, Channel, Event, Fabric, PeerId};
+use fabric::{Arrivals, Channel, Event, Fabric, LossReason, PeerId};
 use model::{ExecutionFingerprint, KvLayout, TokenId};
 use proto::ticket::{KvTicket, TicketId};
 
-pub use self::core::ReceiverCore;
+pub use self::core::{RESUME_MAX, ReceiverCore};
 use crate::error::TransferError;
 pub use crate::extent::Violation;
 
 /// Where blocks go that a live ticket permits.
 pub trait BlockSink {
     /// The place of one layer of one block of a live ticket: `bytes` bytes, whole rows from row 0. `block_in_sequence` is
-    /// counted from the sequence's start and lies within the ticket. The receiver copies there and checks the copy; a
-    /// place whose copy fails the check is never asked for again, and belongs to a ticket that is dead then.
+    /// counted from the sequence's start and lies within the ticket. Asked for once, and only when the bytes that will be
+    /// copied there have passed their checksum.
     ///
     /// `None`: the caller's books have no such block. The ticket dies.
     fn place(
@@ -42,6 +43,8 @@ pub enum ReceiverEvent {
         ticket: TicketId,
         /// Sampled on prefill.
         first_token: TokenId,
+        /// How it went.
+        report: TransferReport,
     },
     /// Nothing arrived for as long as the lease says. The ticket is dead, its blocks are the caller's again.
     Expired {
@@ -58,6 +61,50 @@ pub enum ReceiverEvent {
     },
 }
 
+/// How a transfer went, seen from decode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TransferReport {
+    /// From the ticket to the transfer's first frame: the router, prefill's queue and its first layer.
+    pub reserved: Duration,
+    /// From the first frame to the last piece.
+    pub arriving: Duration,
+    /// From the last piece to the commit: the first token's sampling.
+    pub finishing: Duration,
+    /// Bytes that have landed.
+    pub bytes: u64,
+    /// Paths after the first.
+    pub resumes: u32,
+}
+
+impl TransferReport {
+    fn new(times: &ticket::Times, now: Instant) -> Self {
+        let ticket::Times { reserved, first, last, bytes, resumes } = *times;
+        Self {
+            reserved: first.saturating_duration_since(reserved),
+            arriving: last.saturating_duration_since(first),
+            finishing: now.saturating_duration_since(last),
+            bytes,
+            resumes,
+        }
+    }
+}
+
+/// The proof that no write for a ticket can land any more. Whoever gives a ticket's blocks to somebody else needs one
+/// first, and only the receiver makes them.
+///
+/// Every transport here lets the receiver alone write to the pool: it copies, on its own thread, for tickets in its table.
+/// So the proof is at hand as soon as a ticket has left the table, and the time that blocks spend in quarantine is zero. A
+/// transport that addressed the pool itself would have to hand in a proof of its own before this could be made.
+#[must_use = "blocks are free behind this proof only"]
+#[derive(Debug)]
+pub struct Fenced(());
+
+impl Fenced {
+    fn by_the_table() -> Self {
+        Self(())
+    }
+}
+
 /// What a receiver is told once.
 #[derive(Debug, Clone)]
 pub struct ReceiverOptions {
@@ -69,15 +116,17 @@ pub struct ReceiverOptions {
     pub fingerprint: ExecutionFingerprint,
     /// How pieces look.
     pub layout: KvLayout,
-    /// How long a ticket lives without bytes arriving.
+    /// How long a ticket lives in silence, from its first frame on. A sender without anything to send renews it.
     pub lease: Duration,
+    /// How long a ticket lives before its first frame: as long as its prompt may wait in prefill's queue.
+    pub reserve: Duration,
     /// Tickets alive at once, those of running sequences included.
     pub tickets_max: usize,
 }
 
 impl ReceiverOptions {
-    /// Long enough for a prompt to wait in prefill's queue. It is not how deaths are found: a lost connection or a
-    /// cancelled request ends a ticket at once.
+    /// Longer than any one layer of a prefill step takes, during which its thread cannot renew. It is not how deaths are
+    /// found: a lost connection or a cancelled request ends a ticket at once.
     pub const LEASE: Duration = Duration::from_secs(30);
 }
 
@@ -109,6 +158,14 @@ pub struct ReceiverStats {
     pub duplicates: u64,
     /// Frames for dead tickets or other incarnations: pushes that the fence has stopped.
     pub stale: u64,
+    /// Frames late on a path that its transfer has given up, stopped as well.
+    pub superseded: u64,
+    /// Tickets whose path was lost in the middle of them.
+    pub broken: u64,
+    /// Resumes that were accepted.
+    pub resumed: u64,
+    /// Tickets revoked in the middle of a transfer.
+    pub revoked: u64,
     /// Frames that their ticket does not permit.
     pub violations: u64,
     /// Frames that are no message.
@@ -122,6 +179,7 @@ pub struct Receiver {
     core: ReceiverCore<PeerId>,
     fabric: Fabric,
     events: Arrivals,
+    landing: Duration,
 }
 
 /// Bytes copied in one poll: some 2 ms, so that a flood of arriving blocks delays a decode step by no more. The rest
@@ -132,8 +190,8 @@ impl Receiver {
     /// A receiver that owns the KV channel of `fabric`.
     pub fn new(fabric: Fabric, options: ReceiverOptions) -> Self {
         let events = fabric.receiver(Channel::Kv);
-        let core = ReceiverCore::new(options, fabric.address());
-        Self { core, fabric, events }
+        let core = ReceiverCore::new(options, vec![fabric.address()]);
+        Self { core, fabric, events, landing: Duration::ZERO }
     }
 
     /// Permits one push of the blocks that are missing.
@@ -161,10 +219,16 @@ impl Receiver {
                 Ok(Event::Frame { peer, head, body }) => {
                     span.get_or_insert_with(|| tracing::info_span!("receive", hop = 10).entered());
                     bytes += head.len() + body.len();
+                    let started = Instant::now();
                     self.core.handle_frame(peer, &head, &body, now, sink);
+                    self.landing += started.elapsed();
                 }
-                Ok(Event::PeerLost { peer, reason }) => self.core.handle_peer_lost(peer, &reason),
-                Ok(Event::PeerUp { .. }) => {}
+                Ok(Event::PeerLost { peer, reason }) => {
+                    self.core.handle_peer_lost(peer, process_lives(&reason), &reason, now);
+                }
+                Ok(Event::PeerUp { peer, info }) => {
+                    self.core.handle_peer_up(peer, &info.worker, info.incarnation);
+                }
                 Err(_) => {
                     self.core.handle_timeout(now);
                     break;
@@ -175,10 +239,11 @@ impl Receiver {
         self.core.take_events()
     }
 
-    /// Ends a ticket, whatever its state: from here on no push can write to its blocks. Unknown ones are ignored.
-    pub fn revoke(&mut self, ticket: TicketId) {
-        self.core.revoke(ticket);
+    /// Ends a ticket, whatever its state: from here on no push can write to its blocks. Unknown ones are dead already.
+    pub fn revoke(&mut self, ticket: TicketId) -> Fenced {
+        let fenced = self.core.revoke(ticket);
         self.core.flush(&mut self.fabric);
+        fenced
     }
 
     /// Becomes readable when [`Self::poll`] has something to do. To be waited on, never received from.
@@ -194,5 +259,21 @@ impl Receiver {
     /// Counters since the start.
     pub fn stats(&self) -> ReceiverStats {
         self.core.stats()
+    }
+
+    /// Time spent so far on checking frames and copying them to their places.
+    pub fn landing(&self) -> Duration {
+        self.landing
+    }
+}
+
+/// Whether the process behind a lost connection may still be there, and come back over another one.
+pub(crate) fn process_lives(reason: &LossReason) -> bool {
+    match reason {
+        LossReason::Closed | LossReason::Died | LossReason::Restarted | LossReason::Superseded => false,
+        LossReason::Silent
+        | LossReason::Protocol(_)
+        | LossReason::Refused { .. }
+        | LossReason::Failed { .. } => true,
     }
 }

@@ -6,6 +6,8 @@
 
 mod core;
 mod dial;
+mod links;
+mod transfer;
 
 use std::fmt;
 use std::time::Instant;
@@ -17,6 +19,7 @@ use proto::ticket::KvTicket;
 pub use self::core::{SenderCore, SenderStats};
 use self::dial::Dialer;
 use crate::error::TransferError;
+use crate::receiver::process_lives;
 
 /// Names a transfer within its sender; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -28,7 +31,7 @@ impl fmt::Display for TransferId {
     }
 }
 
-/// How a transfer ended. Each has one end: one of these, or [`Sender::abort`].
+/// What became of a transfer. Each has one end: one of the first three, or [`Sender::abort`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SenderEvent {
     /// Decode has every block; ours may be reused.
@@ -47,6 +50,14 @@ pub enum SenderEvent {
     Lost {
         /// The transfer.
         id: TransferId,
+    },
+    /// No end: the transfer goes on, on another path or on the same one, and what decode has not got of it must be offered
+    /// again. The caller offers everything from the start, and what is there already is not sent.
+    Resumed {
+        /// The transfer.
+        id: TransferId,
+        /// Pieces that decode has not got.
+        missing: usize,
     },
 }
 
@@ -73,12 +84,12 @@ impl Sender {
     /// The ticket is in use here, or too many transfers are.
     pub fn begin(&mut self, ticket: KvTicket, now: Instant) -> Result<TransferId, TransferError> {
         let id = self.core.begin(ticket, now)?;
-        self.dial_where_wanted();
+        self.dial_where_wanted(now);
         Ok(id)
     }
 
     /// Sends consecutive blocks of one layer: `pieces[i]` holds the rows of block `first_block + i` of the sequence,
-    /// all of them but in the last piece, which has `last_rows`.
+    /// all of them but in the last piece, which has `last_rows`. Blocks that decode has are not sent again.
     ///
     /// # Errors
     /// [`TransferError::Full`]: the same again after the next poll. [`TransferError::Ended`]: the next poll says how.
@@ -105,10 +116,10 @@ impl Sender {
     /// Gives a transfer up and tells decode, as far as it can be told. No event follows. Ended ones are ignored.
     pub fn abort(&mut self, id: TransferId, reason: &str) {
         self.core.abort(id, reason);
-        self.core.flush(&mut self.fabric);
+        self.core.flush(Instant::now(), &mut self.fabric);
     }
 
-    /// Takes in answers, connections and losses, and says which transfers have ended.
+    /// Takes in answers, connections and losses, and says which transfers have ended or must be offered again.
     pub fn poll(&mut self, now: Instant) -> Vec<SenderEvent> {
         // As many as there are now, so that a flood cannot hold the thread.
         for _ in 0..self.events.len() {
@@ -116,19 +127,19 @@ impl Sender {
                 Ok(Event::Frame { peer, head, .. }) => self.core.handle_frame(peer, &head),
                 Ok(Event::PeerLost { peer, reason }) => {
                     tracing::debug!(%peer, %reason, "a decode worker is lost");
-                    self.core.handle_peer_lost(peer);
+                    self.core.handle_peer_lost(peer, process_lives(&reason), now);
                 }
                 // Rings before the dial's own end does, and wakes who waits for it.
                 Ok(Event::PeerUp { peer, info }) => {
-                    self.core.handle_connected(&info.address, peer, info.incarnation);
+                    self.core.handle_connected(&info.address, peer, info.incarnation, now);
                 }
                 Err(_) => break,
             }
         }
-        self.take_connections();
+        self.take_connections(now);
         self.core.handle_timeout(now);
-        self.core.flush(&mut self.fabric);
-        self.dial_where_wanted();
+        self.core.flush(now, &mut self.fabric);
+        self.dial_where_wanted(now);
         self.core.take_events()
     }
 
@@ -137,27 +148,32 @@ impl Sender {
         self.events.queue()
     }
 
+    /// Pieces of a transfer that have not been sent; 0 for one that has ended.
+    pub fn unsent(&self, id: TransferId) -> usize {
+        self.core.unsent(id)
+    }
+
     /// Counters since the start.
     pub fn stats(&self) -> SenderStats {
         self.core.stats()
     }
 
-    fn dial_where_wanted(&mut self) {
+    fn dial_where_wanted(&mut self, now: Instant) {
         while self.dialer.has_room()
             && let Some(address) = self.core.next_dial()
         {
             self.dialer.dial(address);
-            self.take_connections();
+            self.take_connections(now);
         }
     }
 
-    fn take_connections(&mut self) {
+    fn take_connections(&mut self, now: Instant) {
         while let Some((address, connected)) = self.dialer.next() {
             // A peer that is lost by now has sent its `PeerLost` already: there is no second one to wait for.
             let peer = connected.and_then(|peer| Some((peer, self.fabric.peer(peer)?.incarnation)));
             match peer {
-                Some((peer, incarnation)) => self.core.handle_connected(&address, peer, incarnation),
-                None => self.core.handle_dial_failed(&address),
+                Some((peer, incarnation)) => self.core.handle_connected(&address, peer, incarnation, now),
+                None => self.core.handle_dial_failed(&address, now),
             }
         }
     }

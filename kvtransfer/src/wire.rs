@@ -29,6 +29,10 @@ pub enum Push {
     Finish(TokenId),
     /// Nothing more will come.
     Abort(String),
+    /// What has landed? Raises the generation.
+    Resume,
+    /// The transfer goes on.
+    Renew,
 }
 
 /// Consecutive blocks of one layer. Fields as in `fabric.proto`.
@@ -46,7 +50,7 @@ pub struct Run {
     pub checksums: Vec<u64>,
 }
 
-/// Decode to prefill. Ends the transfer.
+/// Decode to prefill. All but [`Reply::Held`] end the transfer.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Reply {
     /// Every block is in decode's pool and belongs to the sequence.
@@ -55,6 +59,13 @@ pub enum Reply {
     Stale(String),
     /// A frame was not what its ticket permits; why.
     Refused(String),
+    /// The resume of this generation holds, and this is what has landed: a bit for each piece.
+    Held {
+        /// The resume's.
+        generation: u32,
+        /// In the order layer, block.
+        landed: Vec<u64>,
+    },
 }
 
 /// A head that is no message of this channel.
@@ -77,13 +88,13 @@ pub(crate) fn gather(pieces: &[&[u8]]) -> (Bytes, Vec<u64>) {
 }
 
 /// A frame for decode. `body` is empty but for [`Push::Blocks`].
-pub fn encode_push(key: TicketKey, push: Push, body: Bytes) -> Frame {
+pub fn encode_push(key: TicketKey, generation: u32, push: Push, body: Bytes) -> Frame {
     let body = if body.is_empty() { Vec::new() } else { vec![body] };
-    Frame { head: encode_push_head(key, push), body }
+    Frame { head: encode_push_head(key, generation, push), body }
 }
 
 /// The head of a frame for decode.
-pub(crate) fn encode_push_head(key: TicketKey, push: Push) -> Bytes {
+pub(crate) fn encode_push_head(key: TicketKey, generation: u32, push: Push) -> Bytes {
     let frame = match push {
         Push::Blocks(run) => HeadFrame::Blocks(v1::KvBlocks {
             layer: run.layer,
@@ -96,17 +107,19 @@ pub(crate) fn encode_push_head(key: TicketKey, push: Push) -> Bytes {
             first_token: Some(v1::GeneratedToken { token_id: token.0, ..v1::GeneratedToken::default() }),
         }),
         Push::Abort(reason) => HeadFrame::Abort(v1::KvAbort { reason: cut(reason) }),
+        Push::Resume => HeadFrame::Resume(v1::KvResume {}),
+        Push::Renew => HeadFrame::Renew(v1::KvRenew {}),
     };
-    let head =
-        v1::KvFrameHead { incarnation: key.incarnation, ticket_id: key.ticket_id.0, frame: Some(frame) };
+    let TicketKey { incarnation, ticket_id: TicketId(ticket_id) } = key;
+    let head = v1::KvFrameHead { incarnation, ticket_id, generation, frame: Some(frame) };
     head.encode_to_vec().into()
 }
 
-/// Reads a frame from prefill.
+/// Reads a frame from prefill: for which ticket, of which generation, and what.
 ///
 /// # Errors
 /// The head is none of this direction.
-pub fn decode_push(head: &[u8]) -> Result<(TicketKey, Push), WireError> {
+pub fn decode_push(head: &[u8]) -> Result<(TicketKey, u32, Push), WireError> {
     let head = v1::KvFrameHead::decode(head)?;
     let key = TicketKey { incarnation: head.incarnation, ticket_id: TicketId(head.ticket_id) };
     let push = match head.frame.ok_or(WireError::Missing("frame"))? {
@@ -122,22 +135,31 @@ pub fn decode_push(head: &[u8]) -> Result<(TicketKey, Push), WireError> {
             Push::Finish(TokenId(token.token_id))
         }
         HeadFrame::Abort(abort) => Push::Abort(cut(abort.reason)),
+        HeadFrame::Resume(v1::KvResume {}) => Push::Resume,
+        HeadFrame::Renew(v1::KvRenew {}) => Push::Renew,
     };
-    Ok((key, push))
+    Ok((key, head.generation, push))
 }
 
 /// A frame for prefill.
 pub fn encode_reply(key: TicketKey, reply: Reply) -> Frame {
+    let (mut generation, mut landed) = (0, Vec::new());
     let (outcome, detail) = match reply {
         Reply::Committed => (Outcome::Committed, String::new()),
         Reply::Stale(detail) => (Outcome::Stale, detail),
         Reply::Refused(detail) => (Outcome::Refused, detail),
+        Reply::Held { generation: of, landed: pieces } => {
+            (generation, landed) = (of, pieces);
+            (Outcome::Held, String::new())
+        }
     };
     let head = v1::KvReplyHead {
         incarnation: key.incarnation,
         ticket_id: key.ticket_id.0,
         outcome: outcome.into(),
         detail: cut(detail),
+        generation,
+        landed,
     };
     Frame { head: head.encode_to_vec().into(), body: Vec::new() }
 }
@@ -154,6 +176,7 @@ pub fn decode_reply(head: &[u8]) -> Result<(TicketKey, Reply), WireError> {
         Ok(Outcome::Committed) => Reply::Committed,
         Ok(Outcome::Stale) => Reply::Stale(detail),
         Ok(Outcome::Refused) => Reply::Refused(detail),
+        Ok(Outcome::Held) => Reply::Held { generation: head.generation, landed: head.landed },
         Ok(Outcome::Unspecified) | Err(_) => return Err(WireError::Missing("outcome")),
     };
     Ok((key, reply))

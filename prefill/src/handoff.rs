@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::Select;
 use engine::{KvPool, StepObserver, Watched};
+use kvtransfer::sender::SenderStats;
 use kvtransfer::{Sender, SenderEvent, TransferError, TransferId};
 use model::{BlockId, KvLayout, TokenId};
 use proto::ticket::KvTicket;
@@ -50,6 +51,8 @@ pub(crate) struct Handoff {
 struct Outgoing {
     transfer: TransferId,
     prompt_tokens: usize,
+    /// The first block that decode wants.
+    first_block: usize,
     /// One past the last block.
     end_block: usize,
     layers: Vec<LayerMark>,
@@ -73,13 +76,13 @@ struct LayerMark {
 
 enum FirstToken {
     Unknown,
-    /// Waits for the blocks before it.
     Known {
         token: TokenId,
         since: Instant,
-    },
-    Sent {
-        since: Instant,
+        /// It was sent, on whatever path. Until then it waits for the blocks before it.
+        sent: bool,
+        /// It was sent on the path that the transfer takes now.
+        sent_here: bool,
     },
 }
 
@@ -104,13 +107,15 @@ impl Handoff {
         now: Instant,
     ) -> Result<(), TransferError> {
         let transfer = self.sender.begin(ticket.clone(), now)?;
-        let mark = LayerMark { rows: 0, next_block: ticket.first_block as usize };
+        let first_block = ticket.first_block as usize;
+        let mark = LayerMark { rows: 0, next_block: first_block };
         self.sequences.insert(transfer, id);
         self.outgoing.insert(
             id,
             Outgoing {
                 transfer,
                 prompt_tokens: ticket.prompt_tokens as usize,
+                first_block,
                 end_block: ticket.end_block() as usize,
                 layers: vec![mark; self.layers],
                 first_token: FirstToken::Unknown,
@@ -125,7 +130,7 @@ impl Handoff {
     /// Notes the first token; it leaves behind the last block.
     pub(crate) fn finish(&mut self, id: SequenceId, token: TokenId, now: Instant) {
         if let Some(outgoing) = self.outgoing.get_mut(&id) {
-            outgoing.first_token = FirstToken::Known { token, since: now };
+            outgoing.first_token = FirstToken::Known { token, since: now, sent: false, sent_here: false };
             outgoing.backlog = true;
         }
     }
@@ -157,17 +162,23 @@ impl Handoff {
     ) -> Vec<(SequenceId, Outcome)> {
         let mut ended = Vec::new();
         for event in self.sender.poll(now) {
-            let (SenderEvent::Committed { id: transfer }
-            | SenderEvent::Refused { id: transfer, .. }
-            | SenderEvent::Lost { id: transfer }) = event;
-            let Some(id) = self.sequences.remove(&transfer) else { continue };
-            let Some(outgoing) = self.outgoing.remove(&id) else { continue };
-            let outcome = match event {
-                SenderEvent::Committed { .. } => outgoing.committed(now),
-                SenderEvent::Refused { detail, .. } => Outcome::Refused { detail },
-                SenderEvent::Lost { .. } => Outcome::Lost,
-            };
-            ended.push((id, outcome));
+            match event {
+                SenderEvent::Committed { id } => {
+                    ended.extend(self.remove(id).map(|(id, outgoing)| (id, outgoing.committed(now))));
+                }
+                SenderEvent::Refused { id, detail } => {
+                    ended.extend(self.remove(id).map(|(id, _)| (id, Outcome::Refused { detail })));
+                }
+                SenderEvent::Lost { id } => {
+                    ended.extend(self.remove(id).map(|(id, _)| (id, Outcome::Lost)));
+                }
+                SenderEvent::Resumed { id, missing } => {
+                    let id = self.sequences.get(&id);
+                    if let Some(outgoing) = id.and_then(|id| self.outgoing.get_mut(id)) {
+                        outgoing.start_over(missing);
+                    }
+                }
+            }
         }
         for (&id, outgoing) in self.outgoing.iter_mut().filter(|(_, outgoing)| outgoing.backlog) {
             let block_table = scheduler.block_table(id);
@@ -181,6 +192,16 @@ impl Handoff {
             ended.push((id, Outcome::Refused { detail }));
         }
         ended
+    }
+
+    /// What the transfers have counted.
+    pub(crate) fn stats(&self) -> SenderStats {
+        self.sender.stats()
+    }
+
+    fn remove(&mut self, transfer: TransferId) -> Option<(SequenceId, Outgoing)> {
+        let id = self.sequences.remove(&transfer)?;
+        Some((id, self.outgoing.remove(&id)?))
     }
 
     /// An observer for the step that runs `step`.
@@ -238,20 +259,35 @@ impl Outgoing {
             self.push_layer(layer, sender, pool);
         }
         let complete = self.layers.iter().all(|mark| mark.next_block == self.end_block);
-        if let FirstToken::Known { token, since } = self.first_token
+        if let FirstToken::Known { token, since, sent_here: false, .. } = self.first_token
             && complete
         {
             match sender.finish(self.transfer, token) {
-                Ok(()) => self.first_token = FirstToken::Sent { since },
+                Ok(()) => {
+                    self.first_token = FirstToken::Known { token, since, sent: true, sent_here: true };
+                }
                 Err(error) => self.note(error),
             }
         }
     }
 
+    /// Decode has said what it has: offers everything again, of which only what is missing is sent.
+    fn start_over(&mut self, missing: usize) {
+        let _hop = self.hop.enter();
+        tracing::info!(missing, "the hand-off goes on where it was");
+        for mark in &mut self.layers {
+            mark.next_block = self.first_block;
+        }
+        if let FirstToken::Known { sent_here, .. } = &mut self.first_token {
+            *sent_here = false;
+        }
+        self.backlog = true;
+    }
+
     /// What decode's commit means: nothing, unless all was sent.
     fn committed(&self, now: Instant) -> Outcome {
         match self.first_token {
-            FirstToken::Sent { since } => {
+            FirstToken::Known { since, sent: true, .. } => {
                 Outcome::Committed { handoff: now.saturating_duration_since(since) }
             }
             FirstToken::Unknown | FirstToken::Known { .. } => {

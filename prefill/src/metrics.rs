@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use kvtransfer::sender::SenderStats;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
@@ -48,12 +49,23 @@ pub struct Metrics {
     prefix_tokens: Counter,
     prefix_hit_tokens: Counter,
     evictions: Counter,
+    handoffs: HandoffCounters,
     // These take a lock while they are scraped; they are observed once a request, not once a step.
     queue: Histogram,
     compute: Histogram,
     handoff: Histogram,
     failures: Family<Kind, Counter>,
     refusals: Family<Kind, Counter>,
+}
+
+/// [`SenderStats`] where a scrape can see them.
+#[derive(Clone, Debug)]
+struct HandoffCounters {
+    bytes: Counter,
+    full: Counter,
+    broken: Counter,
+    resumed: Counter,
+    repeated: Counter,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -79,6 +91,13 @@ impl Metrics {
         let prefix_hit_tokens =
             counter("prefix_hit_tokens", "Prompt tokens found in the prefix cache and not computed");
         let evictions = counter("kv_evictions", "Cached KV blocks that gave way to new ones");
+        let handoffs = HandoffCounters {
+            bytes: counter("handoff_bytes", "KV bytes pushed to decode, repeated ones included"),
+            full: counter("handoff_full", "Pushes handed back because decode had no room"),
+            broken: counter("handoff_broken_paths", "Paths that were lost in the middle of a hand-off"),
+            resumed: counter("handoff_resumed", "Hand-offs that went on where they were"),
+            repeated: counter("handoff_repeated_pieces", "KV pieces that had to be pushed again"),
+        };
         let mut gauge = |name: &str, help: &str| {
             let gauge: Gauge = Gauge::default();
             registry.register(name, help, gauge.clone());
@@ -125,6 +144,7 @@ impl Metrics {
             prefix_tokens,
             prefix_hit_tokens,
             evictions,
+            handoffs,
             queue,
             compute,
             handoff,
@@ -145,6 +165,16 @@ impl Metrics {
         store(&self.prefix_tokens, stats.tokens);
         store(&self.prefix_hit_tokens, stats.hit_tokens);
         store(&self.evictions, stats.evictions);
+    }
+
+    /// Notes what the hand-offs' transfers have done since the start.
+    pub(crate) fn transfers(&self, stats: &SenderStats) {
+        let store = |counter: &Counter, total| counter.inner().store(total, Ordering::Relaxed);
+        store(&self.handoffs.bytes, stats.bytes);
+        store(&self.handoffs.full, stats.full);
+        store(&self.handoffs.broken, stats.broken);
+        store(&self.handoffs.resumed, stats.resumed);
+        store(&self.handoffs.repeated, stats.repeated);
     }
 
     /// Notes a commit.

@@ -368,6 +368,7 @@ impl Worker {
         self.metrics.blocks_free.set(as_gauge(self.scheduler.free_blocks()));
         self.metrics.blocks_cached.set(as_gauge(self.scheduler.cached_blocks()));
         self.metrics.prefix(&self.scheduler.prefix_stats());
+        self.metrics.transfers(&self.handoff.stats());
     }
 }
 

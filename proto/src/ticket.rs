@@ -18,6 +18,9 @@ pub const ADDRESS_BYTES_MAX: usize = 256;
 /// Longest lease a ticket may name: leases are renewed by arriving bytes, not made long.
 pub const LEASE_MAX: Duration = Duration::from_secs(300);
 
+/// Most further fabric addresses of one worker: a NIC for each GPU of a node.
+pub const RAILS_MAX: usize = 8;
+
 /// Names a ticket within its worker's incarnation: random, never reused there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(transparent)]
@@ -52,8 +55,14 @@ pub struct KvTicket {
     pub bytes_per_layer: u64,
     /// Layers of the KV layout.
     pub layers: u32,
-    /// Time from issue, and from the last byte that arrived, after which the ticket is dead.
+    /// Silence, from the transfer's first frame on, after which the ticket is dead.
     pub lease: Duration,
+    /// Time from issue to the first frame, after which the ticket is dead: it covers the wait in prefill's queue.
+    pub reserve: Duration,
+    /// Generation of the transfer's first path. 0: the worker cannot resume a transfer.
+    pub generation: u32,
+    /// Further addresses of the worker, each a path of its own.
+    pub fabric_rails: Vec<String>,
 }
 
 impl KvTicket {
@@ -96,6 +105,21 @@ impl KvTicket {
                 format_args!("1 to {}", LEASE_MAX.as_millis()),
             ));
         }
+        let reserve = match wire.reserve_ms {
+            0 => lease,
+            ms => Duration::from_millis(u64::from(ms)),
+        };
+        if reserve > LEASE_MAX {
+            let allowed = format_args!("at most {}", LEASE_MAX.as_millis());
+            return Err(FieldError::out_of_range("reserve_ms", wire.reserve_ms, allowed));
+        }
+        if wire.fabric_rails.len() > RAILS_MAX {
+            let allowed = format_args!("at most {RAILS_MAX}");
+            return Err(FieldError::out_of_range("fabric_rails", wire.fabric_rails.len(), allowed));
+        }
+        for rail in &wire.fabric_rails {
+            name("fabric_rails", rail, ADDRESS_BYTES_MAX)?;
+        }
         Ok(Self {
             worker_id: wire.worker_id.clone(),
             incarnation: wire.incarnation,
@@ -108,11 +132,15 @@ impl KvTicket {
             bytes_per_layer: wire.bytes_per_layer,
             layers: wire.layers,
             lease,
+            reserve,
+            generation: wire.generation,
+            fabric_rails: wire.fabric_rails.clone(),
         })
     }
 
     /// The wire's form. A lease beyond what the field holds is cut: shorter is safe.
     pub fn to_wire(&self) -> v1::KvTicket {
+        let millis = |time: Duration| u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
         v1::KvTicket {
             worker_id: self.worker_id.clone(),
             incarnation: self.incarnation,
@@ -124,7 +152,10 @@ impl KvTicket {
             prompt_tokens: self.prompt_tokens,
             bytes_per_layer: self.bytes_per_layer,
             layers: self.layers,
-            lease_ms: u32::try_from(self.lease.as_millis()).unwrap_or(u32::MAX),
+            lease_ms: millis(self.lease),
+            reserve_ms: millis(self.reserve),
+            generation: self.generation,
+            fabric_rails: self.fabric_rails.clone(),
         }
     }
 

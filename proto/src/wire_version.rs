@@ -5,7 +5,8 @@ use crate::field::FieldError;
 /// Equal majors work together, others refuse each other.
 pub const WIRE_MAJOR: u32 = 1;
 /// Grows with every addition that older peers may ignore.
-pub const WIRE_MINOR: u32 = 0;
+/// 1: hand-offs resume on another path.
+pub const WIRE_MINOR: u32 = 1;
 
 /// Accepts a peer that speaks our major version, whatever its minor.
 ///

@@ -104,6 +104,8 @@ prop_compose! {
         bytes_per_layer in any::<u64>(),
         layers in any::<u32>(),
         lease_ms in any::<u32>(),
+        reserve_ms in any::<u32>(),
+        fabric_rails in prop::collection::vec(".{0,4}", 0..10),
         fingerprint in any_fingerprint(),
     ) -> v1::KvTicket {
         let scale = if small { 1 << 24 } else { 1 };
@@ -118,6 +120,9 @@ prop_compose! {
             bytes_per_layer,
             layers,
             lease_ms: lease_ms / scale,
+            reserve_ms: reserve_ms / scale,
+            generation: 1,
+            fabric_rails,
             fingerprint: Some(fingerprint),
         }
     }

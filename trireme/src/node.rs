@@ -215,9 +215,10 @@ pub async fn start_worker(
                     incarnation,
                     fingerprint: engine.fingerprint().clone(),
                     layout: engine.kv_layout().clone(),
+                    lease: ReceiverOptions::LEASE,
                     // A prompt may wait in prefill's queue for as long as its request may live. Whoever dies is
                     // noticed long before: by the router's streams, whose end revokes the ticket.
-                    lease: Duration::from_millis(config.router.deadline_ms_max).min(LEASE_MAX),
+                    reserve: Duration::from_millis(config.router.deadline_ms_max).min(LEASE_MAX),
                     tickets_max: settings.sequences_max,
                 },
             );

@@ -191,6 +191,7 @@ pub fn receiver(fabric: Fabric, engine: &Engine, lease: Duration) -> Receiver {
         fingerprint: engine.fingerprint().clone(),
         layout: engine.kv_layout().clone(),
         lease,
+        reserve: lease,
         tickets_max: 64,
     };
     Receiver::new(fabric, options)

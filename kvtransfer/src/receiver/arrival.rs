@@ -1,4 +1,4 @@
-//! What has landed for one ticket: the arrival counter, and the checks that a piece passes before it counts.
+//! What has landed for one ticket: the arrival counter, and the checks that a piece passes before it lands.
 
 use fabric::Body;
 use model::TokenId;
@@ -6,16 +6,14 @@ use proto::ticket::TicketId;
 
 use super::BlockSink;
 use crate::extent::{Extent, Violation};
+use crate::pieces::Pieces;
 use crate::wire::Run;
 
 /// Progress of one ticket. Order of arrival does not matter, and nothing counts twice.
 #[derive(Clone, Hash)]
 pub(super) struct Arrival {
     extent: Extent,
-    /// One bit for each piece.
-    landed: Vec<u64>,
-    /// Pieces whose bit is not set: the arrival counter.
-    missing: usize,
+    landed: Pieces,
     first_token: Option<TokenId>,
 }
 
@@ -32,17 +30,23 @@ pub(super) struct Place<'a> {
     pub(super) sink: &'a mut dyn BlockSink,
     pub(super) ticket: TicketId,
     pub(super) layer: u32,
+    /// Memory for a piece of a body that its sender could still change.
+    pub(super) scratch: &'a mut Vec<u8>,
 }
 
 impl Arrival {
     pub(super) fn new(extent: Extent) -> Self {
-        let pieces = extent.pieces();
-        Self { extent, landed: vec![0; pieces.div_ceil(64)], missing: pieces, first_token: None }
+        Self { extent, landed: Pieces::none(extent.pieces()), first_token: None }
     }
 
     /// The token to go on from, once everything is here.
     pub(super) fn complete(&self) -> Option<TokenId> {
-        self.first_token.filter(|_| self.missing == 0)
+        self.first_token.filter(|_| self.landed.missing() == 0)
+    }
+
+    /// What need not be sent again.
+    pub(super) fn landed(&self) -> &Pieces {
+        &self.landed
     }
 
     /// Notes the first token.
@@ -51,8 +55,8 @@ impl Arrival {
         if known == token { Ok(()) } else { Err(Violation::FirstToken { known: known.0, sent: token.0 }) }
     }
 
-    /// Checks the whole run, then copies those of its pieces to their places that have not landed before. The
-    /// checksum is taken of the copy: the body may lie in memory that the sender still writes.
+    /// Checks the whole run, then copies those of its pieces to their places that have not landed before. What is
+    /// copied has passed its checksum where nobody else can change it any more: nothing else ever lands.
     pub(super) fn land(
         &mut self,
         run: &Run,
@@ -65,18 +69,17 @@ impl Arrival {
             let (at, bytes) = (start, self.extent.piece_bytes(block));
             start += bytes;
             let index = self.extent.index(run.layer, block);
-            let (word, bit) = (&mut self.landed[index / 64], 1 << (index % 64));
-            if *word & bit != 0 {
+            if self.landed.has(index) {
                 landed.duplicates += 1;
                 continue;
             }
+            let Ok(Some(piece)) = body.verified(at, bytes, expected, place.scratch) else {
+                return Err(Violation::Checksum { layer: run.layer, block });
+            };
             let into = place.sink.place(place.ticket, block, place.layer, bytes);
             let into = into.filter(|into| into.len() == bytes).ok_or(Violation::Unplaced { block })?;
-            if body.copy_summed(at, into).ok() != Some(expected) {
-                return Err(Violation::Checksum { layer: run.layer, block });
-            }
-            *word |= bit;
-            self.missing -= 1;
+            piece.copy_to(into);
+            self.landed.insert(index);
             landed.pieces += 1;
             landed.bytes += bytes as u64;
         }
@@ -86,7 +89,6 @@ impl Arrival {
     /// # Panics
     /// Where counter and bits have come apart.
     pub(super) fn check_invariants(&self) {
-        let landed: u32 = self.landed.iter().map(|word| word.count_ones()).sum();
-        assert_eq!(landed as usize + self.missing, self.extent.pieces(), "the arrival counter is off");
+        self.landed.check_invariants();
     }
 }

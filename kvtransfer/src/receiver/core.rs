@@ -1,63 +1,61 @@
 //! The receiver's state machine: a function of (state, frame or time, now).
 //!
-//! A ticket is *receiving* until its last piece and its first token are here, then *committed* until it is revoked.
-//! Whatever else happens to it removes it, and a ticket that is not in the table cannot be written for. That table
-//! is the fence: there is no second place where a write is decided.
+//! A ticket is *reserved* until its first frame, then *receiving* until its last piece and its first token are here, then
+//! *committed* until it is revoked. A receiving ticket whose path is lost is *broken* until its sender resumes it on another
+//! one, for [`RESUME_MAX`]. Whatever else happens to a ticket removes it, and a ticket that is not in the table
+//! cannot be written for. That table is the fence: there is no second place where a write is decided.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Display;
 use std::hash::{Hash, Hasher};
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use fabric::Body;
 use proto::ticket::{KvTicket, TicketId};
 
-use super::arrival::{Arrival, Landed, Place};
-use super::{BlockSink, ReceiverEvent, ReceiverOptions, ReceiverStats, Reservation};
+use super::arrival::{Landed, Place};
+use super::ticket::{Path, Receiving, Ticket, Who};
+use super::{BlockSink, Fenced, ReceiverEvent, ReceiverOptions, ReceiverStats, Reservation, TransferReport};
 use crate::error::TransferError;
-use crate::extent::Extent;
+use crate::extent::{Extent, Violation};
 use crate::outlet::{Outlet, Unsent};
 use crate::wire::{self, Push, Reply, TicketKey};
+
+/// Generation of a ticket's first path. A frame of generation 0 is of a sender that does not resume, and means this one.
+const FIRST_GENERATION: u32 = 1;
+
+/// How long a ticket whose path is lost waits for another. With the 1.5 s of silence after which a path is given up, both
+/// ends are back at their baseline within 2 s of a fault.
+pub const RESUME_MAX: Duration = Duration::from_millis(400);
 
 /// Tickets and what has landed for them, with peers named by `P`.
 #[derive(Clone)]
 pub struct ReceiverCore<P> {
     options: ReceiverOptions,
-    fabric_address: String,
+    addresses: Vec<String>,
+    peers: BTreeMap<P, Arc<Who>>,
     /// Ordered, so that equal histories give equal events.
     tickets: BTreeMap<TicketId, Ticket<P>>,
     replies: VecDeque<(P, TicketKey, Reply)>,
     events: Vec<ReceiverEvent>,
     stats: ReceiverStats,
+    scratch: Vec<u8>,
 }
 
-#[derive(Clone, Hash)]
-enum Ticket<P> {
-    Receiving(Receiving<P>),
-    /// The blocks are the sequence's. Kept to tell a duplicate of the last frame that it has arrived.
-    Committed {
-        pusher: P,
-    },
-}
-
-#[derive(Clone, Hash)]
-struct Receiving<P> {
-    arrival: Arrival,
-    /// Whose frame came first. Nobody else may push.
-    pusher: Option<P>,
-    deadline: Instant,
-}
-
-impl<P: Copy + Eq> ReceiverCore<P> {
-    /// No tickets yet. `fabric_address` is where pushes shall go.
-    pub fn new(options: ReceiverOptions, fabric_address: String) -> Self {
+impl<P: Copy + Ord> ReceiverCore<P> {
+    /// No tickets yet. `addresses` is where pushes shall go: to the first, or on another path to one of the others.
+    pub fn new(options: ReceiverOptions, addresses: Vec<String>) -> Self {
         Self {
             options,
-            fabric_address,
+            addresses,
+            peers: BTreeMap::new(),
             tickets: BTreeMap::new(),
             replies: VecDeque::new(),
             events: Vec::new(),
             stats: ReceiverStats::default(),
+            scratch: Vec::new(),
         }
     }
 
@@ -71,7 +69,7 @@ impl<P: Copy + Eq> ReceiverCore<P> {
         ticket_id: TicketId,
         now: Instant,
     ) -> Result<KvTicket, TransferError> {
-        let ReceiverOptions { layout, lease, tickets_max, .. } = &self.options;
+        let ReceiverOptions { layout, lease, reserve, tickets_max, .. } = &self.options;
         if self.tickets.len() >= *tickets_max {
             return Err(TransferError::TooMany { max: *tickets_max });
         }
@@ -84,7 +82,7 @@ impl<P: Copy + Eq> ReceiverCore<P> {
             worker_id: self.options.worker_id.clone(),
             incarnation: self.options.incarnation,
             ticket_id,
-            fabric_address: self.fabric_address.clone(),
+            fabric_address: self.addresses.first().cloned().unwrap_or_default(),
             fingerprint: self.options.fingerprint.clone(),
             first_block: extent.first_block,
             blocks: extent.blocks(),
@@ -93,9 +91,11 @@ impl<P: Copy + Eq> ReceiverCore<P> {
             bytes_per_layer: extent.bytes_per_layer(),
             layers: extent.layers,
             lease: *lease,
+            reserve: *reserve,
+            generation: FIRST_GENERATION,
+            fabric_rails: self.addresses.iter().skip(1).cloned().collect(),
         };
-        let receiving = Receiving { arrival: Arrival::new(extent), pusher: None, deadline: now + *lease };
-        self.tickets.insert(ticket_id, Ticket::Receiving(receiving));
+        self.tickets.insert(ticket_id, Ticket::Reserved { extent, since: now, deadline: now + *reserve });
         self.stats.issued += 1;
         Ok(ticket)
     }
@@ -109,7 +109,7 @@ impl<P: Copy + Eq> ReceiverCore<P> {
         now: Instant,
         sink: &mut dyn BlockSink,
     ) {
-        let (key, push) = match wire::decode_push(head) {
+        let (key, generation, push) = match wire::decode_push(head) {
             Ok(message) => message,
             Err(error) => {
                 self.stats.malformed += 1;
@@ -119,68 +119,138 @@ impl<P: Copy + Eq> ReceiverCore<P> {
         if key.incarnation != self.options.incarnation {
             return self.stale(peer, key, "the ticket is of another incarnation of this worker");
         }
-        let receiving = match self.tickets.get_mut(&key.ticket_id) {
-            None => return self.stale(peer, key, "the ticket is unknown, expired or revoked"),
-            Some(Ticket::Committed { pusher }) => {
+        // Of a connection that is lost nothing comes any more, whatever is still in flight.
+        let Some(who) = self.peers.get(&peer).cloned() else { return self.stats.superseded += 1 };
+        let path = Path { peer, who };
+        let generation = generation.max(FIRST_GENERATION);
+        let lease = self.options.lease;
+        let Some(ticket) = self.tickets.get_mut(&key.ticket_id) else {
+            return self.stale(peer, key, "the ticket is unknown, expired or revoked");
+        };
+        ticket.begin(&path, generation, now, lease);
+        let receiving = match ticket {
+            Ticket::Receiving(receiving) => receiving,
+            Ticket::Reserved { .. } => return,
+            Ticket::Committed { path: of } => {
                 self.stats.duplicates += 1;
                 // The sender is asking again: its answer may have been lost.
-                if *pusher == peer && matches!(push, Push::Finish(_)) {
+                if of.who == path.who && matches!(push, Push::Finish(_) | Push::Resume) {
                     self.reply(peer, key, Reply::Committed);
                 }
                 return;
             }
-            Some(Ticket::Receiving(receiving)) => receiving,
         };
-        if *receiving.pusher.get_or_insert(peer) != peer {
+        if receiving.path.who != path.who {
             self.stats.violations += 1;
+            tracing::warn!(ticket = %key.ticket_id, "another worker pushes for a ticket that is in use");
             let detail = "another worker is pushing for this ticket".to_owned();
             return self.reply(peer, key, Reply::Refused(detail));
         }
-        let taken = match push {
-            Push::Abort(reason) => return self.end(key.ticket_id, format_args!("prefill gave up: {reason}")),
-            Push::Finish(token) => receiving.arrival.finish(token),
-            Push::Blocks(run) => {
-                let place = &mut Place { sink, ticket: key.ticket_id, layer: run.layer };
-                receiving.arrival.land(&run, body, place).map(|landed| self.stats.count(landed))
+        let taken = match (push, generation.cmp(&receiving.generation)) {
+            (Push::Abort(reason), _) => {
+                return self.end(key.ticket_id, format_args!("prefill gave up: {reason}"));
+            }
+            (Push::Resume, order @ (Ordering::Greater | Ordering::Equal)) => {
+                match receiving.resume(path, generation) {
+                    None => return self.stats.superseded += 1,
+                    held => {
+                        self.stats.resumed += u64::from(order == Ordering::Greater);
+                        Ok(held)
+                    }
+                }
+            }
+            (_, Ordering::Greater) => {
+                Err(Violation::Generation { known: receiving.generation, sent: generation })
+            }
+            // Late, on a path that is given up. What it brought is asked for again.
+            (_, Ordering::Less) => return self.stats.superseded += 1,
+            (_, Ordering::Equal) if receiving.broken => return self.stats.superseded += 1,
+            (Push::Renew, _) => Ok(None),
+            (Push::Finish(token), _) => receiving.arrival.finish(token).map(|()| None),
+            (Push::Blocks(run), _) => {
+                let (ticket, layer, scratch) = (key.ticket_id, run.layer, &mut self.scratch);
+                let place = &mut Place { sink, ticket, layer, scratch };
+                let landed = receiving.arrival.land(&run, body, place);
+                landed.map(|landed| {
+                    receiving.times.bytes += landed.bytes;
+                    receiving.times.last = now;
+                    self.stats.count(landed);
+                    None
+                })
             }
         };
         match taken {
-            Ok(()) => {
-                receiving.deadline = now + self.options.lease;
-                self.commit_if_complete(peer, key);
+            Ok(answer) => {
+                receiving.deadline = now + lease;
+                if !self.commit_if_complete(peer, key, now)
+                    && let Some(held) = answer
+                {
+                    self.reply(peer, key, held);
+                }
             }
             Err(violation) => {
                 self.stats.violations += 1;
+                tracing::warn!(ticket = %key.ticket_id, %violation, "a push is refused");
                 self.end(key.ticket_id, format_args!("a push was refused: {violation}"));
                 self.reply(peer, key, Reply::Refused(violation.to_string()));
             }
         }
     }
 
-    /// `peer` is gone: what it was pushing will never be complete.
-    pub fn handle_peer_lost(&mut self, peer: P, reason: &dyn Display) {
+    /// A connection stands, at whose end is this process of this worker. Its predecessors are gone, and what they were
+    /// pushing will never be complete.
+    pub fn handle_peer_up(&mut self, peer: P, worker: &str, incarnation: u64) {
+        let known = self.peers.values().find(|who| who.worker == worker && who.incarnation == incarnation);
+        let who = known.cloned();
+        let who = who.unwrap_or_else(|| Arc::new(Who { worker: worker.to_owned(), incarnation }));
+        self.peers.insert(peer, who);
+        self.end_where("the prefill worker was started anew", |receiving| {
+            let of = &receiving.path.who;
+            of.worker == worker && of.incarnation != incarnation
+        });
+    }
+
+    /// A connection has ended. Where its process lives, what it was pushing may be resumed over another one.
+    pub fn handle_peer_lost(&mut self, peer: P, process_lives: bool, reason: &dyn Display, now: Instant) {
         self.replies.retain(|(to, _, _)| *to != peer);
-        let of_peer = self.receiving().filter(|(_, receiving)| receiving.pusher == Some(peer));
-        let tickets: Vec<TicketId> = of_peer.map(|(ticket, _)| ticket).collect();
-        for ticket in tickets {
-            self.end(ticket, format_args!("the prefill worker is lost: {reason}"));
+        let Some(who) = self.peers.remove(&peer) else { return };
+        if !process_lives {
+            let reason = format!("the prefill worker is lost: {reason}");
+            return self.end_where(&reason, |receiving| receiving.path.who == who);
+        }
+        for ticket in self.tickets.values_mut() {
+            if let Ticket::Receiving(receiving) = ticket
+                && receiving.path.peer == peer
+                && !receiving.broken
+            {
+                receiving.broken = true;
+                receiving.deadline = receiving.deadline.min(now + RESUME_MAX);
+                self.stats.broken += 1;
+            }
         }
     }
 
-    /// Ends the tickets whose lease has run out.
+    /// Ends the tickets that have waited for too long: for a first frame, for another one, or for another path.
     pub fn handle_timeout(&mut self, now: Instant) {
-        let due = self.receiving().filter(|(_, receiving)| receiving.deadline <= now);
-        let tickets: Vec<TicketId> = due.map(|(ticket, _)| ticket).collect();
-        for ticket in tickets {
-            self.stats.expired += 1;
-            self.dismiss(ticket, "the ticket's lease has run out");
-            self.events.push(ReceiverEvent::Expired { ticket });
+        let due = self.tickets.iter().filter(|(_, ticket)| ticket.deadline().is_some_and(|at| at <= now));
+        let due: Vec<_> = due.map(|(&id, at)| (id, at.receiving().is_some_and(|at| at.broken))).collect();
+        for (ticket, broken) in due {
+            if broken {
+                self.end(ticket, "its path is lost, and no other took over in time");
+            } else {
+                self.stats.expired += 1;
+                self.dismiss(ticket, "the ticket's lease has run out");
+                self.events.push(ReceiverEvent::Expired { ticket });
+            }
         }
     }
 
     /// Ends a ticket. A sender that is in the middle of it is told, so that it lets go of its blocks.
-    pub fn revoke(&mut self, ticket: TicketId) {
+    pub fn revoke(&mut self, ticket: TicketId) -> Fenced {
+        self.stats.revoked += u64::from(self.tickets.get(&ticket).is_some_and(|at| at.receiving().is_some()));
         self.dismiss(ticket, "the ticket was revoked");
+        // Nothing but `handle_frame` ever writes, and it has just forgotten the ticket.
+        Fenced::by_the_table()
     }
 
     /// Sends the replies that wait. Those for a peer without room stay.
@@ -218,6 +288,7 @@ impl<P: Copy + Eq> ReceiverCore<P> {
     where
         P: Hash,
     {
+        self.peers.hash(into);
         self.tickets.hash(into);
         self.replies.hash(into);
     }
@@ -236,28 +307,29 @@ impl<P: Copy + Eq> ReceiverCore<P> {
     }
 
     fn receiving(&self) -> impl Iterator<Item = (TicketId, &Receiving<P>)> {
-        self.tickets.iter().filter_map(|(&id, ticket)| match ticket {
-            Ticket::Receiving(receiving) => Some((id, receiving)),
-            Ticket::Committed { .. } => None,
-        })
+        self.tickets.iter().filter_map(|(&id, ticket)| Some((id, ticket.receiving()?)))
     }
 
-    fn commit_if_complete(&mut self, pusher: P, key: TicketKey) {
-        let Some(ticket) = self.tickets.get_mut(&key.ticket_id) else { return };
-        let Ticket::Receiving(receiving) = ticket else { return };
-        let Some(first_token) = receiving.arrival.complete() else { return };
-        *ticket = Ticket::Committed { pusher };
-        tracing::debug!(ticket = %key.ticket_id, "every block is in place");
+    fn commit_if_complete(&mut self, pusher: P, key: TicketKey, now: Instant) -> bool {
+        let Some(ticket) = self.tickets.get_mut(&key.ticket_id) else { return false };
+        let Ticket::Receiving(receiving) = &*ticket else { return false };
+        let Some(first_token) = receiving.arrival.complete() else { return false };
+        let report = TransferReport::new(&receiving.times, now);
+        *ticket = Ticket::Committed { path: receiving.path.clone() };
+        tracing::debug!(ticket = %key.ticket_id, ?report, "every block is in place");
         self.stats.committed += 1;
-        self.events.push(ReceiverEvent::Committed { ticket: key.ticket_id, first_token });
+        self.events.push(ReceiverEvent::Committed { ticket: key.ticket_id, first_token, report });
         self.reply(pusher, key, Reply::Committed);
+        true
     }
 
+    /// Removes a ticket, and tells its sender where there is one that can be told.
     fn dismiss(&mut self, ticket_id: TicketId, detail: &str) {
-        if let Some(Ticket::Receiving(Receiving { pusher: Some(peer), .. })) = self.tickets.remove(&ticket_id)
+        if let Some(Ticket::Receiving(receiving)) = self.tickets.remove(&ticket_id)
+            && !receiving.broken
         {
             let key = TicketKey { incarnation: self.options.incarnation, ticket_id };
-            self.reply(peer, key, Reply::Stale(detail.to_owned()));
+            self.reply(receiving.path.peer, key, Reply::Stale(detail.to_owned()));
         }
     }
 
@@ -267,8 +339,16 @@ impl<P: Copy + Eq> ReceiverCore<P> {
         self.events.push(ReceiverEvent::Aborted { ticket, reason: reason.to_string() });
     }
 
+    fn end_where(&mut self, reason: &str, ended: impl Fn(&Receiving<P>) -> bool) {
+        let tickets = self.receiving().filter(|(_, receiving)| ended(receiving)).map(|(ticket, _)| ticket);
+        for ticket in tickets.collect::<Vec<_>>() {
+            self.end(ticket, reason);
+        }
+    }
+
     fn stale(&mut self, peer: P, key: TicketKey, detail: &str) {
         self.stats.stale += 1;
+        tracing::debug!(ticket = %key.ticket_id, detail, "a push is fenced off");
         // One frame in flight is answered like a hundred: the first answer ends the transfer.
         let told = self.replies.iter().any(|(to, waiting, _)| *to == peer && *waiting == key);
         if !told {

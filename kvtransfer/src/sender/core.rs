@@ -1,8 +1,9 @@
 //! The sender's state machine: a function of (state, call or frame, now).
 //!
-//! A transfer is *connecting* until a connection to its ticket's incarnation stands, then *pushing* until it ends.
-//! It remembers where it goes and when it was last active, and nothing of what it has sent: the caller's blocks are
-//! the only copy until decode has committed them.
+//! A transfer is *connecting* until a path to its ticket's incarnation stands, then *pushing* until it ends. When the path is
+//! lost it is *broken* until another one stands, then *asking* until decode has said what has landed; then its caller
+//! offers everything again, and only what is missing is sent. The same question finds out about an answer that does not
+//! come. A transfer remembers one bit for each piece; the bytes are the caller's until decode has committed them.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::hash::{Hash, Hasher};
@@ -12,9 +13,13 @@ use bytes::Bytes;
 use model::TokenId;
 use proto::ticket::KvTicket;
 
+use super::links::Links;
+use super::transfer::{State, Transfer};
 use super::{SenderEvent, TransferId};
 use crate::error::TransferError;
 use crate::outlet::{Outlet, Unsent};
+use crate::pieces::Pieces;
+use crate::receiver::RESUME_MAX;
 use crate::wire::{self, Push, Reply, Run, TicketKey};
 
 /// Transfers alive at once. Each holds a sequence's blocks, so prefill's pool runs out first.
@@ -23,6 +28,10 @@ const TRANSFERS_MAX: usize = 4096;
 const GOODBYES_MAX: usize = 1024;
 /// Longer than a dial takes, and than a dead process is found, whose successor issued the ticket.
 const CONNECTING_MAX: Duration = Duration::from_secs(2);
+/// From the first token, or a question, to the answer: longer than most decode steps. It doubles with each question.
+const ANSWER_MAX: Duration = Duration::from_millis(500);
+/// Paths and questions of one transfer: beyond, something is wrong that another one will not mend.
+const GENERATIONS_MAX: u32 = 64;
 
 /// Transfers and connections, with peers named by `P`.
 #[derive(Clone)]
@@ -30,9 +39,8 @@ pub struct SenderCore<P> {
     /// Ordered, so that equal histories give equal events.
     transfers: BTreeMap<TransferId, Transfer<P>>,
     by_ticket: HashMap<TicketKey, TransferId>,
-    links: BTreeMap<String, Link<P>>,
-    dials: VecDeque<String>,
-    goodbyes: VecDeque<(P, TicketKey, String)>,
+    links: Links<P>,
+    goodbyes: VecDeque<(P, TicketKey, u32, String)>,
     events: Vec<SenderEvent>,
     next_id: u64,
     stats: SenderStats,
@@ -55,42 +63,23 @@ pub struct SenderStats {
     pub bytes: u64,
     /// Pushes handed back for want of room.
     pub full: u64,
+    /// Paths lost in the middle of a transfer.
+    pub broken: u64,
+    /// Transfers that went on, on another path or after an answer was missing.
+    pub resumed: u64,
+    /// Pieces that had been sent and had to be sent again.
+    pub repeated: u64,
     /// Answers that nobody waits for, and frames that are none.
     pub unexpected: u64,
 }
 
-#[derive(Clone, Hash)]
-struct Transfer<P> {
-    key: TicketKey,
-    address: String,
-    first_block: u32,
-    end_block: u32,
-    layers: u32,
-    lease: Duration,
-    /// `None` while connecting.
-    peer: Option<P>,
-    /// When the transfer was begun, or was last seen to have sent something.
-    active_at: Instant,
-    /// Something was sent since the last [`SenderCore::handle_timeout`]: calls that send know no time.
-    sent: bool,
-}
-
 /// Where a transfer's frames go.
+#[derive(Clone, Copy)]
 struct Route<P> {
     id: TransferId,
     peer: P,
     key: TicketKey,
-}
-
-#[derive(Clone, Hash)]
-enum Link<P> {
-    Dialling,
-    Up {
-        peer: P,
-        incarnation: u64,
-        /// It had no room. No frame is made for it until the next flush, and then copied for nothing.
-        full: bool,
-    },
+    generation: u32,
 }
 
 impl<P: Copy + Eq> SenderCore<P> {
@@ -99,8 +88,7 @@ impl<P: Copy + Eq> SenderCore<P> {
         Self {
             transfers: BTreeMap::new(),
             by_ticket: HashMap::new(),
-            links: BTreeMap::new(),
-            dials: VecDeque::new(),
+            links: Links::new(),
             goodbyes: VecDeque::new(),
             events: Vec::new(),
             next_id: 0,
@@ -108,47 +96,29 @@ impl<P: Copy + Eq> SenderCore<P> {
         }
     }
 
-    /// Opens a transfer; [`Self::next_dial`] says if a connection is wanted for it.
+    /// Opens the transfer that `ticket` permits.
     ///
     /// # Errors
     /// The ticket is in use here, or too many transfers are.
     pub fn begin(&mut self, ticket: KvTicket, now: Instant) -> Result<TransferId, TransferError> {
-        let key = TicketKey { incarnation: ticket.incarnation, ticket_id: ticket.ticket_id };
+        let state = State::Connecting { until: now + CONNECTING_MAX.min(ticket.lease) };
+        let transfer = Transfer::new(ticket, state, now);
+        if self.by_ticket.contains_key(&transfer.key) {
+            return Err(TransferError::TicketInUse(transfer.key.ticket_id));
+        }
         if self.transfers.len() >= TRANSFERS_MAX {
             return Err(TransferError::TooMany { max: TRANSFERS_MAX });
         }
-        if self.by_ticket.contains_key(&key) {
-            return Err(TransferError::TicketInUse(ticket.ticket_id));
-        }
-        let peer = match self.links.get(&ticket.fabric_address) {
-            // Another incarnation: the connection will be lost, and a new one wanted, or time decides.
-            Some(&Link::Up { peer, incarnation, .. }) => (incarnation == key.incarnation).then_some(peer),
-            Some(Link::Dialling) => None,
-            None => {
-                self.want(ticket.fabric_address.clone());
-                None
-            }
-        };
         let id = TransferId(self.next_id);
         self.next_id += 1;
-        self.by_ticket.insert(key, id);
-        let transfer = Transfer {
-            key,
-            first_block: ticket.first_block,
-            end_block: ticket.end_block(),
-            layers: ticket.layers,
-            lease: ticket.lease,
-            address: ticket.fabric_address,
-            peer,
-            active_at: now,
-            sent: false,
-        };
+        self.by_ticket.insert(transfer.key, id);
         self.transfers.insert(id, transfer);
         self.stats.begun += 1;
+        self.find_paths(now, true);
         Ok(id)
     }
 
-    /// Sends a run of one layer. See [`super::Sender::push_blocks`].
+    /// Sends of a run of one layer what has not been sent. See [`super::Sender::push_blocks`].
     ///
     /// # Errors
     /// As there.
@@ -164,15 +134,25 @@ impl<P: Copy + Eq> SenderCore<P> {
         let transfer = self.transfers.get(&id).ok_or(TransferError::Ended(id))?;
         transfer.permits(layer, first_block, pieces.len())?;
         let route = self.route(id)?;
-        let bytes = pieces.iter().map(|piece| piece.len()).sum();
-        // As many as the ticket's blocks at most, as `permits` has checked.
-        let blocks = pieces.len() as u32;
-        let sent = outlet.try_push(route.peer, pieces, &mut |checksums| {
-            let run = Run { layer, first_block, blocks, last_rows, checksums };
-            wire::encode_push_head(route.key, Push::Blocks(run))
-        });
-        self.sent(route, bytes, sent)?;
-        self.stats.bytes += bytes as u64;
+        let mut at = 0;
+        while let Some((start, end)) = self.next_unsent(id, layer, first_block, at, pieces.len()) {
+            let part = &pieces[start..end];
+            let bytes = part.iter().map(|piece| piece.len()).sum();
+            // As many as the ticket's blocks at most, as `permits` has checked.
+            let (first_block, blocks) = (first_block + start as u32, part.len() as u32);
+            let last_rows = rows_of(end - 1, pieces, last_rows);
+            let sent = outlet.try_push(route.peer, part, &mut |checksums| {
+                let run = Run { layer, first_block, blocks, last_rows, checksums };
+                wire::encode_push_head(route.key, route.generation, Push::Blocks(run))
+            });
+            self.sent(route, bytes, sent)?;
+            self.stats.bytes += bytes as u64;
+            if let Some(transfer) = self.transfers.get_mut(&id) {
+                let first = transfer.index(layer, first_block);
+                (first..first + part.len()).for_each(|piece| transfer.sent.insert(piece));
+            }
+            at = end;
+        }
         Ok(())
     }
 
@@ -187,19 +167,23 @@ impl<P: Copy + Eq> SenderCore<P> {
         outlet: &mut impl Outlet<P>,
     ) -> Result<(), TransferError> {
         let route = self.route(id)?;
-        let frame = wire::encode_push(route.key, Push::Finish(first_token), Bytes::new());
+        let frame = wire::encode_push(route.key, route.generation, Push::Finish(first_token), Bytes::new());
         let sent = outlet.try_send(route.peer, frame);
-        self.sent(route, 0, sent)
+        self.sent(route, 0, sent)?;
+        if let Some(transfer) = self.transfers.get_mut(&id) {
+            transfer.finished = true;
+        }
+        Ok(())
     }
 
     /// Forgets a transfer without an event. The next flush tells decode, if it has been heard of there.
     pub fn abort(&mut self, id: TransferId, reason: &str) {
         let Some(transfer) = self.remove(id) else { return };
         self.stats.aborted += 1;
-        if let Some(peer) = transfer.peer
+        if let Some(peer) = transfer.peer()
             && self.goodbyes.len() < GOODBYES_MAX
         {
-            self.goodbyes.push_back((peer, transfer.key, reason.to_owned()));
+            self.goodbyes.push_back((peer, transfer.key, transfer.generation, reason.to_owned()));
         }
     }
 
@@ -213,85 +197,150 @@ impl<P: Copy + Eq> SenderCore<P> {
             }
         };
         let id = self.by_ticket.get(&key).copied();
-        let Some(id) = id.filter(|id| self.transfers.get(id).is_some_and(|to| to.peer == Some(peer))) else {
+        let Some((id, transfer)) = id.and_then(|id| Some((id, self.transfers.get_mut(&id)?))) else {
             // Duplicates, and answers that crossed an abort.
             self.stats.unexpected += 1;
             return;
         };
+        if transfer.peer() != Some(peer) {
+            self.stats.unexpected += 1;
+            return;
+        }
         match reply {
             Reply::Committed => self.end(id, SenderEvent::Committed { id }),
             Reply::Stale(detail) | Reply::Refused(detail) => {
                 self.end(id, SenderEvent::Refused { id, detail })
+            }
+            Reply::Held { generation, landed } => {
+                let asked = matches!(transfer.state, State::Asking { .. });
+                if !asked || generation != transfer.generation {
+                    self.stats.unexpected += 1;
+                    return;
+                }
+                let Some(landed) = Pieces::from_words(landed, transfer.pieces()) else {
+                    let detail = "what it holds is not of this ticket".to_owned();
+                    return self.end(id, SenderEvent::Refused { id, detail });
+                };
+                let missing = landed.missing();
+                self.stats.repeated += missing.saturating_sub(transfer.sent.missing()) as u64;
+                self.stats.resumed += 1;
+                transfer.sent = landed;
+                transfer.finished = false;
+                transfer.state = State::Pushing { peer };
+                self.events.push(SenderEvent::Resumed { id, missing });
             }
         }
     }
 
     /// A connection to `address` stands, at whose end is `incarnation`. Ignored where nobody wants one; telling it
     /// twice does no harm.
-    pub fn handle_connected(&mut self, address: &str, peer: P, incarnation: u64) {
-        let Some(link) = self.links.get_mut(address) else { return };
-        *link = Link::Up { peer, incarnation, full: false };
-        for transfer in self.transfers.values_mut() {
-            if transfer.address == address
-                && transfer.peer.is_none()
-                && transfer.key.incarnation == incarnation
-            {
-                transfer.peer = Some(peer);
+    pub fn handle_connected(&mut self, address: &str, peer: P, incarnation: u64, now: Instant) {
+        if self.links.knows(address) {
+            self.links.connected(address, peer, incarnation);
+            self.find_paths(now, false);
+        }
+    }
+
+    /// Nobody answers at `address`. Who issued a ticket there, and has no other address, is gone.
+    pub fn handle_dial_failed(&mut self, address: &str, now: Instant) {
+        if self.links.failed(address, now) {
+            let hopeless: Vec<TransferId> = self
+                .transfers
+                .iter()
+                .filter(|(_, at)| matches!(at.state, State::Connecting { .. }))
+                .filter(|(_, at)| at.addresses.iter().any(|of| of == address))
+                .filter(|(_, at)| {
+                    !self.links.any_dialling(&at.addresses) && !self.links.any_up(&at.addresses)
+                })
+                .map(|(&id, _)| id)
+                .collect();
+            hopeless.into_iter().for_each(|id| self.end(id, SenderEvent::Lost { id }));
+        }
+    }
+
+    /// A connection has ended. Where the process at its end lives, its transfers look for another one.
+    pub fn handle_peer_lost(&mut self, lost: P, process_lives: bool, now: Instant) {
+        self.goodbyes.retain(|(peer, ..)| *peer != lost);
+        self.links.lost(lost, now);
+        let mut broken = 0;
+        for transfer in self.transfers.values_mut().filter(|transfer| transfer.peer() == Some(lost)) {
+            if transfer.begun && process_lives && transfer.is_resumable() {
+                transfer.state = State::Broken { until: now + RESUME_MAX };
+                broken += 1;
+            } else if !transfer.begun && process_lives {
+                transfer.state = State::Connecting { until: now + CONNECTING_MAX.min(transfer.lease) };
             }
         }
+        self.stats.broken += broken;
+        self.lose(|transfer| transfer.peer() == Some(lost));
+        // Tickets of a new process at the old one's address have been waiting for this as well.
+        self.find_paths(now, true);
     }
 
-    /// Nobody answers at `address`. Who issued a ticket there is gone.
-    pub fn handle_dial_failed(&mut self, address: &str) {
-        if matches!(self.links.get(address), Some(Link::Dialling)) {
-            self.links.remove(address);
-            self.lose(|transfer| transfer.peer.is_none() && transfer.address == address);
-        }
-    }
-
-    /// A connection has ended.
-    pub fn handle_peer_lost(&mut self, lost: P) {
-        self.goodbyes.retain(|(peer, _, _)| *peer != lost);
-        self.lose(|transfer| transfer.peer == Some(lost));
-        let of_lost = |link: &Link<P>| matches!(link, Link::Up { peer, .. } if *peer == lost);
-        let Some(address) =
-            self.links.iter().find(|(_, link)| of_lost(link)).map(|(address, _)| address.clone())
-        else {
-            return;
-        };
-        self.links.remove(&address);
-        // Tickets of a new process at the old one's address have been waiting for this.
-        if self.transfers.values().any(|transfer| transfer.peer.is_none() && transfer.address == address) {
-            self.want(address);
-        }
-    }
-
-    /// Gives up what has been connecting, or silent, for too long: decode has given it up as well by then.
+    /// Gives up what has looked for a path, or waited for an answer, for too long, and asks where an answer is missing.
     pub fn handle_timeout(&mut self, now: Instant) {
         for transfer in self.transfers.values_mut() {
-            if std::mem::take(&mut transfer.sent) {
-                transfer.active_at = now;
+            if std::mem::take(&mut transfer.active) {
+                (transfer.active_at, transfer.asks) = (now, 0);
+            }
+            let patience = ANSWER_MAX.saturating_mul(1 << transfer.asks.min(8));
+            let since = match transfer.state {
+                State::Pushing { .. } if transfer.finished => transfer.active_at,
+                State::Asking { asked: Some(asked), .. } => asked,
+                _ => continue,
+            };
+            if let Some(peer) = transfer.peer()
+                && transfer.is_resumable()
+                && now.saturating_duration_since(since) >= patience
+            {
+                transfer.asks += 1;
+                transfer.ask(peer);
             }
         }
-        self.lose(|transfer| {
-            let limit =
-                if transfer.peer.is_some() { transfer.lease } else { CONNECTING_MAX.min(transfer.lease) };
-            now.saturating_duration_since(transfer.active_at) >= limit
+        let silent = |transfer: &Transfer<P>| now.saturating_duration_since(transfer.active_at);
+        self.lose(|transfer| match transfer.state {
+            State::Connecting { until } | State::Broken { until } => until <= now,
+            _ if transfer.generation > GENERATIONS_MAX => true,
+            State::Pushing { .. } if !transfer.begun => silent(transfer) >= transfer.reserve,
+            // How long it computes is the caller's business; decode hears that it does.
+            State::Pushing { .. } if !transfer.finished => false,
+            State::Asking { .. } | State::Pushing { .. } => silent(transfer) >= transfer.lease,
         });
+        self.find_paths(now, false);
+        let transfers = &self.transfers;
+        self.links.forget(|address| transfers.values().any(|at| at.addresses.iter().any(|of| of == address)));
     }
 
-    /// Tells decode of aborts, and lets pushes try again.
-    pub fn flush(&mut self, outlet: &mut impl Outlet<P>) {
-        for link in self.links.values_mut() {
-            if let Link::Up { full, .. } = link {
-                *full = false;
+    /// Asks, renews leases, tells decode of aborts, and lets pushes try again.
+    pub fn flush(&mut self, now: Instant, outlet: &mut impl Outlet<P>) {
+        self.links.clear_full();
+        for transfer in self.transfers.values_mut() {
+            let silent = now.saturating_duration_since(transfer.active_at);
+            let push = match transfer.state {
+                State::Asking { asked: None, .. } => Push::Resume,
+                State::Pushing { .. }
+                    if transfer.begun && !transfer.finished && silent >= transfer.lease / 4 =>
+                {
+                    Push::Renew
+                }
+                _ => continue,
+            };
+            let Some(peer) = transfer.peer() else { continue };
+            let asks = push == Push::Resume;
+            let frame = wire::encode_push(transfer.key, transfer.generation, push, Bytes::new());
+            if outlet.try_send(peer, frame).is_ok() {
+                if asks {
+                    transfer.state = State::Asking { peer, asked: Some(now) };
+                } else {
+                    transfer.active_at = now;
+                }
             }
         }
         for _ in 0..self.goodbyes.len() {
-            let Some((peer, key, reason)) = self.goodbyes.pop_front() else { return };
-            let frame = wire::encode_push(key, Push::Abort(reason.clone()), Bytes::new());
+            let Some((peer, key, generation, reason)) = self.goodbyes.pop_front() else { return };
+            let frame = wire::encode_push(key, generation, Push::Abort(reason.clone()), Bytes::new());
             if outlet.try_send(peer, frame) == Err(Unsent::Full) {
-                self.goodbyes.push_back((peer, key, reason));
+                self.goodbyes.push_back((peer, key, generation, reason));
             }
         }
     }
@@ -299,12 +348,17 @@ impl<P: Copy + Eq> SenderCore<P> {
     /// An address that a connection is wanted to. Answered by [`Self::handle_connected`] or
     /// [`Self::handle_dial_failed`].
     pub fn next_dial(&mut self) -> Option<String> {
-        self.dials.pop_front()
+        self.links.next_dial()
     }
 
-    /// What has ended since the last call, in order.
+    /// What has happened since the last call, in order.
     pub fn take_events(&mut self) -> Vec<SenderEvent> {
         std::mem::take(&mut self.events)
+    }
+
+    /// Pieces of a transfer that have not been sent; 0 for one that has ended.
+    pub fn unsent(&self, id: TransferId) -> usize {
+        self.transfers.get(&id).map_or(0, |transfer| transfer.sent.missing())
     }
 
     /// Counters since the start.
@@ -319,7 +373,6 @@ impl<P: Copy + Eq> SenderCore<P> {
     {
         self.transfers.hash(into);
         self.links.hash(into);
-        self.dials.hash(into);
         self.goodbyes.hash(into);
     }
 
@@ -336,59 +389,88 @@ impl<P: Copy + Eq> SenderCore<P> {
         assert!(self.goodbyes.len() <= GOODBYES_MAX, "more goodbyes than allowed");
         for (id, transfer) in &self.transfers {
             assert_eq!(self.by_ticket.get(&transfer.key), Some(id), "transfer {id} is not under its ticket");
-            match (transfer.peer, self.links.get(&transfer.address)) {
-                (None, None) => panic!("transfer {id} waits for a connection that nobody makes"),
-                (Some(ours), Some(Link::Up { peer, incarnation, .. })) if ours == *peer => {
-                    assert_eq!(
-                        transfer.key.incarnation, *incarnation,
-                        "transfer {id} goes to another process"
-                    );
-                }
-                _ => {}
+            transfer.sent.check_invariants();
+            if let State::Connecting { .. } = transfer.state {
+                let waits =
+                    self.links.any_dialling(&transfer.addresses) || self.links.any_up(&transfer.addresses);
+                assert!(waits, "transfer {id} waits for a connection that nobody makes");
             }
         }
+    }
+
+    /// Gives transfers without a path one that stands, and sees to it that others are tried: at once by `force`, else when the
+    /// time has come that follows a failure.
+    fn find_paths(&mut self, now: Instant, force: bool) {
+        let pathless: Vec<TransferId> =
+            self.transfers.iter().filter(|(_, at)| at.peer().is_none()).map(|(&id, _)| id).collect();
+        for id in pathless {
+            let Some(transfer) = self.transfers.get(&id) else { continue };
+            let load = |peer| self.transfers.values().filter(|other| other.peer() == Some(peer)).count();
+            let best = self.links.best(&transfer.addresses, transfer.key.incarnation, load);
+            let Some(transfer) = self.transfers.get_mut(&id) else { continue };
+            match (best, transfer.begun) {
+                (Some(peer), true) => transfer.ask(peer),
+                (Some(peer), false) => transfer.state = State::Pushing { peer },
+                (None, _) => {
+                    let force = force && !self.links.any_dialling(&transfer.addresses);
+                    for address in &transfer.addresses {
+                        self.links.want(address, now, force);
+                    }
+                }
+            }
+        }
+        // Paths that have failed come back while others carry what there is.
+        for transfer in self.transfers.values() {
+            if transfer.addresses.len() > 1 {
+                transfer.addresses.iter().for_each(|address| self.links.want(address, now, false));
+            }
+        }
+    }
+
+    /// From `at` on the next run of pieces, counted within a push, that have not been sent.
+    fn next_unsent(
+        &self,
+        id: TransferId,
+        layer: u32,
+        first_block: u32,
+        at: usize,
+        pieces: usize,
+    ) -> Option<(usize, usize)> {
+        let transfer = self.transfers.get(&id)?;
+        let first = transfer.index(layer, first_block);
+        let start = (at..pieces).find(|&piece| !transfer.sent.has(first + piece))?;
+        let end = (start..pieces).find(|&piece| transfer.sent.has(first + piece)).unwrap_or(pieces);
+        Some((start, end))
     }
 
     /// The way of a transfer that could send now.
     fn route(&self, id: TransferId) -> Result<Route<P>, TransferError> {
         let transfer = self.transfers.get(&id).ok_or(TransferError::Ended(id))?;
-        let peer = transfer.peer.ok_or(TransferError::Full)?;
-        match self.links.get(&transfer.address) {
-            Some(Link::Up { full: true, .. }) => Err(TransferError::Full),
-            _ => Ok(Route { id, peer, key: transfer.key }),
+        match transfer.state {
+            State::Pushing { peer } if !self.links.is_full(peer) => {
+                Ok(Route { id, peer, key: transfer.key, generation: transfer.generation })
+            }
+            _ => Err(TransferError::Full),
         }
     }
 
     /// What becomes of a transfer when a frame of it was offered with this outcome.
     fn sent(&mut self, route: Route<P>, bytes: usize, sent: Result<(), Unsent>) -> Result<(), TransferError> {
-        let Route { id, peer, .. } = route;
         match sent {
             Ok(()) => {
-                if let Some(transfer) = self.transfers.get_mut(&id) {
-                    transfer.sent = true;
+                if let Some(transfer) = self.transfers.get_mut(&route.id) {
+                    (transfer.active, transfer.begun) = (true, true);
                 }
                 Ok(())
             }
-            Err(Unsent::Full) => {
+            Err(Unsent::TooLarge) => Err(TransferError::FrameTooLarge { bytes }),
+            // Gone: its `PeerLost` is on the way, and says how to go on.
+            Err(Unsent::Full | Unsent::Gone) => {
                 self.stats.full += 1;
-                let to_peer = |link: &&mut Link<P>| matches!(link, Link::Up { peer: at, .. } if *at == peer);
-                if let Some(Link::Up { full, .. }) = self.links.values_mut().find(to_peer) {
-                    *full = true;
-                }
+                self.links.note_full(route.peer);
                 Err(TransferError::Full)
             }
-            Err(Unsent::TooLarge) => Err(TransferError::FrameTooLarge { bytes }),
-            Err(Unsent::Gone) => {
-                // Its `PeerLost` is on the way, for all its transfers; this one need not wait.
-                self.end(id, SenderEvent::Lost { id });
-                Err(TransferError::Ended(id))
-            }
         }
-    }
-
-    fn want(&mut self, address: String) {
-        self.links.insert(address.clone(), Link::Dialling);
-        self.dials.push_back(address);
     }
 
     fn lose(&mut self, lost: impl Fn(&Transfer<P>) -> bool) {
@@ -407,6 +489,7 @@ impl<P: Copy + Eq> SenderCore<P> {
             SenderEvent::Committed { .. } => self.stats.committed += 1,
             SenderEvent::Refused { .. } => self.stats.refused += 1,
             SenderEvent::Lost { .. } => self.stats.lost += 1,
+            SenderEvent::Resumed { .. } => {}
         }
         self.events.push(event);
     }
@@ -424,21 +507,11 @@ impl<P: Copy + Eq> Default for SenderCore<P> {
     }
 }
 
-impl<P> Transfer<P> {
-    /// What the sender can check without a layout; decode checks the rest.
-    fn permits(&self, layer: u32, first_block: u32, pieces: usize) -> Result<(), TransferError> {
-        if layer >= self.layers {
-            let permitted = format!("layers below {}", self.layers);
-            return Err(TransferError::OutsideTicket { field: "layer", value: layer.into(), permitted });
-        }
-        let room = self.end_block.saturating_sub(first_block) as usize;
-        if first_block < self.first_block || pieces == 0 || pieces > room {
-            let permitted = format!("blocks {}..{}", self.first_block, self.end_block);
-            let value = u64::from(first_block);
-            return Err(TransferError::OutsideTicket { field: "first_block", value, permitted });
-        }
-        Ok(())
-    }
+/// Rows of a run's piece: every row is as long as those of the last piece, which has `last_rows`.
+fn rows_of(piece: usize, pieces: &[&[u8]], last_rows: u32) -> u32 {
+    let last = pieces.last().map_or(0, |last| last.len());
+    let rows = (pieces[piece].len() * last_rows as usize).checked_div(last).unwrap_or(0);
+    u32::try_from(rows).unwrap_or(u32::MAX)
 }
 
 #[cfg(test)]

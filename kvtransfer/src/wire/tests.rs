@@ -12,17 +12,27 @@ const KEY: TicketKey = TicketKey { incarnation: u64::MAX, ticket_id: TicketId(3)
 #[test]
 fn pushes_round_trip() {
     let run = Run { layer: 1, first_block: 2, blocks: 2, last_rows: 3, checksums: vec![4, u64::MAX] };
-    for push in [Push::Blocks(run), Push::Finish(TokenId(7)), Push::Abort("why".to_owned())] {
-        let frame = encode_push(KEY, push.clone(), Bytes::from_static(b"body"));
-        let (key, read) = decode_push(&frame.head).expect("our own");
-        assert_eq!((key, read), (KEY, push));
+    for push in [
+        Push::Blocks(run),
+        Push::Finish(TokenId(7)),
+        Push::Abort("why".to_owned()),
+        Push::Resume,
+        Push::Renew,
+    ] {
+        let frame = encode_push(KEY, 9, push.clone(), Bytes::from_static(b"body"));
+        assert_eq!(decode_push(&frame.head).expect("our own"), (KEY, 9, push));
         assert_eq!(frame.body, [Bytes::from_static(b"body")]);
     }
 }
 
 #[test]
 fn replies_round_trip() {
-    for reply in [Reply::Committed, Reply::Stale("old".to_owned()), Reply::Refused("wrong".to_owned())] {
+    for reply in [
+        Reply::Committed,
+        Reply::Stale("old".to_owned()),
+        Reply::Refused("wrong".to_owned()),
+        Reply::Held { generation: 2, landed: vec![1, u64::MAX] },
+    ] {
         let frame = encode_reply(KEY, reply.clone());
         assert_eq!(decode_reply(&frame.head).expect("our own"), (KEY, reply));
         assert!(frame.body.is_empty());

@@ -15,6 +15,8 @@ pub struct Bounds {
     pub decode_crashes: u8,
     pub prefill_crashes: u8,
     pub leases: u8,
+    /// Half seconds in which nothing is heard: a missing answer is asked for, a lost path given up.
+    pub waits: u8,
     /// Of each request: one row in each block.
     pub prompt_tokens: u8,
 }
@@ -30,6 +32,7 @@ impl Default for Bounds {
             decode_crashes: 0,
             prefill_crashes: 0,
             leases: 0,
+            waits: 0,
             prompt_tokens: BLOCKS as u8,
         }
     }
@@ -59,10 +62,15 @@ pub enum Action {
     /// Prefill gives a request up.
     Abort(usize),
     Cut,
-    /// An end learns of a lost connection.
-    Tell(usize),
+    /// An end learns of a lost connection, and perhaps that the process at its other end is gone.
+    Tell {
+        index: usize,
+        ended: bool,
+    },
     CrashDecode,
     CrashPrefill,
     /// Nothing is heard for a lease.
     Lease,
+    /// Nothing is heard for half a second.
+    Wait,
 }

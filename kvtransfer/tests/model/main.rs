@@ -10,7 +10,7 @@
 //! 2. a committed sequence has exactly its own bytes, until it ends;
 //! 3. every ticket and every transfer has one end;
 //! 4. from every state, when nothing more happens but that losses are noticed and leases run out, both ends return to
-//!    their baseline.
+//!    their baseline; only a transfer that its caller is in the middle of is left, for the caller to end.
 
 mod action;
 mod world;
@@ -84,13 +84,25 @@ fn reordered_repeated_and_lost_frames() {
 }
 
 #[test]
-fn broken_connections_and_cancelled_requests() {
-    let bounds = Bounds { requests: 2, cuts: 1, aborts: 1, leases: 1, ..Bounds::default() };
-    explored("connections", bounds, 100_000);
+fn lost_frames_are_asked_for() {
+    let bounds = Bounds { requests: 1, losses: 2, repeats: 1, waits: 3, ..Bounds::default() };
+    explored("questions", bounds, 10_000);
 }
 
 #[test]
-#[ignore = "40 s: for changes of the machines, by hand"]
+fn paths_break_while_answers_are_awaited() {
+    let bounds = Bounds { requests: 1, cuts: 1, losses: 1, waits: 2, prompt_tokens: 1, ..Bounds::default() };
+    explored("paths", bounds, 10_000);
+}
+
+#[test]
+fn broken_connections_and_cancelled_requests() {
+    let bounds = Bounds { requests: 2, cuts: 1, aborts: 1, prompt_tokens: 1, ..Bounds::default() };
+    explored("connections", bounds, 50_000);
+}
+
+#[test]
+#[ignore = "minutes: for changes of the machines, by hand"]
 fn connections_broken_twice() {
     let bounds = Bounds { requests: 2, cuts: 2, aborts: 1, leases: 1, ..Bounds::default() };
     explored("connections broken twice", bounds, 100_000);
@@ -120,6 +132,7 @@ fn everything_once() {
         decode_crashes: 1,
         prefill_crashes: 1,
         leases: 1,
+        waits: 0,
         // One block: what more of them add is in the other explorations.
         prompt_tokens: 1,
     };

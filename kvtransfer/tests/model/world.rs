@@ -48,6 +48,9 @@ struct Request {
     transfer: Option<TransferId>,
     /// What prefill pushes next: a block, or behind the last one the token.
     next: u8,
+    /// Something was sent, and the token was, on whatever path.
+    began: bool,
+    finished: bool,
     holds: Holds,
 }
 
@@ -66,6 +69,7 @@ pub struct World {
     decode: ReceiverCore<Link>,
     prefill: SenderCore<Link>,
     incarnation: u64,
+    prefill_incarnation: u64,
     /// Names start over in each process.
     issued_here: u64,
     memory: [[u8; ROW_BYTES]; BLOCKS],
@@ -77,7 +81,8 @@ pub struct World {
     /// The one that is up.
     link: Option<Link>,
     dialling: bool,
-    untold: Vec<(End, Link)>,
+    /// Ends that have not heard of a lost connection, and whether the other process has ended with it.
+    untold: Vec<(End, Link, bool)>,
 }
 
 fn layout() -> KvLayout {
@@ -105,9 +110,10 @@ fn decode(incarnation: u64) -> ReceiverCore<Link> {
         fingerprint,
         layout: layout(),
         lease: LEASE,
+        reserve: LEASE,
         tickets_max: BLOCKS,
     };
-    ReceiverCore::new(options, ADDRESS.to_owned())
+    ReceiverCore::new(options, vec![ADDRESS.to_owned()])
 }
 
 impl World {
@@ -118,6 +124,7 @@ impl World {
             decode: decode(1),
             prefill: SenderCore::new(),
             incarnation: 1,
+            prefill_incarnation: 1,
             issued_here: 0,
             memory: [[0; ROW_BYTES]; BLOCKS],
             requests: Vec::new(),
@@ -133,19 +140,37 @@ impl World {
     /// Hashes all that decides how things go on.
     pub fn hash_state(&self, into: &mut impl Hasher) {
         let Bounds {
-            requests, repeats, losses, cuts, aborts, decode_crashes, prefill_crashes, leases, ..
+            requests,
+            repeats,
+            losses,
+            cuts,
+            aborts,
+            decode_crashes,
+            prefill_crashes,
+            leases,
+            waits,
+            ..
         } = self.bounds;
-        (requests, repeats, losses, cuts, aborts, decode_crashes, prefill_crashes, leases).hash(into);
+        (requests, repeats, losses, cuts, aborts, decode_crashes, prefill_crashes, leases, waits).hash(into);
         self.decode.hash_state(into);
         self.prefill.hash_state(into);
-        (self.now, self.incarnation, self.issued_here, self.memory).hash(into);
+        (self.now, self.incarnation, self.prefill_incarnation, self.issued_here, self.memory).hash(into);
         (&self.requests, &self.packets, self.link, self.dialling, &self.untold).hash(into);
     }
 
     /// All that may happen now.
     pub fn actions(&self) -> Vec<Action> {
         let Bounds {
-            requests, losses, repeats, cuts, aborts, decode_crashes, prefill_crashes, leases, ..
+            requests,
+            losses,
+            repeats,
+            cuts,
+            aborts,
+            decode_crashes,
+            prefill_crashes,
+            leases,
+            waits,
+            ..
         } = self.bounds;
         let mut actions = Vec::new();
         if requests > 0 && self.requests.iter().all(|request| request.holds == Holds::Nothing) {
@@ -183,7 +208,13 @@ impl World {
                 actions.push(Action::Connect { succeeds: false });
             }
         }
-        actions.extend((0..self.untold.len()).map(Action::Tell));
+        for (index, (_, _, ended)) in self.untold.iter().enumerate() {
+            actions.push(Action::Tell { index, ended: false });
+            // The kernel says so, or its successor.
+            if *ended {
+                actions.push(Action::Tell { index, ended: true });
+            }
+        }
         if self.link.is_some() && cuts > 0 {
             actions.push(Action::Cut);
         }
@@ -195,6 +226,9 @@ impl World {
         }
         if leases > 0 {
             actions.push(Action::Lease);
+        }
+        if waits > 0 {
+            actions.push(Action::Wait);
         }
         actions
     }
@@ -220,7 +254,7 @@ impl World {
                 self.packets.remove(frame);
             }
             Action::Release(index) => {
-                self.decode.revoke(self.requests[index].ticket_id);
+                let _ = self.decode.revoke(self.requests[index].ticket_id);
                 self.requests[index].holds = Holds::Nothing;
             }
             Action::Abort(index) => {
@@ -233,18 +267,22 @@ impl World {
                 self.bounds.cuts -= 1;
                 self.cut(true, true);
             }
-            Action::Tell(index) => {
-                let (end, link) = self.untold.remove(index);
+            Action::Tell { index, ended } => {
+                let (end, link, _) = self.untold.remove(index);
                 match end {
-                    End::Decode => self.decode.handle_peer_lost(link, &"cut"),
-                    End::Prefill => self.prefill.handle_peer_lost(link),
+                    End::Decode => self.decode.handle_peer_lost(link, !ended, &"cut", self.now),
+                    End::Prefill => self.prefill.handle_peer_lost(link, !ended, self.now),
                 }
             }
             Action::CrashDecode => self.crash_decode(),
             Action::CrashPrefill => self.crash_prefill(),
             Action::Lease => {
                 self.bounds.leases -= 1;
-                self.lease();
+                self.pass(LEASE.max(Duration::from_secs(2)));
+            }
+            Action::Wait => {
+                self.bounds.waits -= 1;
+                self.pass(Duration::from_millis(500));
             }
         }
         self.settle()
@@ -274,22 +312,24 @@ impl World {
     pub fn return_to_baseline(mut self) -> Result<(), String> {
         self.packets.clear();
         while !self.untold.is_empty() {
-            self.act(Action::Tell(0))?;
+            self.act(Action::Tell { index: 0, ended: false })?;
         }
-        if self.dialling {
-            self.connect(false);
-            self.settle()?;
-        }
-        // Twice: at the first look a sender only learns that it has been sending.
+        // At the first look a sender only learns that it has been sending; then it asks, and is not answered.
         for _ in 0..3 {
-            self.lease();
+            if self.dialling {
+                self.connect(false);
+                self.settle()?;
+            }
+            self.pass(LEASE.max(Duration::from_secs(2)));
             self.settle()?;
         }
         for (index, request) in self.requests.iter().enumerate() {
             if request.holds == Holds::Receiving {
                 return Err(format!("the ticket of request {index} outlives its lease"));
             }
-            if request.transfer.is_some() {
+            // One that its caller is in the middle of is the caller's to end.
+            let in_the_middle = request.began && request.next <= self.bounds.prompt_tokens;
+            if request.transfer.is_some() && !in_the_middle {
                 return Err(format!("the transfer of request {index} outlives its lease"));
             }
         }
@@ -310,6 +350,8 @@ impl World {
             undelivered: true,
             transfer: None,
             next: 0,
+            began: false,
+            finished: false,
             holds: Holds::Receiving,
         });
         Ok(())
@@ -326,7 +368,11 @@ impl World {
             self.prefill.finish(transfer, TokenId(index as u32), &mut exit)
         };
         match outcome {
-            Ok(()) => request.next += 1,
+            Ok(()) => {
+                request.began = true;
+                request.finished |= request.next == self.bounds.prompt_tokens;
+                request.next += 1;
+            }
             Err(TransferError::Full | TransferError::Ended(_)) => {}
             Err(error) => return Err(format!("a permitted push is refused: {error}")),
         }
@@ -358,21 +404,22 @@ impl World {
         self.dialling = false;
         if !succeeds {
             self.bounds.cuts = self.bounds.cuts.saturating_sub(1);
-            return self.prefill.handle_dial_failed(ADDRESS);
+            return self.prefill.handle_dial_failed(ADDRESS, self.now);
         }
         self.cut(true, true);
         self.link = Some(self.links);
-        self.prefill.handle_connected(ADDRESS, self.links, self.incarnation);
+        self.decode.handle_peer_up(self.links, "prefill", self.prefill_incarnation);
+        self.prefill.handle_connected(ADDRESS, self.links, self.incarnation, self.now);
         self.links += 1;
     }
 
     fn cut(&mut self, decode_lives: bool, prefill_lives: bool) {
         let Some(link) = self.link.take() else { return };
         if decode_lives {
-            self.untold.push((End::Decode, link));
+            self.untold.push((End::Decode, link, !prefill_lives));
         }
         if prefill_lives {
-            self.untold.push((End::Prefill, link));
+            self.untold.push((End::Prefill, link, !decode_lives));
         }
         self.untold.sort();
     }
@@ -380,7 +427,7 @@ impl World {
     fn crash_decode(&mut self) {
         self.bounds.decode_crashes -= 1;
         self.cut(false, true);
-        self.untold.retain(|(end, _)| *end == End::Prefill);
+        self.untold.retain(|(end, ..)| *end == End::Prefill);
         self.incarnation += 1;
         self.issued_here = 0;
         self.decode = decode(self.incarnation);
@@ -393,17 +440,18 @@ impl World {
     fn crash_prefill(&mut self) {
         self.bounds.prefill_crashes -= 1;
         self.cut(true, false);
-        self.untold.retain(|(end, _)| *end == End::Decode);
+        self.untold.retain(|(end, ..)| *end == End::Decode);
         self.dialling = false;
         self.prefill = SenderCore::new();
+        self.prefill_incarnation += 1;
         for request in &mut self.requests {
             request.transfer = None;
             request.undelivered = false;
         }
     }
 
-    fn lease(&mut self) {
-        self.now += LEASE.max(Duration::from_secs(2));
+    fn pass(&mut self, time: Duration) {
+        self.now += time;
         self.decode.handle_timeout(self.now);
         self.prefill.handle_timeout(self.now);
     }
@@ -413,7 +461,7 @@ impl World {
         let mut exit = Exit { link: self.link, to: End::Prefill, packets: &mut self.packets };
         self.decode.flush(&mut exit);
         exit.to = End::Decode;
-        self.prefill.flush(&mut exit);
+        self.prefill.flush(self.now, &mut exit);
         self.packets.sort();
         self.dialling |= self.prefill.next_dial().is_some();
         for event in self.decode.take_events() {
@@ -436,12 +484,19 @@ impl World {
             };
         }
         for event in self.prefill.take_events() {
-            let (SenderEvent::Committed { id } | SenderEvent::Refused { id, .. } | SenderEvent::Lost { id }) =
-                event;
+            let (SenderEvent::Committed { id }
+            | SenderEvent::Refused { id, .. }
+            | SenderEvent::Lost { id }
+            | SenderEvent::Resumed { id, .. }) = event;
             let found = self.requests.iter_mut().find(|request| request.transfer == Some(id));
             let Some(request) = found else { return Err(format!("transfer {id} has a second end")) };
+            if matches!(event, SenderEvent::Resumed { .. }) {
+                // It offers everything again.
+                request.next = 0;
+                continue;
+            }
             request.transfer = None;
-            if matches!(event, SenderEvent::Committed { .. }) && request.next <= self.bounds.prompt_tokens {
+            if matches!(event, SenderEvent::Committed { .. }) && !request.finished {
                 return Err(format!("transfer {id} committed before everything was sent"));
             }
         }

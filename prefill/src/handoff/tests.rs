@@ -74,6 +74,7 @@ impl Scene {
             },
             layout: layout.clone(),
             lease: ReceiverOptions::LEASE,
+            reserve: ReceiverOptions::LEASE,
             tickets_max: 4,
         };
         let mut receiver = Receiver::new(theirs, options);
@@ -239,7 +240,7 @@ fn an_aborted_hand_off_tells_decode_and_is_forgotten() {
 #[test]
 fn a_revoked_ticket_is_a_refusal() {
     let mut scene = Scene::new(150, 200, 1024);
-    scene.decode.receiver.revoke(scene.ticket);
+    let _ = scene.decode.receiver.revoke(scene.ticket);
     scene.step();
     let outcome = scene.settle();
     assert!(matches!(outcome, Outcome::Refused { .. }), "{outcome:?}");

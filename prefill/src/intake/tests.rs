@@ -60,6 +60,9 @@ fn request() -> v1::PrefillRequest {
         bytes_per_layer: (PROMPT_TOKENS * layout().row_bytes()) as u64,
         layers: layout().layers as u32,
         lease: Duration::from_secs(2),
+        reserve: Duration::from_secs(2),
+        generation: 1,
+        fabric_rails: Vec::new(),
     };
     v1::PrefillRequest {
         sequence: Some(sequence.to_wire()),

@@ -308,7 +308,7 @@ impl Decode {
     pub fn poll(&mut self) {
         for event in self.receiver.poll(Instant::now(), &mut self.arrived) {
             match event {
-                ReceiverEvent::Committed { ticket, first_token } => {
+                ReceiverEvent::Committed { ticket, first_token, .. } => {
                     self.committed.push((ticket, first_token))
                 }
                 ReceiverEvent::Aborted { ticket, .. } => self.aborted.push(ticket),
@@ -325,6 +325,7 @@ fn receiver(fabric: Fabric, incarnation: u64, engine: &Engine) -> Receiver {
         fingerprint: engine.fingerprint().clone(),
         layout: engine.kv_layout().clone(),
         lease: ReceiverOptions::LEASE,
+        reserve: ReceiverOptions::LEASE,
         tickets_max: 64,
     };
     Receiver::new(fabric, options)

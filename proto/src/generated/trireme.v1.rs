@@ -885,9 +885,18 @@ pub struct KvTicket {
     pub bytes_per_layer: u64,
     #[prost(uint32, tag = "10")]
     pub layers: u32,
-    /// Milliseconds from issue until the ticket dies unless bytes keep arriving.
+    /// Milliseconds of silence, from the transfer's first frame on, after which the ticket dies.
     #[prost(uint32, tag = "11")]
     pub lease_ms: u32,
+    /// Milliseconds from issue to the transfer's first frame, after which the ticket dies. 0: as `lease_ms`.
+    #[prost(uint32, tag = "12")]
+    pub reserve_ms: u32,
+    /// Of the transfer's first path. 0: the worker cannot resume a transfer on another one.
+    #[prost(uint32, tag = "13")]
+    pub generation: u32,
+    /// Further addresses of the same worker, each reached over a path of its own.
+    #[prost(string, repeated, tag = "14")]
+    pub fabric_rails: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct SequenceRequest {
@@ -2072,7 +2081,11 @@ pub struct KvFrameHead {
     pub incarnation: u64,
     #[prost(fixed64, tag = "2")]
     pub ticket_id: u64,
-    #[prost(oneof = "kv_frame_head::Frame", tags = "3, 4, 5")]
+    /// Counts a transfer's paths from the ticket's `generation` on; a resume raises it. What is late on an earlier path
+    /// is dropped. 0: of a sender that cannot resume.
+    #[prost(uint32, tag = "7")]
+    pub generation: u32,
+    #[prost(oneof = "kv_frame_head::Frame", tags = "3, 4, 5, 6, 8")]
     pub frame: ::core::option::Option<kv_frame_head::Frame>,
 }
 /// Nested message and enum types in `KvFrameHead`.
@@ -2085,6 +2098,10 @@ pub mod kv_frame_head {
         Finish(super::KvFinish),
         #[prost(message, tag = "5")]
         Abort(super::KvAbort),
+        #[prost(message, tag = "6")]
+        Resume(super::KvResume),
+        #[prost(message, tag = "8")]
+        Renew(super::KvRenew),
     }
 }
 /// A run of consecutive blocks of one layer. The body holds them one after another,
@@ -2116,6 +2133,12 @@ pub struct KvAbort {
     #[prost(string, tag = "1")]
     pub reason: ::prost::alloc::string::String,
 }
+/// On a new path, or where no answer came: what has landed? Answered HELD or COMMITTED. Its generation is a new one.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct KvResume {}
+/// The transfer goes on, though it has nothing to send at the moment.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct KvRenew {}
 /// Channel kv: decode to prefill.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct KvReplyHead {
@@ -2127,6 +2150,12 @@ pub struct KvReplyHead {
     pub outcome: i32,
     #[prost(string, tag = "4")]
     pub detail: ::prost::alloc::string::String,
+    /// HELD: of the resume that is answered.
+    #[prost(uint32, tag = "5")]
+    pub generation: u32,
+    /// HELD: a bit for each piece, in the order layer, block; the lowest of the first word is the first.
+    #[prost(fixed64, repeated, tag = "6")]
+    pub landed: ::prost::alloc::vec::Vec<u64>,
 }
 /// Nested message and enum types in `KvReplyHead`.
 pub mod kv_reply_head {
@@ -2149,6 +2178,8 @@ pub mod kv_reply_head {
         Stale = 2,
         /// A checksum, a bound or a size is wrong; `detail` names it.
         Refused = 3,
+        /// The answer to a resume, and no end: `landed` says what need not be sent again.
+        Held = 4,
     }
     impl Outcome {
         /// String value of the enum field names used in the ProtoBuf definition.
@@ -2161,6 +2192,7 @@ pub mod kv_reply_head {
                 Self::Committed => "COMMITTED",
                 Self::Stale => "STALE",
                 Self::Refused => "REFUSED",
+                Self::Held => "HELD",
             }
         }
         /// Creates an enum from field names used in the ProtoBuf definition.
@@ -2170,6 +2202,7 @@ pub mod kv_reply_head {
                 "COMMITTED" => Some(Self::Committed),
                 "STALE" => Some(Self::Stale),
                 "REFUSED" => Some(Self::Refused),
+                "HELD" => Some(Self::Held),
                 _ => None,
             }
         }

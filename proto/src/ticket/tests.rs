@@ -24,6 +24,9 @@ fn ticket() -> KvTicket {
         bytes_per_layer: 56_416,
         layers: 61,
         lease: Duration::from_secs(10),
+        reserve: Duration::from_secs(60),
+        generation: 1,
+        fabric_rails: vec!["quic://127.0.0.1:4434".to_owned()],
     }
 }
 
@@ -52,6 +55,9 @@ fn errors_name_the_field() {
     refused("bytes_per_layer", |wire| wire.blocks = 0);
     refused("lease_ms", |wire| wire.lease_ms = 0);
     refused("lease_ms", |wire| wire.lease_ms = 300_001);
+    refused("reserve_ms", |wire| wire.reserve_ms = 300_001);
+    refused("fabric_rails", |wire| wire.fabric_rails = vec!["quic://a:1".to_owned(); 9]);
+    refused("fabric_rails", |wire| wire.fabric_rails = vec![String::new()]);
 }
 
 #[test]
@@ -66,4 +72,11 @@ fn a_different_fingerprint_is_named_with_both_values() {
     assert!(text.contains("cpu/avx512") && text.contains("cpu/portable"), "{text}");
 
     assert!(fingerprint::require_equal(&ours, None).is_err());
+}
+
+#[test]
+fn a_ticket_of_minor_0_is_read_as_one_that_cannot_resume() {
+    let wire = v1::KvTicket { reserve_ms: 0, generation: 0, fabric_rails: Vec::new(), ..ticket().to_wire() };
+    let read = KvTicket::from_wire(&wire).expect("older peers have not sent these fields");
+    assert_eq!((read.reserve, read.generation), (read.lease, 0));
 }

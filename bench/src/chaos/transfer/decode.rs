@@ -17,6 +17,11 @@ pub(super) const BLOCKS: usize = 64;
 pub(super) const LEASE: Duration = Duration::from_secs(5);
 pub(super) const ROW_BYTES: usize = 16;
 
+/// Where a worker is reached: two paths, that fail one by one.
+pub(super) fn rails(address: &str) -> Vec<String> {
+    vec![address.to_owned(), format!("{address}/rail")]
+}
+
 /// Rows of 16 bytes, blocks of 4 rows, 3 layers.
 pub(super) fn layout() -> KvLayout {
     KvLayout { format: KvFormat::F32, layers: 3, latent: 2, rope: 2, block_tokens: 4 }
@@ -88,11 +93,12 @@ impl Decode {
             fingerprint,
             layout: layout.clone(),
             lease: LEASE,
+            reserve: LEASE,
             tickets_max: BLOCKS,
         };
         let free = (0..BLOCKS).collect();
         let memory = Memory { layout, rows, free, owners: BTreeMap::new(), wrong: None };
-        Self { core: ReceiverCore::new(options, address), memory, incarnation }
+        Self { core: ReceiverCore::new(options, rails(&address)), memory, incarnation }
     }
 
     /// Blocks for a new sequence, and its ticket; `None` without room. `cached` blocks are there already.
@@ -141,8 +147,25 @@ impl Decode {
         self.take_events(tally)
     }
 
-    pub(super) fn lose(&mut self, link: LinkId, tally: &mut Tally) -> Vec<Ended> {
-        self.core.handle_peer_lost(link, &"cut");
+    pub(super) fn connected(
+        &mut self,
+        link: LinkId,
+        worker: &str,
+        incarnation: u64,
+        tally: &mut Tally,
+    ) -> Vec<Ended> {
+        self.core.handle_peer_up(link, worker, incarnation);
+        self.take_events(tally)
+    }
+
+    pub(super) fn lose(
+        &mut self,
+        link: LinkId,
+        process_lives: bool,
+        now: Instant,
+        tally: &mut Tally,
+    ) -> Vec<Ended> {
+        self.core.handle_peer_lost(link, process_lives, &"cut", now);
         self.take_events(tally)
     }
 
@@ -161,7 +184,7 @@ impl Decode {
     /// The request of a ticket ends, for its client's reasons or because it is done. Whether it was still receiving.
     pub(super) fn release(&mut self, ticket: TicketId, tally: &mut Tally) -> bool {
         let receiving = self.memory.owners.get(&ticket).is_some_and(|owner| !owner.committed);
-        self.core.revoke(ticket);
+        let _fenced = self.core.revoke(ticket);
         self.memory.release(ticket, tally);
         tally.released += u64::from(receiving);
         receiving
@@ -175,7 +198,8 @@ impl Decode {
     /// Adds what this process has counted.
     pub(super) fn count(&self, tally: &mut Tally) {
         let stats = self.core.stats();
-        tally.fenced += stats.stale;
+        tally.fenced += stats.stale + stats.superseded;
+        tally.resumed += stats.resumed;
         tally.duplicates += stats.duplicates;
     }
 
@@ -195,7 +219,7 @@ impl Decode {
         let mut ended = Vec::new();
         for event in self.core.take_events() {
             match event {
-                ReceiverEvent::Committed { ticket, first_token: token } => {
+                ReceiverEvent::Committed { ticket, first_token: token, .. } => {
                     tally.committed += 1;
                     let Some(owner) = self.memory.owners.get_mut(&ticket).filter(|owner| !owner.committed)
                     else {

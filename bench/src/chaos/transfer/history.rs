@@ -15,7 +15,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 use self::agenda::{Exit, Happening, Link, Packet, Process, Request, Worker};
-use super::decode::{Decode, Ended, LEASE, layout};
+use super::decode::{Decode, Ended, LEASE, layout, rails};
 use super::prefill::Prefill;
 use super::tally::{Fault, Tally};
 
@@ -125,8 +125,12 @@ impl History {
             Happening::Turn(Worker::Prefill(prefill)) => self.prefill_turn(prefill),
             Happening::Turn(Worker::Decode(decode)) => self.decode_turn(decode),
             Happening::Deliver(packet) => self.deliver(packet),
-            Happening::Told { worker, epoch, link } => self.told(worker, epoch, link),
-            Happening::Dialled { prefill, epoch, decode } => self.dialled(prefill, epoch, decode),
+            Happening::Told { worker, epoch, link, process_lives } => {
+                self.told(worker, epoch, link, process_lives);
+            }
+            Happening::Dialled { prefill, epoch, decode, address } => {
+                self.dialled(prefill, epoch, decode, &address);
+            }
             Happening::Release(sequence) => self.release(sequence),
             Happening::Cancel(sequence) => self.cancel(sequence),
             Happening::Finish { decode, epoch, ticket } => {
@@ -157,7 +161,6 @@ impl History {
                     decode,
                     decode_epoch: decode_process.epoch,
                     met: None,
-                    beyond: false,
                     cancelled: false,
                     at_prefill: false,
                     at_decode: true,
@@ -207,11 +210,12 @@ impl History {
         let busy = end.sequences().next().is_some();
         let mut dials = Vec::new();
         while let Some(address) = end.next_dial() {
-            dials.extend((0..DECODES).find(|&decode| self::address(decode) == address));
+            let at = (0..DECODES).find(|&decode| rails(&self::address(decode)).contains(&address));
+            dials.extend(at.map(|decode| (decode, address)));
         }
         let epoch = self.process(Worker::Prefill(prefill)).epoch;
-        for decode in dials {
-            self.after_us(200..3_000, Happening::Dialled { prefill, epoch, decode });
+        for (decode, address) in dials {
+            self.after_us(200..3_000, Happening::Dialled { prefill, epoch, decode, address });
         }
         self.prefill_ended(ended);
         self.send(sent, true);
@@ -255,35 +259,41 @@ impl History {
         }
     }
 
-    fn told(&mut self, worker: Worker, epoch: u64, link: LinkId) {
+    fn told(&mut self, worker: Worker, epoch: u64, link: LinkId, process_lives: bool) {
         if self.process(worker).epoch != epoch {
             return;
         }
+        let now = self.base + self.now;
         match worker {
             Worker::Decode(decode) => {
-                let ended = self.decodes[decode].lose(link, &mut self.tally);
+                let ended = self.decodes[decode].lose(link, process_lives, now, &mut self.tally);
                 self.decode_ended(decode, ended);
             }
             Worker::Prefill(prefill) => {
-                let ended = self.prefills[prefill].lose(link, &mut self.tally);
+                let ended = self.prefills[prefill].lose(link, process_lives, now, &mut self.tally);
                 self.prefill_ended(ended);
             }
         }
     }
 
-    fn dialled(&mut self, prefill: usize, epoch: u64, decode: usize) {
+    fn dialled(&mut self, prefill: usize, epoch: u64, decode: usize, address: &str) {
         if self.process(Worker::Prefill(prefill)).epoch != epoch {
             return;
         }
         let silent = self.process(Worker::Decode(decode)).paused.is_some_and(|until| until > self.now);
+        let now = self.base + self.now;
         if silent || self.once_in(30) {
-            let ended = self.prefills[prefill].dial_failed(&address(decode), &mut self.tally);
+            let ended = self.prefills[prefill].dial_failed(address, now, &mut self.tally);
             return self.prefill_ended(ended);
         }
         let link = self.links.len() as LinkId;
         self.links.insert(link, Link { prefill, decode, open: true, partitioned: None });
+        // Decode hears of a connection before anything comes over it.
+        let worker = format!("prefill-{prefill}");
+        let ended = self.decodes[decode].connected(link, &worker, epoch, &mut self.tally);
+        self.decode_ended(decode, ended);
         let incarnation = self.decodes[decode].incarnation;
-        self.prefills[prefill].connected(&address(decode), link, incarnation);
+        self.prefills[prefill].connected(address, link, incarnation, now);
     }
 
     fn release(&mut self, sequence: u64) {
@@ -343,10 +353,7 @@ impl History {
             Worker::Prefill(_) => std::mem::take(&mut request.at_prefill),
             Worker::Decode(_) => std::mem::take(&mut request.at_decode),
         };
-        if open
-            && !request.beyond
-            && let Some((met, by)) = request.met
-        {
+        if open && let Some((met, by)) = request.met {
             // A process that was stopped meanwhile has had only the time since.
             let taken = self.now - met.max(resumed).min(self.now);
             self.tally.met_by_fault += 1;

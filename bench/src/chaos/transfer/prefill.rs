@@ -21,9 +21,13 @@ pub(super) struct Prefill {
 struct Transfer {
     sequence: u64,
     prompt_tokens: usize,
-    /// Runs not yet pushed: layer, first block, blocks.
+    /// Layer, first block, blocks.
     runs: Vec<(u32, u32, u32)>,
+    /// Of these pushed, on the path that it takes now.
+    pushed: usize,
+    /// All is sent, on this path, and the first token on whatever path.
     finished: bool,
+    finished_once: bool,
 }
 
 impl Prefill {
@@ -52,7 +56,17 @@ impl Prefill {
         let prompt_tokens = ticket.prompt_tokens as usize;
         match self.core.begin(ticket, now) {
             Ok(id) => {
-                self.transfers.insert(id, Transfer { sequence, prompt_tokens, runs, finished: false });
+                self.transfers.insert(
+                    id,
+                    Transfer {
+                        sequence,
+                        prompt_tokens,
+                        runs,
+                        pushed: 0,
+                        finished: false,
+                        finished_once: false,
+                    },
+                );
                 Some(id)
             }
             Err(error) => {
@@ -76,7 +90,7 @@ impl Prefill {
         }
         let Some((&id, _)) = unfinished.clone().nth(rng.random_range(0..count)) else { return Vec::new() };
         let Some(transfer) = self.transfers.get_mut(&id) else { return Vec::new() };
-        let outcome = match transfer.runs.last() {
+        let outcome = match transfer.runs.get(transfer.pushed) {
             None => self.core.finish(id, first_token(transfer.sequence), outlet),
             Some(&(layer, first_block, blocks)) => {
                 let bytes: Vec<Vec<u8>> =
@@ -88,7 +102,8 @@ impl Prefill {
             }
         };
         match outcome {
-            Ok(()) => transfer.finished = transfer.runs.pop().is_none(),
+            Ok(()) if transfer.pushed < transfer.runs.len() => transfer.pushed += 1,
+            Ok(()) => (transfer.finished, transfer.finished_once) = (true, true),
             Err(TransferError::Full) => {}
             Err(TransferError::Ended(_)) => return self.take_events(tally),
             Err(error) => tally.object(|| format!("a permitted push is refused: {error}")),
@@ -110,17 +125,23 @@ impl Prefill {
         self.take_events(tally)
     }
 
-    pub(super) fn connected(&mut self, address: &str, link: LinkId, incarnation: u64) {
-        self.core.handle_connected(address, link, incarnation);
+    pub(super) fn connected(&mut self, address: &str, link: LinkId, incarnation: u64, now: Instant) {
+        self.core.handle_connected(address, link, incarnation, now);
     }
 
-    pub(super) fn dial_failed(&mut self, address: &str, tally: &mut Tally) -> Vec<u64> {
-        self.core.handle_dial_failed(address);
+    pub(super) fn dial_failed(&mut self, address: &str, now: Instant, tally: &mut Tally) -> Vec<u64> {
+        self.core.handle_dial_failed(address, now);
         self.take_events(tally)
     }
 
-    pub(super) fn lose(&mut self, link: LinkId, tally: &mut Tally) -> Vec<u64> {
-        self.core.handle_peer_lost(link);
+    pub(super) fn lose(
+        &mut self,
+        link: LinkId,
+        process_lives: bool,
+        now: Instant,
+        tally: &mut Tally,
+    ) -> Vec<u64> {
+        self.core.handle_peer_lost(link, process_lives, now);
         self.take_events(tally)
     }
 
@@ -135,7 +156,7 @@ impl Prefill {
         tally: &mut Tally,
     ) -> Vec<u64> {
         self.core.handle_timeout(now);
-        self.core.flush(outlet);
+        self.core.flush(now, outlet);
         self.core.check_invariants();
         self.take_events(tally)
     }
@@ -159,13 +180,21 @@ impl Prefill {
     fn take_events(&mut self, tally: &mut Tally) -> Vec<u64> {
         let mut ended = Vec::new();
         for event in self.core.take_events() {
-            let (SenderEvent::Committed { id } | SenderEvent::Refused { id, .. } | SenderEvent::Lost { id }) =
-                event;
+            let (SenderEvent::Committed { id }
+            | SenderEvent::Refused { id, .. }
+            | SenderEvent::Lost { id }
+            | SenderEvent::Resumed { id, .. }) = event;
+            if let SenderEvent::Resumed { .. } = event {
+                if let Some(transfer) = self.transfers.get_mut(&id) {
+                    (transfer.pushed, transfer.finished) = (0, false);
+                }
+                continue;
+            }
             let Some(transfer) = self.transfers.remove(&id) else {
                 tally.object(|| format!("transfer {id} has a second end"));
                 continue;
             };
-            if matches!(event, SenderEvent::Committed { .. }) && !transfer.finished {
+            if matches!(event, SenderEvent::Committed { .. }) && !transfer.finished_once {
                 tally.object(|| format!("transfer {id} committed before everything was sent"));
             }
             ended.push(transfer.sequence);

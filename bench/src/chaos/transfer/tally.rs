@@ -21,6 +21,8 @@ pub struct Tally {
     pub released: u64,
     /// Pushes for dead tickets or other incarnations, stopped by the fence.
     pub fenced: u64,
+    /// Hand-offs that went on on another path, or after an answer was missing.
+    pub resumed: u64,
     /// Pieces that came again.
     pub duplicates: u64,
     /// Faults by kind.
@@ -56,7 +58,7 @@ pub enum Fault {
     Repeat,
     /// A frame's body is damaged.
     Damage,
-    /// A frame is lost and its connection is not: what no transport here does. Only the lease helps.
+    /// A frame is lost and its connection is not: what no transport here does.
     Lose,
 }
 
@@ -96,6 +98,7 @@ impl Tally {
         self.ended += other.ended;
         self.released += other.released;
         self.fenced += other.fenced;
+        self.resumed += other.resumed;
         self.duplicates += other.duplicates;
         for (count, more) in self.faults.iter_mut().zip(other.faults) {
             *count += more;
@@ -125,6 +128,7 @@ impl fmt::Display for Tally {
         }
         writeln!(f)?;
         writeln!(f, "  pushes fenced off    {}", self.fenced)?;
+        writeln!(f, "  resumed              {}", self.resumed)?;
         writeln!(f, "  pieces repeated      {}", self.duplicates)?;
         writeln!(f, "  foreign bytes        {}", self.foreign_bytes)?;
         writeln!(f, "  leaked blocks        {}", self.leaked_blocks)?;

@@ -37,6 +37,9 @@ fn ticket(ticket: u64) -> KvTicket {
         bytes_per_layer: 100,
         layers: 3,
         lease: LEASE,
+        reserve: LEASE,
+        generation: 1,
+        fabric_rails: Vec::new(),
     }
 }
 
@@ -44,6 +47,7 @@ fn ticket(ticket: u64) -> KvTicket {
 #[derive(Default)]
 struct Wire {
     sent: Vec<(u32, TicketKey, Push)>,
+    generations: Vec<u32>,
     attempts: usize,
     refuse: Option<Unsent>,
 }
@@ -54,7 +58,8 @@ impl Outlet<u32> for Wire {
         if let Some(refusal) = self.refuse {
             return Err(refusal);
         }
-        let (key, push) = decode_push(&frame.head).expect("our own");
+        let (key, generation, push) = decode_push(&frame.head).expect("our own");
+        self.generations.push(generation);
         self.sent.push((peer, key, push));
         Ok(())
     }
@@ -75,7 +80,7 @@ impl Rig {
     fn pushing() -> (Self, TransferId) {
         let mut rig = Self::new();
         let id = rig.begin(1);
-        rig.core.handle_connected(ADDRESS, DECODE, INCARNATION);
+        rig.core.handle_connected(ADDRESS, DECODE, INCARNATION, rig.now);
         (rig, id)
     }
 
@@ -98,7 +103,7 @@ impl Rig {
     fn after(&mut self, time: Duration) -> Vec<SenderEvent> {
         self.now += time;
         self.core.handle_timeout(self.now);
-        self.core.flush(&mut self.wire);
+        self.core.flush(self.now, &mut self.wire);
         self.core.check_invariants();
         self.core.take_events()
     }
@@ -114,7 +119,7 @@ fn a_transfer_waits_for_its_connection_then_pushes_then_ends() {
     assert!(matches!(rig.push(id), Err(TransferError::Full)));
     assert_eq!(rig.wire.attempts, 0);
 
-    rig.core.handle_connected(ADDRESS, DECODE, INCARNATION);
+    rig.core.handle_connected(ADDRESS, DECODE, INCARNATION, rig.now);
     rig.push(id).expect("room");
     rig.push(second).expect("room");
     rig.core.finish(id, TOKEN, &mut rig.wire).expect("room");
@@ -167,15 +172,11 @@ fn no_room_is_handed_back_and_not_tried_again_before_the_next_poll() {
 }
 
 #[test]
-fn a_peer_that_is_gone_loses_its_transfers() {
+fn a_process_that_is_gone_loses_its_transfers() {
     let (mut rig, id) = Rig::pushing();
-    rig.wire.refuse = Some(Unsent::Gone);
-    assert!(matches!(rig.push(id), Err(TransferError::Ended(_))));
-    assert_eq!(rig.core.take_events(), [SenderEvent::Lost { id }]);
-
-    let (mut rig, id) = Rig::pushing();
+    rig.push(id).expect("room");
     let second = rig.begin(2);
-    rig.core.handle_peer_lost(DECODE);
+    rig.core.handle_peer_lost(DECODE, false, rig.now);
     assert_eq!(rig.core.take_events(), [SenderEvent::Lost { id }, SenderEvent::Lost { id: second }]);
     rig.core.next_dial();
     rig.begin(3);
@@ -183,11 +184,155 @@ fn a_peer_that_is_gone_loses_its_transfers() {
 }
 
 #[test]
+fn a_lost_path_is_dialled_anew_and_the_transfer_goes_on_where_it_was() {
+    let (mut rig, id) = Rig::pushing();
+    rig.core.next_dial();
+    rig.push(id).expect("room");
+    rig.core.handle_peer_lost(DECODE, true, rig.now);
+    assert_eq!(rig.after(Duration::from_millis(50)), []);
+    assert!(matches!(rig.push(id), Err(TransferError::Full)));
+    assert_eq!(rig.core.next_dial().as_deref(), Some(ADDRESS));
+    rig.core.handle_connected(ADDRESS, 2, INCARNATION, rig.now);
+    assert!(matches!(rig.push(id), Err(TransferError::Full)), "it does not know what has landed");
+    rig.after(Duration::ZERO);
+    assert_eq!(rig.wire.sent.last(), Some(&(2, key(1), Push::Resume)));
+    assert_eq!(rig.wire.generations.last(), Some(&2));
+    // Of layer 0 the first block has landed, the second has not.
+    let held = Reply::Held { generation: 2, landed: vec![0b01] };
+    let missing = 5;
+    assert_eq!(rig.reply(2, key(1), held.clone()), [SenderEvent::Resumed { id, missing }]);
+    assert_eq!(rig.reply(2, key(1), held), [], "asked once, answered once");
+    rig.push(id).expect("room");
+    let Some((2, _, Push::Blocks(run))) = rig.wire.sent.last() else { panic!("{:?}", rig.wire.sent) };
+    assert_eq!((run.first_block, run.blocks, run.last_rows), (2, 1, 3));
+    assert_eq!(rig.core.stats().repeated, 1);
+    let sent = rig.wire.sent.len();
+    rig.push(id).expect("nothing to do");
+    assert_eq!(rig.wire.sent.len(), sent);
+}
+
+#[test]
+fn no_other_path_in_time_is_a_loss() {
+    let (mut rig, id) = Rig::pushing();
+    rig.push(id).expect("room");
+    rig.core.handle_peer_lost(DECODE, true, rig.now);
+    assert_eq!(rig.after(RESUME_MAX - Duration::from_millis(1)), []);
+    assert_eq!(rig.after(Duration::from_millis(1)), [SenderEvent::Lost { id }]);
+}
+
+#[test]
+fn a_transfer_that_has_sent_nothing_has_nothing_to_ask() {
+    let (mut rig, id) = Rig::pushing();
+    rig.core.next_dial();
+    rig.core.handle_peer_lost(DECODE, true, rig.now);
+    rig.after(Duration::from_millis(60));
+    rig.core.handle_connected(ADDRESS, 2, INCARNATION, rig.now);
+    rig.push(id).expect("room");
+    assert!(matches!(rig.wire.sent[..], [(2, _, Push::Blocks(_))]));
+}
+
+#[test]
+fn an_answer_that_does_not_come_is_asked_for() {
+    let (mut rig, id) = Rig::pushing();
+    for layer in 0..3 {
+        rig.core.push_blocks(id, layer, 1, &[b"one", b"two"], 3, &mut rig.wire).expect("room");
+    }
+    rig.core.finish(id, TOKEN, &mut rig.wire).expect("room");
+    rig.after(Duration::ZERO);
+    rig.after(ANSWER_MAX - Duration::from_millis(1));
+    assert!(matches!(rig.wire.sent.last(), Some((_, _, Push::Finish(_)))));
+    rig.after(Duration::from_millis(1));
+    assert_eq!(rig.wire.sent.last(), Some(&(DECODE, key(1), Push::Resume)));
+    // Longer and longer, for decode may only be slow.
+    let asked = rig.wire.sent.len();
+    rig.after(2 * ANSWER_MAX - Duration::from_millis(1));
+    assert_eq!(rig.wire.sent.len(), asked);
+    rig.after(Duration::from_millis(1));
+    assert_eq!(rig.wire.sent.len(), asked + 1);
+    assert_eq!(rig.reply(DECODE, key(1), Reply::Committed), [SenderEvent::Committed { id }]);
+}
+
+#[test]
+fn what_is_not_of_the_ticket_cannot_have_landed() {
+    let (mut rig, id) = Rig::pushing();
+    rig.core.next_dial();
+    rig.push(id).expect("room");
+    rig.core.handle_peer_lost(DECODE, true, rig.now);
+    rig.after(Duration::from_millis(60));
+    rig.core.handle_connected(ADDRESS, 2, INCARNATION, rig.now);
+    rig.after(Duration::ZERO);
+    for landed in [vec![], vec![1 << 6], vec![0, 0]] {
+        let mut rig = Rig { core: rig.core.clone(), wire: Wire::default(), now: rig.now };
+        let events = rig.reply(2, key(1), Reply::Held { generation: 2, landed });
+        assert!(matches!(&events[..], [SenderEvent::Refused { .. }]), "{events:?}");
+    }
+}
+
+const RAIL: &str = "quic://127.0.0.2:4433";
+
+fn with_rails(number: u64) -> KvTicket {
+    KvTicket { fabric_rails: vec![RAIL.to_owned()], ..ticket(number) }
+}
+
+#[test]
+fn transfers_spread_over_rails_and_a_failed_one_is_probed_and_comes_back() {
+    let mut rig = Rig::new();
+    let first = rig.core.begin(with_rails(1), rig.now).expect("room");
+    assert_eq!([rig.core.next_dial(), rig.core.next_dial()].map(Option::unwrap), [ADDRESS, RAIL]);
+    rig.core.handle_connected(ADDRESS, 1, INCARNATION, rig.now);
+    rig.core.handle_connected(RAIL, 2, INCARNATION, rig.now);
+    let second = rig.core.begin(with_rails(2), rig.now).expect("room");
+    rig.push(first).expect("room");
+    rig.push(second).expect("room");
+    let peers: Vec<u32> = rig.wire.sent.iter().map(|(peer, ..)| *peer).collect();
+    assert_eq!(peers, [1, 2], "one each");
+
+    // The other rail takes over at once, without a dial.
+    rig.core.handle_peer_lost(1, true, rig.now);
+    assert_eq!(rig.after(Duration::ZERO), []);
+    assert_eq!(rig.wire.sent.last(), Some(&(2, key(1), Push::Resume)));
+    assert_eq!(rig.core.next_dial(), None, "a rail that has just failed is left alone for a moment");
+    rig.after(Duration::from_millis(50));
+    assert_eq!(rig.core.next_dial().as_deref(), Some(ADDRESS));
+    rig.core.handle_dial_failed(ADDRESS, rig.now);
+    rig.after(Duration::from_millis(99));
+    assert_eq!(rig.core.next_dial(), None, "longer each time");
+    rig.after(Duration::from_millis(1));
+    assert_eq!(rig.core.next_dial().as_deref(), Some(ADDRESS));
+    rig.core.handle_connected(ADDRESS, 3, INCARNATION, rig.now);
+    let third = rig.core.begin(with_rails(3), rig.now).expect("room");
+    rig.push(third).expect("room");
+    assert!(matches!(rig.wire.sent.last(), Some((3, _, Push::Blocks(_)))), "it is used again");
+}
+
+#[test]
+fn one_failed_dial_of_two_loses_nobody() {
+    let mut rig = Rig::new();
+    let id = rig.core.begin(with_rails(1), rig.now).expect("room");
+    rig.core.handle_dial_failed(ADDRESS, rig.now);
+    rig.core.check_invariants();
+    assert_eq!(rig.core.take_events(), []);
+    rig.core.handle_dial_failed(RAIL, rig.now);
+    assert_eq!(rig.core.take_events(), [SenderEvent::Lost { id }]);
+}
+
+#[test]
+fn a_decode_worker_that_cannot_resume_is_not_asked() {
+    let mut rig = Rig::new();
+    let old = KvTicket { generation: 0, ..ticket(1) };
+    let id = rig.core.begin(old, rig.now).expect("room");
+    rig.core.handle_connected(ADDRESS, DECODE, INCARNATION, rig.now);
+    rig.push(id).expect("room");
+    rig.core.handle_peer_lost(DECODE, true, rig.now);
+    assert_eq!(rig.core.take_events(), [SenderEvent::Lost { id }]);
+}
+
+#[test]
 fn a_failed_dial_loses_whoever_waits_for_it() {
     let mut rig = Rig::new();
     let id = rig.begin(1);
     rig.core.next_dial();
-    rig.core.handle_dial_failed(ADDRESS);
+    rig.core.handle_dial_failed(ADDRESS, rig.now);
     rig.core.check_invariants();
     assert_eq!(rig.core.take_events(), [SenderEvent::Lost { id }]);
 }
@@ -200,10 +345,10 @@ fn a_restarted_worker_is_waited_for_and_never_confused_with_its_predecessor() {
     let id = rig.core.begin(restarted, rig.now).expect("room");
     // The old connection has not been missed yet.
     assert!(matches!(rig.push(id), Err(TransferError::Full)));
-    rig.core.handle_peer_lost(DECODE);
+    rig.core.handle_peer_lost(DECODE, false, rig.now);
     rig.core.take_events();
     assert_eq!(rig.core.next_dial().as_deref(), Some(ADDRESS));
-    rig.core.handle_connected(ADDRESS, 2, 8);
+    rig.core.handle_connected(ADDRESS, 2, 8, rig.now);
     rig.push(id).expect("room");
     assert!(matches!(rig.wire.sent[..], [(2, ..)]));
 }
@@ -212,20 +357,39 @@ fn a_restarted_worker_is_waited_for_and_never_confused_with_its_predecessor() {
 fn a_ticket_of_a_dead_process_is_lost_within_two_seconds() {
     let mut rig = Rig::new();
     let id = rig.begin(1);
-    rig.core.handle_connected(ADDRESS, DECODE, INCARNATION + 1);
+    rig.core.handle_connected(ADDRESS, DECODE, INCARNATION + 1, rig.now);
     assert!(matches!(rig.push(id), Err(TransferError::Full)));
     assert_eq!(rig.after(Duration::from_millis(1999)), []);
     assert_eq!(rig.after(Duration::from_millis(1)), [SenderEvent::Lost { id }]);
 }
 
 #[test]
-fn silence_for_a_lease_loses_the_transfer_and_sending_renews_it() {
+fn no_answer_for_a_lease_loses_the_transfer() {
     let (mut rig, id) = Rig::pushing();
-    assert_eq!(rig.after(LEASE - Duration::from_millis(1)), []);
-    rig.push(id).expect("room");
-    assert_eq!(rig.after(Duration::from_millis(1)), []);
+    rig.core.finish(id, TOKEN, &mut rig.wire).expect("room");
+    rig.after(Duration::ZERO);
     assert_eq!(rig.after(LEASE - Duration::from_millis(1)), []);
     assert_eq!(rig.after(Duration::from_millis(1)), [SenderEvent::Lost { id }]);
+}
+
+#[test]
+fn a_transfer_that_never_begins_ends_with_its_reservation() {
+    let (mut rig, id) = Rig::pushing();
+    assert_eq!(rig.after(LEASE), [SenderEvent::Lost { id }]);
+}
+
+#[test]
+fn a_transfer_that_waits_for_its_next_layer_renews_its_lease() {
+    let (mut rig, id) = Rig::pushing();
+    assert_eq!(rig.after(LEASE - Duration::from_millis(1)), [], "in the queue nothing renews it");
+    assert_eq!(rig.wire.sent, []);
+    rig.push(id).expect("room");
+    rig.after(Duration::ZERO);
+    for _ in 0..8 {
+        assert_eq!(rig.after(LEASE / 4), []);
+    }
+    let renewals = rig.wire.sent.iter().filter(|(.., push)| *push == Push::Renew).count();
+    assert_eq!(renewals, 8);
 }
 
 #[test]

@@ -31,12 +31,15 @@ pub(super) enum Happening {
         worker: Worker,
         epoch: u64,
         link: LinkId,
+        /// Whether the process at the other end may live.
+        process_lives: bool,
     },
     /// A dial comes to its end.
     Dialled {
         prefill: usize,
         epoch: u64,
         decode: usize,
+        address: String,
     },
     /// The router lets go of decode's end.
     Release(u64),
@@ -89,8 +92,6 @@ pub(super) struct Request {
     pub(super) decode_epoch: u64,
     /// When the first fault met it, and which.
     pub(super) met: Option<(Duration, &'static str)>,
-    /// A frame of it was lost while its connection was not: only the lease helps, and no bound holds.
-    pub(super) beyond: bool,
     /// The router has let go of prefill's end: its call will not arrive any more.
     pub(super) cancelled: bool,
     pub(super) at_prefill: bool,

@@ -55,10 +55,10 @@ impl History {
         }
     }
 
-    /// At once where the kernel tells, after silence where it does not.
-    fn notice(&mut self) -> Duration {
+    /// At once where the kernel tells, after silence where it does not; and whether it was silence.
+    fn notice(&mut self) -> (Duration, bool) {
         let jitter = Duration::from_micros(self.rng.random_range(100..50_000));
-        if self.once_in(2) { jitter } else { SILENCE + jitter }
+        if self.once_in(2) { (jitter, false) } else { (SILENCE + jitter, true) }
     }
 
     fn kill(&mut self) {
@@ -67,8 +67,8 @@ impl History {
         for link in self.links_of(worker) {
             self.close(link);
             let other = self.other_end(link, worker);
-            let after = self.notice();
-            self.tell(other, link, after);
+            let (after, silent) = self.notice();
+            self.tell(other, link, after, silent);
         }
         let met = self.meet_where(worker, "a kill");
         // Its memory is gone, and with it its end of every hand-off.
@@ -83,7 +83,7 @@ impl History {
         self.resume(worker);
         for sequence in met {
             self.done(sequence, worker);
-            let after = self.now + self.notice();
+            let after = self.now + self.notice().0;
             self.at(
                 after,
                 match worker {
@@ -182,13 +182,13 @@ impl History {
         self.close(link);
         for worker in [Worker::Prefill(prefill), Worker::Decode(decode)] {
             let after = within.mul_f64(self.rng.random::<f64>());
-            self.tell(worker, link, after);
+            self.tell(worker, link, after, true);
         }
     }
 
-    fn tell(&mut self, worker: Worker, link: LinkId, after: Duration) {
+    fn tell(&mut self, worker: Worker, link: LinkId, after: Duration, process_lives: bool) {
         let epoch = self.process(worker).epoch;
-        self.at(self.now + after, Happening::Told { worker, epoch, link });
+        self.at(self.now + after, Happening::Told { worker, epoch, link, process_lives });
     }
 
     fn close(&mut self, link: LinkId) {
@@ -243,9 +243,7 @@ impl History {
             let sequence = self.sequence_of(&packet, decode);
             if self.once_in(2_000) {
                 self.tally.fault(Fault::Lose);
-                if let Some(request) = sequence.and_then(|sequence| self.requests.get_mut(&sequence)) {
-                    request.beyond = true;
-                }
+                sequence.into_iter().for_each(|sequence| self.meet(sequence, "a lost frame"));
                 continue;
             }
             if !packet.body.is_empty() && self.once_in(500) {
