@@ -4,10 +4,11 @@
 //! `vdpbf16ps` (or one at a time with FMA for f32 inputs); a block's sum is scaled and added to the total. Nothing is
 //! added across lanes, and promotion costs one instruction in 65.
 //!
-//! Up to [`DIRECT_ROWS`] rows, weights go from memory through the decoder straight into the products. With more, a block
-//! of a panel is decoded once into the level-1 cache and used for all rows of the task, [`TILE_ROWS`] at a time: 24 sums,
-//! 4 weights and a broadcast input fill 29 of the 32 registers, and ten loads feed 24 products. Per element both ways do
-//! the same operations in the same order.
+//! Up to [`DIRECT_ROWS`] rows, a whole panel goes from memory through the decoder into the products, totals in registers.
+//! More rows are taken [`TILE_ROWS`] at a time for half a panel of a block: 20 sums, 2 weights, an input and the decoder's
+//! tables fill 29 of the 32 registers, and 11 loads feed 20 products. Every tile decodes anew: the decoder's shuffles run
+//! on a unit that the products leave free, and a decoded copy would have to be written and read. Per element both ways
+//! do the same operations in the same order.
 //!
 //! Matrices that are not in panels are brought into that order block by block, into scratch: the same bits, slowly.
 //!
@@ -31,32 +32,31 @@ use crate::panels::{self, PANEL, PanelFormat, VECTORS};
 
 /// Rows computed straight from memory; with 5 the decoder's tables no longer fit the registers.
 const DIRECT_ROWS: usize = 4;
-/// Rows of a tile.
-const TILE_ROWS: usize = 6;
+/// Rows of a tile at most.
+const TILE_ROWS: usize = 10;
 /// Rows of a task at most: their totals take 48 KiB and 1,024 channels of them 384 KiB of a 1 MiB level-2 cache.
 pub(super) const TASK_ROWS: usize = 192;
+/// Vectors of half a panel.
+const HALF: usize = VECTORS / 2;
 /// Pairs of columns in a block.
 const PAIRS: usize = BLOCK / 2;
 /// How far ahead of its use a weight is asked for.
 const PREFETCH_BYTES: usize = 4096;
-/// Bytes of a decoded block of a panel.
-const DECODED_BYTES: usize = PAIRS * VECTORS * 64;
 
-/// Sums of a tile: `[row][vector]`.
-type Sums<const M: usize> = [[__m512; VECTORS]; M];
+/// Sums of some rows: `[row][vector]`.
+type Sums<const M: usize, const V: usize> = [[__m512; V]; M];
 
-/// A decoded block and some rows.
+/// A block of a panel and some rows.
 #[derive(Clone, Copy)]
 struct Tile {
     block: usize,
+    weights: *const u8,
     /// The first row.
     row: usize,
-    decoded: *const __m512i,
     /// Of these rows, `[row][vector]`.
     totals: *mut __m512,
-    /// Weights to ask for meanwhile, and how many lines of them per pair of columns.
-    next: *const u8,
-    lines: usize,
+    /// Whether to ask for the weights behind this block meanwhile.
+    prefetch: bool,
 }
 
 /// Where a product's weights are.
@@ -116,11 +116,9 @@ unsafe fn run<W: decode::Weights, X: decode::Inputs>(
     // SAFETY: the machine has the instruction set.
     let task = Task { product, source, inputs, panel, weights: unsafe { W::new() } };
     let totals = if rows.len() > DIRECT_ROWS { rows.len() * PANEL } else { 0 };
-    let decoded = if rows.len() > DIRECT_ROWS { DECODED_BYTES / 4 } else { 0 };
     let raw = if matches!(source, Source::RowMajor(_)) { PAIRS * W::FORMAT.pair_bytes() / 4 } else { 0 };
-    scratch::with_f32(totals + decoded + raw, |memory| {
-        let (totals, memory) = memory.split_at_mut(totals);
-        let (decoded, raw) = memory.split_at_mut(decoded);
+    scratch::with_f32(totals + raw, |memory| {
+        let (totals, raw) = memory.split_at_mut(totals);
         // SAFETY: plain bytes of plain floats.
         let raw = unsafe { std::slice::from_raw_parts_mut(raw.as_mut_ptr().cast::<u8>(), 4 * raw.len()) };
         // SAFETY: the caller's promises.
@@ -131,7 +129,7 @@ unsafe fn run<W: decode::Weights, X: decode::Inputs>(
                 2 => task.direct::<X, 2>(rows.start, raw),
                 3 => task.direct::<X, 3>(rows.start, raw),
                 DIRECT_ROWS => task.direct::<X, DIRECT_ROWS>(rows.start, raw),
-                _ => task.tiles::<X>(rows, totals.as_mut_ptr().cast(), decoded.as_mut_ptr().cast(), raw),
+                _ => task.tiles::<X>(rows, totals.as_mut_ptr().cast(), raw),
             }
         }
     });
@@ -178,10 +176,10 @@ impl<W: decode::Weights> Task<'_, W> {
         let inputs: [_; M] = std::array::from_fn(|i| self.input_row::<X>(m + i));
         let input_scales: [_; M] = std::array::from_fn(|i| self.product.input_scales(m + i));
         let weight_scales = self.product.weight_scales(self.first());
-        let mut totals: Sums<M> = [[_mm512_setzero_ps(); VECTORS]; M];
+        let mut totals: Sums<M, VECTORS> = [[_mm512_setzero_ps(); VECTORS]; M];
         for block in 0..self.product.k_blocks() {
             let weights = self.block(block, raw);
-            let mut sums: Sums<M> = [[_mm512_setzero_ps(); VECTORS]; M];
+            let mut sums: Sums<M, VECTORS> = [[_mm512_setzero_ps(); VECTORS]; M];
             for pair in 0..self.pairs(block) {
                 // SAFETY: so many pairs are in the block, in weights and (padded to pairs) inputs; a prefetch touches
                 // nothing.
@@ -207,68 +205,33 @@ impl<W: decode::Weights> Task<'_, W> {
         }
     }
 
-    /// All rows, a decoded block after the other.
+    /// All rows, a block after the other.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16")]
-    unsafe fn tiles<X: decode::Inputs>(
-        &self,
-        rows: Range<usize>,
-        totals: *mut __m512,
-        decoded: *mut __m512i,
-        raw: &mut [u8],
-    ) {
-        // An empty K leaves no block to begin the totals.
-        if self.product.k == 0 {
-            for i in 0..rows.len() * VECTORS {
-                // SAFETY: a vector for each.
-                unsafe { *totals.add(i) = _mm512_setzero_ps() }
-            }
+    unsafe fn tiles<X: decode::Inputs>(&self, rows: Range<usize>, totals: *mut __m512, raw: &mut [u8]) {
+        for i in 0..rows.len() * VECTORS {
+            // SAFETY: a vector for each.
+            unsafe { *totals.add(i) = _mm512_setzero_ps() }
         }
+        let tiles = rows.len().div_ceil(TILE_ROWS);
         for block in 0..self.product.k_blocks() {
             let weights = self.block(block, raw);
-            let pairs = self.pairs(block);
-            let decoded = if W::FORMAT == PanelFormat::Bf16 {
-                // As it lies there.
-                weights.cast::<__m512i>()
-            } else {
-                for pair in 0..pairs {
-                    // SAFETY: so many pairs are in the block, and room for them decoded.
-                    unsafe {
-                        let vectors = self.weights.load(weights.add(pair * W::FORMAT.pair_bytes()));
-                        for v in 0..VECTORS {
-                            _mm512_store_si512(decoded.add(pair * VECTORS + v), vectors[v]);
-                        }
-                    }
-                }
-                decoded.cast_const()
-            };
-            // What lies behind this block is the next one, of this panel or of the one that this thread takes next.
-            let mut next = weights.wrapping_add(pairs * W::FORMAT.pair_bytes());
-            let mut lines = PAIRS * W::FORMAT.pair_bytes() / 64;
-            let mut row = 0;
-            while row < rows.len() {
-                let tile = Tile {
-                    block,
-                    row: rows.start + row,
-                    decoded,
-                    // SAFETY: totals for each row of the task.
-                    totals: unsafe { totals.add(row * VECTORS) },
-                    next,
-                    // All of it in the first two tiles: no later than memory can deliver it.
-                    lines: lines.min(PAIRS * W::FORMAT.pair_bytes() / 128).div_ceil(PAIRS),
-                };
-                next = next.wrapping_add(64 * PAIRS * tile.lines);
-                lines = lines.saturating_sub(PAIRS * tile.lines);
-                // SAFETY: rows of this task; totals for each.
+            for tile in 0..tiles {
+                // Tiles of one size, or one row apart.
+                let (row, end) = (tile * rows.len() / tiles, (tile + 1) * rows.len() / tiles);
+                // SAFETY: totals for each row of the task.
+                let totals = unsafe { totals.add(row * VECTORS) };
+                // Behind this block lies the next one, of this panel or of the one that this thread takes next.
+                let next = Tile { block, weights, row: rows.start + row, totals, prefetch: tile == 0 };
+                // SAFETY: rows of this task; more than `DIRECT_ROWS` rows in tiles of one size are five or more in each.
                 unsafe {
-                    row += match rows.len() - row {
-                        1 => self.tile::<X, 1>(tile),
-                        2 => self.tile::<X, 2>(tile),
-                        3 => self.tile::<X, 3>(tile),
-                        // Two tiles alike are quicker than a large and a small one.
-                        4 | 7 | 8 => self.tile::<X, 4>(tile),
-                        5 | 9 | 10 => self.tile::<X, 5>(tile),
-                        _ => self.tile::<X, TILE_ROWS>(tile),
-                    };
+                    match end - row {
+                        ..=5 => self.tile::<X, 5>(next),
+                        6 => self.tile::<X, 6>(next),
+                        7 => self.tile::<X, 7>(next),
+                        8 => self.tile::<X, 8>(next),
+                        9 => self.tile::<X, 9>(next),
+                        TILE_ROWS.. => self.tile::<X, TILE_ROWS>(next),
+                    }
                 }
             }
         }
@@ -281,36 +244,64 @@ impl<W: decode::Weights> Task<'_, W> {
         }
     }
 
-    /// Adds a decoded block's products with `M` rows to their totals; returns `M`.
+    /// Adds a block's products with `M` rows to their totals.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16")]
-    unsafe fn tile<X: decode::Inputs, const M: usize>(&self, tile: Tile) -> usize {
-        let Tile { block, row: m, decoded, totals, next, lines } = tile;
-        let inputs: [_; M] = std::array::from_fn(|i| self.input_row::<X>(m + i));
-        let mut sums: Sums<M> = [[_mm512_setzero_ps(); VECTORS]; M];
-        for pair in 0..self.pairs(block) {
-            for line in 0..lines {
-                _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(64 * (lines * pair + line)).cast());
-            }
-            // SAFETY: so many pairs were decoded and are in the inputs.
-            unsafe {
-                let at = decoded.add(pair * VECTORS);
-                let weights: [_; VECTORS] = std::array::from_fn(|v| _mm512_loadu_si512(at.add(v)));
-                X::multiply_add(&mut sums, &weights, &inputs, block * PAIRS + pair);
-            }
-        }
+    unsafe fn tile<X: decode::Inputs, const M: usize>(&self, tile: Tile) {
+        let Tile { block, weights, row: m, totals, prefetch } = tile;
+        let first = block * PAIRS * X::PAIR_BYTES;
+        let inputs: [_; M] = std::array::from_fn(|i| self.input_row::<X>(m + i).wrapping_add(first));
         let weight_scales = self.product.weight_scales(self.first());
-        for i in 0..M {
-            let scale = block_scale(weight_scales, self.product.input_scales(m + i), block);
-            for v in 0..VECTORS {
-                // SAFETY: the caller's totals; those before the first block are not there yet.
-                unsafe {
-                    let total = totals.add(i * VECTORS + v);
-                    let before = if block == 0 { _mm512_setzero_ps() } else { *total };
-                    *total = promote(scale, sums[i][v], before);
+        // A factor of one leaves a block's sum as it is.
+        let scales: [f32; M] = std::array::from_fn(|i| {
+            block_scale(weight_scales, self.product.input_scales(m + i), block).unwrap_or(1.0)
+        });
+        let pair_bytes = W::FORMAT.pair_bytes();
+        for half in 0..2 {
+            let weights = weights.wrapping_add(half * pair_bytes / 2);
+            // SAFETY: the block's pairs are in weights and inputs.
+            let sums = unsafe {
+                if prefetch {
+                    self.half::<X, M, true>(weights, &inputs, self.pairs(block))
+                } else {
+                    self.half::<X, M, false>(weights, &inputs, self.pairs(block))
+                }
+            };
+            for i in 0..M {
+                for v in 0..HALF {
+                    // SAFETY: the caller's totals.
+                    unsafe {
+                        let total = totals.add(i * VECTORS + half * HALF + v);
+                        *total = _mm512_fmadd_ps(sums[i][v], _mm512_set1_ps(scales[i]), *total);
+                    }
                 }
             }
         }
-        M
+    }
+
+    /// Sums of `M` rows over `pairs` pairs of columns; asks for the same half of the next block if `PREFETCH`.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16")]
+    unsafe fn half<X: decode::Inputs, const M: usize, const PREFETCH: bool>(
+        &self,
+        weights: *const u8,
+        inputs: &[*const u8; M],
+        pairs: usize,
+    ) -> Sums<M, HALF> {
+        let pair_bytes = W::FORMAT.pair_bytes();
+        let mut sums: Sums<M, HALF> = [[_mm512_setzero_ps(); HALF]; M];
+        for pair in 0..pairs {
+            // SAFETY: the caller's promise; a prefetch touches nothing.
+            unsafe {
+                let at = weights.add(pair * pair_bytes);
+                if PREFETCH {
+                    for line in 0..pair_bytes / 128 {
+                        _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(PAIRS * pair_bytes + 64 * line).cast());
+                    }
+                }
+                X::multiply_add(&mut sums, &self.weights.load_half(at), inputs, pair);
+            }
+        }
+        sums
     }
 }
 
