@@ -194,16 +194,33 @@ impl Walk<'_> {
     }
 
     /// Divides the sums and hands them out.
-    fn finish(&mut self, scratch: &Scratch<'_>) {
+    ///
+    /// # Safety
+    /// The machine has `V`'s instruction set.
+    #[inline(always)]
+    unsafe fn finish<V: Vector>(&mut self, scratch: &Scratch<'_>) {
         let latent = self.shape.latent;
         let latent_padded = padded(self.shape).0;
-        for (i, out) in self.out.chunks_exact_mut(latent.max(1)).enumerate() {
-            let total = scratch.totals[i];
-            let row = self.rows[(self.first + i) / self.shape.heads];
-            let empty = row.context as usize <= self.shape.first;
-            for (out, sum) in out.iter_mut().zip(&scratch.sums[i * latent_padded..]) {
-                *out = if empty { 0.0 } else { sum / total };
+        let mut i = 0;
+        while i < self.queries {
+            let empty = self.context(i) <= self.shape.first;
+            let out = &mut self.out[i * latent..(i + 1) * latent];
+            let sums = &scratch.sums[i * latent_padded..(i + 1) * latent_padded];
+            if empty {
+                out.fill(0.0);
+            } else {
+                // SAFETY: the machine has the instruction set; as many sums as outputs, padded to whole vectors.
+                unsafe {
+                    let total = V::splat(scratch.totals[i]);
+                    let mut channel = 0;
+                    while channel < latent {
+                        let value = V::load(sums.as_ptr().add(channel)).div(total);
+                        value.store_partial(out.as_mut_ptr().add(channel), latent - channel);
+                        channel += V::LANES;
+                    }
+                }
             }
+            i += 1;
         }
     }
 }
@@ -236,7 +253,8 @@ impl Operation for Walk<'_> {
             }
             token += TOKENS;
         }
-        self.finish(&scratch);
+        // SAFETY: the machine has the instruction set.
+        unsafe { self.finish::<V>(&scratch) };
     }
 }
 

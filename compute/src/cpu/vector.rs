@@ -11,6 +11,8 @@ mod avx512;
 mod portable;
 
 use super::Isa;
+#[cfg(target_arch = "x86_64")]
+pub(super) use avx512::broadcast;
 
 /// The most lanes of any instruction set.
 pub(super) const LANES_MAX: usize = 16;
@@ -24,6 +26,12 @@ pub(super) trait Vector: Copy {
     const LANES: usize;
 
     unsafe fn splat(x: f32) -> Self;
+    /// The value at `at` in every lane.
+    #[inline(always)]
+    unsafe fn broadcast(at: *const f32) -> Self {
+        // SAFETY: the same contract.
+        unsafe { Self::splat(*at) }
+    }
     unsafe fn load(at: *const f32) -> Self;
     unsafe fn store(self, at: *mut f32);
     /// From little-endian bf16.
@@ -49,6 +57,14 @@ pub(super) trait Vector: Copy {
     unsafe fn power_of_two(self) -> Self;
     /// The sums over the lanes of four vectors, each in the same fixed tree.
     unsafe fn sum4(vectors: [Self; 4]) -> [f32; 4];
+
+    /// [`Self::sum4`] of each of the four.
+    #[inline(always)]
+    unsafe fn sum4x4(vectors: [[Self; 4]; 4]) -> [[f32; 4]; 4] {
+        let [a, b, c, d] = vectors;
+        // SAFETY: the same contract.
+        unsafe { [Self::sum4(a), Self::sum4(b), Self::sum4(c), Self::sum4(d)] }
+    }
 
     /// 64 E4M3 codes times `scale`.
     #[inline(always)]

@@ -295,16 +295,38 @@ unsafe fn dot<V: Vector, const Q: usize>(
             }
             channel += V::LANES;
         }
+        if let Some(sums) = four(&sums) {
+            let values = V::sum4x4(*sums);
+            let mut q = 0;
+            while q < 4 {
+                store_scores(values[q], scale, scores.add(q * TOKENS));
+                q += 1;
+            }
+            return;
+        }
         let mut q = 0;
         while q < Q {
-            let values = V::sum4(sums[q]);
-            let mut t = 0;
-            while t < 4 {
-                *scores.add(q * TOKENS + t) = values[t] * scale;
-                t += 1;
-            }
+            store_scores(V::sum4(sums[q]), scale, scores.add(q * TOKENS));
             q += 1;
         }
+    }
+}
+
+/// All of them, if they are four.
+#[inline(always)]
+fn four<T>(of: &[T]) -> Option<&[T; 4]> {
+    of.try_into().ok()
+}
+
+/// # Safety
+/// Room for four scores.
+#[inline(always)]
+unsafe fn store_scores(values: [f32; 4], scale: f32, scores: *mut f32) {
+    let mut t = 0;
+    while t < 4 {
+        // SAFETY: the caller's promise.
+        unsafe { *scores.add(t) = values[t] * scale };
+        t += 1;
     }
 }
 
@@ -368,7 +390,7 @@ impl Sum {
                 }
                 q = 0;
                 while q < Q {
-                    let weight = V::splat(*self.weights.add(q * TOKENS + t));
+                    let weight = V::broadcast(self.weights.add(q * TOKENS + t));
                     c = 0;
                     while c < C {
                         sums[q][c] = weight.mul_add(row[c], sums[q][c]);

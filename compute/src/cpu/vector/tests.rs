@@ -106,7 +106,7 @@ fn e4m3_and_bf16_are_those_of_scalar_code() {
     }
 }
 
-/// The four sums of [`Vector::sum4`] come out of one tree: a vector's place among the four has no influence.
+/// The sums of [`Vector::sum4`] and [`Vector::sum4x4`] come out of one tree: a vector's place has no influence.
 struct SumPlaces<'a>(&'a [f32], &'a mut Vec<f32>);
 
 impl Operation for SumPlaces<'_> {
@@ -117,6 +117,11 @@ impl Operation for SumPlaces<'_> {
             self.1.extend(V::sum4([a, a, a, a]));
             self.1.extend([V::sum4([a, b, b, b])[0], V::sum4([b, a, b, b])[1]]);
             self.1.extend([V::sum4([b, b, a, b])[2], V::sum4([b, b, b, a])[3], a.sum()]);
+            for i in 0..16 {
+                let mut vectors = [[b; 4]; 4];
+                vectors[i / 4][i % 4] = a;
+                self.1.push(V::sum4x4(vectors)[i / 4][i % 4]);
+            }
             let exact: f64 = self.0[..V::LANES].iter().map(|&x| f64::from(x)).sum();
             assert!((f64::from(self.1[0]) - exact).abs() < 1e-4, "{} for {exact}", self.1[0]);
         }

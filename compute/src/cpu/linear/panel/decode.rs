@@ -2,6 +2,7 @@
 
 use std::arch::x86_64::*;
 
+use super::super::super::vector::broadcast;
 use crate::fp8::bf16_byte_table;
 use crate::panels::{PanelFormat, VECTORS};
 
@@ -107,28 +108,6 @@ impl Weights for Fp8Weights {
         let high = _mm512_ternarylogic_epi64::<0xF8>(high, codes, _mm512_set1_epi8(-128));
         [_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)]
     }
-}
-
-/// The 32 bits at `from + index` in every lane. By hand, because the compiler takes `vbroadcastss` for what goes into
-/// float arithmetic, which on Zen 4 occupies a unit that the products need (174 against 222 GFLOP/s).
-///
-/// # Safety
-/// The machine has AVX-512; the 32 bits can be read.
-#[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn broadcast(from: *const u32, index: usize) -> __m512i {
-    let lanes: __m512i;
-    // SAFETY: reads the 32 bits that the caller promises, and nothing else.
-    unsafe {
-        std::arch::asm!(
-            "vpbroadcastd {lanes}, dword ptr [{from} + 4 * {index}]",
-            lanes = lateout(zmm_reg) lanes,
-            from = in(reg) from,
-            index = in(reg) index,
-            options(pure, readonly, nostack, preserves_flags),
-        );
-    }
-    lanes
 }
 
 /// bf16, two inputs at a time.
