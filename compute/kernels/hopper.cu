@@ -44,6 +44,22 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
                  "DONE: }" ::"r"(barrier), "r"(parity) : "memory");
 }
 
+// The copy unit sees barriers made so far.
+__device__ __forceinline__ void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// Arrives and awaits `bytes` of the copy unit's.
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("{ .reg .b64 s; mbarrier.arrive.expect_tx.shared::cta.b64 s, [%0], %1; }" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// A box of a matrix that the host described, its corner at (column, row), to shared memory; counts its bytes at `barrier`.
+__device__ __forceinline__ void copy_box(u32 to, const void *map, u32 column, u32 row, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+                     to),
+                 "l"(map), "r"(column), "r"(row), "r"(barrier)
+                 : "memory");
+}
+
 // A barrier among `threads` of a block.
 __device__ __forceinline__ void some_sync(u32 id, u32 threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -166,6 +182,21 @@ template <> struct MmaBf16<256> {
     }
     static __device__ __forceinline__ void across(float (&d)[128], u64 a, u64 b, u32 accumulate) {
         WGMMA("m64n256k16.f32.bf16.bf16", 128, 128, 129, 130, ", 0, 1");
+    }
+};
+
+// f16, 16 of K, as MmaBf16.
+template <u32 COLUMNS> struct MmaF16;
+
+template <> struct MmaF16<64> {
+    static __device__ __forceinline__ void run(float (&d)[32], u64 a, u64 b, u32 accumulate) {
+        WGMMA("m64n64k16.f32.f16.f16", 32, 32, 33, 34, ", 0, 0");
+    }
+};
+
+template <> struct MmaF16<128> {
+    static __device__ __forceinline__ void across(float (&d)[64], u64 a, u64 b, u32 accumulate) {
+        WGMMA("m64n128k16.f32.f16.f16", 64, 64, 65, 66, ", 0, 1");
     }
 };
 

@@ -1,21 +1,27 @@
 // MLA in its absorbed form over the paged cache on Hopper's matrix unit, for FP8 rows of 512 + 64 channels: DeepSeek-V2's
-// and V3's widths. Queries and results are bf16, sums f32.
+// and V3's widths. Queries and results are bf16, sums f32; latents, weights and latent queries are multiplied as f16, which
+// holds a cached code exactly and its product with a scale to 11 bits, keys of the rotation as the bf16 they are.
 //
 // A block has one query row, 64 of its heads (fewer are padded with zeros) and SPLIT tokens of its context, which it walks
-// in tiles of 64 with an online softmax. One warpgroup decodes cache rows to bf16 in shared memory, a tile ahead; two
-// multiply: each scores half of a tile's tokens and sums up half of the channels. Where a context is longer than SPLIT, its
-// parts are stored in f32 and mla_combine adds them in order. Splits lie at fixed positions, so that what a head gets does
-// not depend on the heads, rows or contexts beside it. Rows past the context are never read.
+// in tiles of 64 with an online softmax. Four warpgroups: one decodes cache rows into shared memory, a tile ahead; one
+// scores; two sum up, half of the channels each, while the next tile is scored. Where a context is longer than SPLIT, its
+// parts are stored and mla_combine adds them in order. Splits lie at fixed positions, so that what a head gets does not
+// depend on the heads, rows or contexts beside it. Rows past the context are never read.
 
 #define LATENT 512u
 #define ROPE 64u
 #define TOKENS 64u
 #define HEADS 64u
-#define THREADS 384u
+#define THREADS 512u
 #define SPLIT 1024u
+// Fewer tokens in a block of the cache are not for this kernel.
+#define BLOCK_TOKENS_MIN 16u
 // 64 rows of 64 channels: what the matrix unit's 128-byte swizzle spans.
 #define PIECE 8192u
 #define PIECES ((LATENT + ROPE) / 64)
+// A row's sums are scaled down only when its largest score has grown by more than this (a power of two): weights stay below
+// 2^8, far from f16's largest.
+#define GROWTH 8.0f
 
 // As in mla_attention.cu; q_latent, q_rope and out are bf16.
 struct Attention {
@@ -28,27 +34,10 @@ struct Attention {
     u32 heads, latent, rope;
     float scale;
     u32 first, splits;
-    // [rows, heads, splits, 512] and their (largest score, sum of weights).
-    float *parts;
+    // [rows, heads, splits, 512] weighted means in f16, and their (reference score, sum of weights).
+    u16 *parts;
     float2 *part_sums;
 };
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-// Two floats as bf16, the first in the low half.
-__device__ __forceinline__ u32 pack(float low, float high) {
-    u32 bits;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
-    return bits;
-}
-
-// Four E4M3 codes times a scale, as bf16.
-__device__ __forceinline__ uint2 decode(u32 codes, float scale) {
-    float v[4];
-    from_e4m3x2((u16)codes, v[0], v[1]);
-    from_e4m3x2((u16)(codes >> 16), v[2], v[3]);
-    return make_uint2(pack(v[0] * scale, v[1] * scale), pack(v[2] * scale, v[3] * scale));
-}
 
 __device__ __forceinline__ float exp2_of(float x) {
     float y;
@@ -56,47 +45,63 @@ __device__ __forceinline__ float exp2_of(float x) {
     return y;
 }
 
-// A quarter of a cache row: 128 latent codes, in 16-byte chunks 64 apart, a scale, and 16 channels of the key.
-struct Raw {
-    uint4 codes[8], key[2];
-    float scale;
+// Two floats as bf16 or f16, the first in the low half.
+__device__ __forceinline__ u32 pack_bf16(float low, float high) {
+    u32 bits;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+}
+
+__device__ __forceinline__ u32 pack_f16(float low, float high) {
+    u32 bits;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+}
+
+__device__ __forceinline__ float2 unpack_f16(u32 bits) {
+    float2 x;
+    asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }" : "=f"(x.x), "=f"(x.y) : "r"(bits));
+    return x;
+}
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// Two bf16 as f16; what is too large for one becomes the largest.
+__device__ __forceinline__ u32 to_f16(u32 bits) {
+    float x = __uint_as_float(bits << 16), y = __uint_as_float(bits & 0xFFFF0000u), most = 65504.0f;
+    x = x > most ? most : x < -most ? -most : x;
+    y = y > most ? most : y < -most ? -most : y;
+    return pack_f16(x, y);
+}
+
+__device__ __forceinline__ u32 times(u32 x, u32 y) {
+    u32 product;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(x), "r"(y));
+    return product;
+}
+
+// A scale as f16 twice: what lies in 1..2, and a power of two. Latents beyond 57,000 are cut off.
+struct Scale {
+    u32 fraction, power;
+
+    __device__ __forceinline__ Scale(float scale) {
+        u32 bits = __float_as_uint(fminf(scale, 127.0f));
+        float f = __uint_as_float((bits & 0x7FFFFFu) | 0x3F800000u), p = __uint_as_float(bits & 0x7F800000u);
+        fraction = pack_f16(f, f), power = pack_f16(p, p);
+    }
+
+    // Four E4M3 codes times the scale.
+    __device__ __forceinline__ uint2 decode(u32 codes) const {
+        uint2 v;
+        asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b; }"
+            : "=r"(v.x), "=r"(v.y)
+            : "r"(codes));
+        return make_uint2(times(times(v.x, fraction), power), times(times(v.y, fraction), power));
+    }
 };
 
-// The block of a position, 0 for one past the end: asked for a tile before it is needed, since the rows wait for it.
-__device__ __forceinline__ u32 block_of(const Attention &a, const u32 *table, u32 position, u32 end) {
-    return position < end ? table[position / a.block_tokens] : 0;
-}
-
-__device__ __forceinline__ void fetch(const Attention &a, u32 block, u32 position, u32 end, u32 part, Raw &raw) {
-    if (position >= end) {
-#pragma unroll
-        for (u32 i = 0; i < 8; i++) raw.codes[i] = make_uint4(0, 0, 0, 0);
-        raw.key[0] = raw.key[1] = make_uint4(0, 0, 0, 0);
-        raw.scale = 0.0f;
-        return;
-    }
-    require(block < a.blocks);
-    const u8 *row = a.pool + block * a.block_stride + a.layer_offset + (u64)(position % a.block_tokens) * a.row_bytes;
-#pragma unroll
-    for (u32 i = 0; i < 8; i++) raw.codes[i] = *(const uint4 *)(row + 16 * (part + 4 * i));
-#pragma unroll
-    for (u32 i = 0; i < 2; i++) raw.key[i] = *(const uint4 *)(row + LATENT + 16 + 16 * (part + 4 * i));
-    raw.scale = *(const float *)(row + LATENT + 4 * part);
-}
-
-__device__ __forceinline__ void spread(u8 *tiles, u32 token, u32 part, const Raw &raw) {
-    u32 lane = threadIdx.x % WARP;
-#pragma unroll
-    for (u32 i = 0; i < 8; i++) {
-        // Chunk part + 4 i of 16 channels lies in scale group i / 2, which thread i / 2 of the token's four has.
-        float scale = __shfl_sync(ALL, raw.scale, (lane & ~3u) + i / 2);
-        uint2 low = decode(raw.codes[i].x, scale), high = decode(raw.codes[i].y, scale);
-        *(uint4 *)(tiles + i * PIECE + swizzled(token, 2 * part)) = make_uint4(low.x, low.y, high.x, high.y);
-        low = decode(raw.codes[i].z, scale), high = decode(raw.codes[i].w, scale);
-        *(uint4 *)(tiles + i * PIECE + swizzled(token, 2 * part + 1)) = make_uint4(low.x, low.y, high.x, high.y);
-    }
-#pragma unroll
-    for (u32 i = 0; i < 2; i++) *(uint4 *)(tiles + 8 * PIECE + swizzled(token, part + 4 * i)) = raw.key[i];
+__device__ __forceinline__ void store16(u32 to, uint2 low, uint2 high) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(low.x), "r"(low.y), "r"(high.x), "r"(high.y) : "memory");
 }
 
 // b with its columns contiguous: 64 of them a piece, pieces PIECE apart, 8 of K 1,024 bytes apart.
@@ -106,82 +111,148 @@ __device__ __forceinline__ u64 tile_across(u32 address) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_attention_wgmma(const __grid_constant__ Attention a) {
     extern __shared__ u8 memory[];
-    __shared__ float maxima[2][HEADS];
-    __shared__ u64 barriers[4];
+    // Of each head: how far a tile scales its sums down; at the end its reference score and sum of weights.
+    __shared__ float corrections[HEADS], references[HEADS], totals[HEADS];
+    __shared__ u64 barriers[5];
+    __shared__ volatile u32 span[2];
+    // The blocks of its part.
+    __shared__ u32 table[SPLIT / BLOCK_TOKENS_MIN + 1];
     u32 first = blockIdx.x * HEADS, heads = min(HEADS, a.heads - first), row = blockIdx.y;
     // What is seen, and this block's part of it.
     u32 context = a.contexts[row], seen = context > a.first ? context - a.first : 0;
     if (blockIdx.z > 0 && blockIdx.z * SPLIT >= seen) return;
     u32 start = a.first + blockIdx.z * SPLIT, end = min(a.first + seen, start + SPLIT);
-    const u32 *table = a.tables + a.starts[row];
-    require((u64)a.starts[row] + div_up(context, a.block_tokens) <= a.table_len && seen <= a.splits * SPLIT);
+    u32 listed = a.starts[row], first_block = start / a.block_tokens;
+    require((u64)listed + div_up(context, a.block_tokens) <= a.table_len && seen <= a.splits * SPLIT);
+    for (u32 i = threadIdx.x; start < end && i <= (end - 1) / a.block_tokens - first_block; i += THREADS) {
+        table[i] = a.tables[listed + first_block + i];
+        require(table[i] < a.blocks);
+    }
     u32 shift = (1024 - ((u32)__cvta_generic_to_shared(memory) & 1023)) & 1023;
     u8 *queries = memory + shift, *weights = queries + PIECES * PIECE, *cache = weights + PIECE;
     u32 queries_at = (u32)__cvta_generic_to_shared(queries), weights_at = queries_at + PIECES * PIECE;
-    u32 cache_at = weights_at + PIECE, full = (u32)__cvta_generic_to_shared(barriers), empty = full + 16;
-    u32 thread = threadIdx.x, lane = thread % WARP, tiles = div_up(end - start, TOKENS);
+    u32 cache_at = weights_at + PIECE;
+    // Of the two stages: decoded, summed up. Of the weights: written.
+    u32 full = (u32)__cvta_generic_to_shared(barriers), empty = full + 16, weighed = full + 32;
+    u32 thread = threadIdx.x, lane = thread % WARP;
+    // Read back by each role: kept across their parting, these would cost registers that a role has not got.
+    if (thread == 0) span[0] = start, span[1] = end;
     if (thread < 2) barrier_init(full + 8 * thread, 4), barrier_init(empty + 8 * thread, 8);
-    // Queries, 8 channels at a time.
-    u64 query = (u64)row * a.heads + first;
-    for (u32 i = thread; i < HEADS * PIECES * 8; i += THREADS) {
-        u32 head = i / (PIECES * 8), chunk = i % (PIECES * 8);
-        const u16 *q = chunk < LATENT / 8 ? a.q_latent + (query + head) * LATENT + 8 * chunk
-                                          : a.q_rope + (query + head) * ROPE + 8 * (chunk - LATENT / 8);
-        uint4 bits = head < heads ? *(const uint4 *)q : make_uint4(0, 0, 0, 0);
-        *(uint4 *)(queries + chunk / 8 * PIECE + swizzled(head, chunk % 8)) = bits;
-    }
-    written_for_matrix_unit();
+    if (thread == 2) barrier_init(weighed, 4);
     __syncthreads();
+    u32 query = row * a.heads + first;
+
+    // A thread's heads are `head` and eight more.
+    u32 head = thread % 128 / WARP * 16 + lane / 4;
+    // By all but those that decode; 8 channels at a time.
+    auto load_queries = [&]() {
+        // Six threads a head copy 12 chunks each and then make f16 of their own.
+        u32 own = thread - 128, line = own / 6, from = own % 6, present = line < heads ? 16 : 0;
+        const u16 *latents = a.q_latent + (u64)(query + (present ? line : 0)) * LATENT;
+        const u16 *keys = a.q_rope + (u64)(query + (present ? line : 0)) * ROPE;
+#pragma unroll
+        for (u32 i = 0; i < 12; i++) {
+            u32 chunk = from + 6 * i;
+            const u16 *q = chunk < LATENT / 8 ? latents + 8 * chunk : keys + 8 * chunk - LATENT;
+            copy16(queries_at + chunk / 8 * PIECE + swizzled(line, chunk % 8), q, present);
+        }
+        copies_commit();
+        copies_wait<0>();
+#pragma unroll
+        for (u32 i = 0; i < 12; i++) {
+            u32 chunk = from + 6 * i;
+            if (chunk >= LATENT / 8) continue;
+            uint4 *at = (uint4 *)(queries + chunk / 8 * PIECE + swizzled(line, chunk % 8)), bits = *at;
+            *at = make_uint4(to_f16(bits.x), to_f16(bits.y), to_f16(bits.z), to_f16(bits.w));
+        }
+        written_for_matrix_unit();
+        some_sync(1, THREADS - 128);
+    };
 
     if (thread < 128) {
-        // Three warpgroups start with 168 registers a thread: what one gives up the others may take.
-        registers_down<120>();
-        u32 token = thread / 4, part = thread % 4;
-        u32 at = start + token;
-        Raw low, high;
-        fetch(a, block_of(a, table, at, end), at, end, part, low);
-        u32 high_block = block_of(a, table, at + 32, end), low_block = block_of(a, table, at + TOKENS, end);
-        for (u32 i = 0; i < tiles; i++, at += TOKENS) {
-            u32 stage = i % 2;
-            u32 next_high = block_of(a, table, at + TOKENS + 32, end), next_low = block_of(a, table, at + 2 * TOKENS, end);
-            fetch(a, high_block, at + 32, end, part, high);
+        registers_down<112>();
+        u32 start = span[0], end = span[1], tiles = div_up(end - start, TOKENS);
+        // 16 tokens at a time, eight threads a token: each has a 16-byte chunk of every scale's 128 codes and one of the key.
+        // A tile's four batches are under way while those of the tile before are decoded.
+        // A token's threads differ in bits 0, 1 and 3, so that eight in a row store to eight banks of 16 bytes.
+        u32 part = thread % 4 + thread / 8 % 2 * 4, token = thread / 16 * 2 + thread / 4 % 2;
+        u32 at = start + token, to_low = cache_at + part / 4 * PIECE + swizzled(token, part % 4 * 2);
+        u32 to_key = cache_at + 8 * PIECE + swizzled(token, part);
+        u32 shift = (a.block_tokens & (a.block_tokens - 1)) == 0 ? 31 - __clz(a.block_tokens) : 32;
+        const u8 *pool = a.pool + a.layer_offset + 16 * part;
+        uint4 codes[4][4], key[4];
+        float scales[4];
+        auto fetch = [&](u32 batch, u32 position) {
+            if (position < end) {
+                u32 block = shift < 32 ? position >> shift : position / a.block_tokens;
+                u32 line = position - block * a.block_tokens;
+                const u8 *row = pool + table[block - first_block] * a.block_stride + line * a.row_bytes;
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) codes[batch][i] = *(const uint4 *)(row + 128 * i);
+                key[batch] = *(const uint4 *)(row + LATENT + 16);
+                scales[batch] = *(const float *)(row + LATENT - 16 * part + 4 * (part % 4));
+            } else {
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) codes[batch][i] = make_uint4(0, 0, 0, 0);
+                key[batch] = make_uint4(0, 0, 0, 0);
+                scales[batch] = 0.0f;
+            }
+        };
+#pragma unroll
+        for (u32 batch = 0; batch < 4; batch++) fetch(batch, at + 16 * batch);
+        for (u32 i = 0; i < tiles; i++) {
+            u32 stage = i % 2, low_at = to_low + stage * PIECES * PIECE, high_at = low_at ^ 16;
+            at += TOKENS;
             if (i >= 2) barrier_wait(empty + 8 * stage, (i / 2 - 1) & 1);
-            spread(cache + stage * PIECES * PIECE, token, part, low);
-            fetch(a, low_block, at + TOKENS, end, part, low);
-            spread(cache + stage * PIECES * PIECE, token + 32, part, high);
-            high_block = next_high, low_block = next_low;
-            written_for_matrix_unit();
+#pragma unroll
+            for (u32 batch = 0; batch < 4; batch++) {
+                float share[4];
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) share[i] = __shfl_sync(ALL, scales[batch], (lane & ~11u) + i);
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) {
+                    Scale scale(share[i]);
+                    uint4 now = codes[batch][i];
+                    u32 offset = batch * 2048 + 2 * i * PIECE;
+                    store16(low_at + offset, scale.decode(now.x), scale.decode(now.y));
+                    store16(high_at + offset, scale.decode(now.z), scale.decode(now.w));
+                }
+                uint4 now = key[batch];
+                store16(to_key + stage * PIECES * PIECE + batch * 2048, make_uint2(now.x, now.y), make_uint2(now.z, now.w));
+                fetch(batch, at + 16 * batch);
+            }
+            // The fence between these stores and the matrix unit is the readers': here it would wait for the loads under way.
             __syncwarp();
             if (lane == 0) barrier_arrive(full + 8 * stage);
         }
-    } else {
-        registers_up<192>();
-        // Which half of a tile's tokens it scores, and of the channels it sums up.
-        u32 half = thread / 128 - 1, head = thread % 128 / WARP * 16 + lane / 4;
+    } else if (thread < 256) {
+        registers_down<80>();
+        u32 start = span[0], end = span[1], tiles = div_up(end - start, TOKENS);
+        load_queries();
         float scale = a.scale * 1.4426950408889634f;
-        float largest[2] = {-INFINITE, -INFINITE}, total[2] = {0.0f, 0.0f}, sums[128];
-#pragma unroll
-        for (u32 i = 0; i < 128; i++) sums[i] = 0.0f;
+        float reference[2] = {-INFINITE, -INFINITE}, total[2] = {0.0f, 0.0f};
         for (u32 i = 0; i < tiles; i++) {
             u32 stage = i % 2, tile_at = cache_at + stage * PIECES * PIECE, left = end - start - i * TOKENS;
             barrier_wait(full + 8 * stage, i / 2 & 1);
-            float scores[16];
+            written_for_matrix_unit();
+            float scores[32];
             mma_begin();
 #pragma unroll
             for (u32 piece = 0; piece < PIECES; piece++) {
-                u64 q = tile(queries_at + piece * PIECE), k = tile(tile_at + piece * PIECE + half * 4096);
+                u64 q = tile(queries_at) + piece * (PIECE >> 4), k = tile(tile_at) + piece * (PIECE >> 4);
 #pragma unroll
                 for (u32 step = 0; step < 4; step++) {
-                    MmaBf16<32>::run(scores, q + 2 * step, k + 2 * step, piece + step > 0);
+                    if (piece < PIECES - 1) MmaF16<64>::run(scores, q + 2 * step, k + 2 * step, piece + step > 0);
+                    else MmaBf16<64>::run(scores, q + 2 * step, k + 2 * step, 1);
                 }
             }
             mma_commit();
             mma_wait<0>();
-            // A thread's heads are `head` and eight more, its tokens pairs, eight apart.
-            float most[2] = {-INFINITE, -INFINITE};
+            // Its tokens are pairs, eight apart.
+            float most[2] = {-INFINITE, -INFINITE}, correction[2];
 #pragma unroll
-            for (u32 j = 0; j < 16; j++) {
-                u32 token = half * 32 + j / 4 * 8 + lane % 4 * 2 + j % 2;
+            for (u32 j = 0; j < 32; j++) {
+                u32 token = j / 4 * 8 + lane % 4 * 2 + j % 2;
                 scores[j] = token < left ? scores[j] * scale : -INFINITE;
                 most[j % 4 / 2] = fmaxf(most[j % 4 / 2], scores[j]);
             }
@@ -189,90 +260,127 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_attention_wgmma(con
             for (u32 j = 0; j < 2; j++) {
                 most[j] = fmaxf(most[j], __shfl_xor_sync(ALL, most[j], 1));
                 most[j] = fmaxf(most[j], __shfl_xor_sync(ALL, most[j], 2));
-                if (lane % 4 == 0) maxima[half][head + 8 * j] = most[j];
-            }
-            some_sync(1, 256);
-            float correction[2];
-#pragma unroll
-            for (u32 j = 0; j < 2; j++) {
-                float next = fmaxf(largest[j], fmaxf(maxima[0][head + 8 * j], maxima[1][head + 8 * j]));
-                correction[j] = exp2_of(largest[j] - next);
-                largest[j] = next;
+                float next = most[j] > reference[j] + GROWTH ? most[j] : reference[j];
+                correction[j] = next == reference[j] ? 1.0f : exp2_of(reference[j] - next);
+                reference[j] = next;
                 total[j] *= correction[j];
             }
+            u32 bits[16];
 #pragma unroll
-            for (u32 j = 0; j < 8; j++) {
+            for (u32 j = 0; j < 16; j++) {
                 u32 which = j % 2;
-                u32 bits = pack(exp2_of(scores[2 * j] - largest[which]), exp2_of(scores[2 * j + 1] - largest[which]));
+                bits[j] = pack_f16(exp2_of(scores[2 * j] - reference[which]), exp2_of(scores[2 * j + 1] - reference[which]));
                 // What is summed is what weighs: the rounded value.
-                total[which] += from_bf16((u16)bits) + from_bf16((u16)(bits >> 16));
-                u32 chunk = half * 4 + j / 2;
-                *(u32 *)(weights + swizzled(head + 8 * which, chunk) + lane % 4 * 4) = bits;
+                float2 rounded = unpack_f16(bits[j]);
+                total[which] += rounded.x + rounded.y;
             }
-            if (correction[0] != 1.0f || correction[1] != 1.0f) {
+            // The weights of the tile before have been used.
+            if (i > 0) barrier_wait(empty + 8 * (stage ^ 1), (i - 1) / 2 & 1);
 #pragma unroll
-                for (u32 j = 0; j < 128; j++) sums[j] *= correction[j % 4 / 2];
+            for (u32 j = 0; j < 16; j++) {
+                *(u32 *)(weights + swizzled(head + 8 * (j % 2), j / 2) + lane % 4 * 4) = bits[j];
             }
+            if (lane % 4 == 0) corrections[head] = correction[0], corrections[head + 8] = correction[1];
             written_for_matrix_unit();
-            some_sync(1, 256);
+            __syncwarp();
+            if (lane == 0) barrier_arrive(weighed);
+        }
+#pragma unroll
+        for (u32 j = 0; j < 2; j++) {
+            total[j] += __shfl_xor_sync(ALL, total[j], 1);
+            total[j] += __shfl_xor_sync(ALL, total[j], 2);
+            if (lane % 4 == 0) references[head + 8 * j] = reference[j], totals[head + 8 * j] = total[j];
+        }
+        some_sync(1, THREADS - 128);
+    } else {
+        registers_up<160>();
+        u32 start = span[0], end = span[1], tiles = div_up(end - start, TOKENS);
+        load_queries();
+        u32 half = thread / 128 - 2;
+        // 128 channels each: an instruction's registers must fit what a thread starts with.
+        float sums[2][64];
+#pragma unroll
+        for (u32 i = 0; i < 128; i++) sums[i / 64][i % 64] = 0.0f;
+        for (u32 i = 0; i < tiles; i++) {
+            u32 stage = i % 2, tile_at = cache_at + stage * PIECES * PIECE;
+            barrier_wait(weighed, i & 1);
+            float low = corrections[head], high = corrections[head + 8];
+            if (__any_sync(ALL, low != 1.0f || high != 1.0f)) {
+#pragma unroll
+                for (u32 j = 0; j < 128; j++) sums[j / 64][j % 64] *= j % 4 / 2 ? high : low;
+            }
+            barrier_wait(full + 8 * stage, i / 2 & 1);
+            written_for_matrix_unit();
             mma_begin();
 #pragma unroll
             for (u32 step = 0; step < 4; step++) {
-                u64 v = tile_across(tile_at + half * 4 * PIECE + step * 2048);
-                MmaBf16<256>::across(sums, tile(weights_at) + 2 * step, v, 1);
+                u64 w = tile(weights_at) + 2 * step, v = tile_across(tile_at + half * 4 * PIECE) + step * 128;
+                MmaF16<128>::across(sums[0], w, v, 1);
+                MmaF16<128>::across(sums[1], w, v + 2 * (PIECE >> 4), 1);
             }
             mma_commit();
             mma_wait<0>();
             if (lane == 0) barrier_arrive(empty + 8 * stage);
         }
-        some_sync(1, 256);
+        some_sync(1, THREADS - 128);
+        // Means, by way of shared memory: what this warpgroup alone read of the last tile.
+        bool whole = seen <= SPLIT;
+        u8 *staged = cache + (tiles + 1) % 2 * PIECES * PIECE + half * 4 * PIECE;
+        float low = 1.0f / totals[head], high = 1.0f / totals[head + 8];
+        if (tiles == 0) low = high = 0.0f;
 #pragma unroll
-        for (u32 j = 0; j < 2; j++) {
-            total[j] += __shfl_xor_sync(ALL, total[j], 1);
-            total[j] += __shfl_xor_sync(ALL, total[j], 2);
-            if (lane % 4 == 0) maxima[half][head + 8 * j] = total[j];
+        for (u32 i = 0; i < 64; i++) {
+            float share = i % 2 ? high : low, x = sums[i / 32][2 * i % 64] * share, y = sums[i / 32][2 * i % 64 + 1] * share;
+            u32 at = swizzled(head + 8 * (i % 2), i / 2 % 8) + lane % 4 * 4;
+            *(u32 *)(staged + i / 16 * PIECE + at) = whole ? pack_bf16(x, y) : pack_f16(x, y);
         }
-        some_sync(1, 256);
-#pragma unroll
-        for (u32 j = 0; j < 2; j++) {
-            u32 own = head + 8 * j;
-            if (own >= heads) continue;
-            total[j] = maxima[0][own] + maxima[1][own];
-            u64 part = (query + own) * a.splits + blockIdx.z;
-            if (seen > SPLIT && half == 0 && lane % 4 == 0) a.part_sums[part] = make_float2(largest[j], total[j]);
-#pragma unroll
-            for (u32 i = 0; i < 32; i++) {
-                float x = sums[4 * i + 2 * j], y = sums[4 * i + 2 * j + 1];
-                u32 channel = half * 256 + 8 * i + lane % 4 * 2;
-                if (seen > SPLIT) *(float2 *)(a.parts + part * LATENT + channel) = make_float2(x, y);
-                else *(u32 *)(a.out + (query + own) * LATENT + channel) =
-                    seen == 0 ? 0 : pack(x / total[j], y / total[j]);
-            }
+        if (half) some_sync(3, 128);
+        else some_sync(2, 128);
+        for (u32 i = thread % 128; i < heads * 32; i += 128) {
+            u32 own = i / 32, chunk = i % 32;
+            uint4 bits = *(const uint4 *)(staged + chunk / 8 * PIECE + swizzled(own, chunk % 8));
+            u64 to = whole ? query + own : (u64)(query + own) * a.splits + blockIdx.z;
+            *(uint4 *)((whole ? a.out : a.parts) + to * LATENT + half * 256 + 8 * chunk) = bits;
+        }
+        u32 own = thread % 128;
+        if (!whole && half == 0 && own < heads) {
+            a.part_sums[(u64)(query + own) * a.splits + blockIdx.z] = make_float2(references[own], totals[own]);
         }
     }
 }
 
-// Adds the parts of contexts longer than SPLIT: a block of 128 threads per (head, row), four channels a thread.
+// Adds the parts of contexts longer than SPLIT: a warp per (head, row), 16 channels a lane.
 extern "C" __global__ void __launch_bounds__(128) mla_combine(const __grid_constant__ Attention a) {
     u32 context = a.contexts[blockIdx.y], seen = context > a.first ? context - a.first : 0;
-    if (seen <= SPLIT) return;
+    u32 head = blockIdx.x * 4 + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (seen <= SPLIT || head >= a.heads) return;
     u32 splits = div_up(seen, SPLIT);
-    u64 query = (u64)blockIdx.y * a.heads + blockIdx.x;
+    u64 query = (u64)blockIdx.y * a.heads + head;
     const float2 *part_sums = a.part_sums + query * a.splits;
-    const float *parts = a.parts + query * a.splits * LATENT + 4 * threadIdx.x;
-    float largest = -INFINITE;
+    const u16 *parts = a.parts + query * a.splits * LATENT + 8 * lane;
+    float largest = -INFINITE, total = 0.0f, sums[16];
     for (u32 i = 0; i < splits; i++) largest = fmaxf(largest, part_sums[i].x);
-    float total = 0.0f;
-    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (u32 j = 0; j < 16; j++) sums[j] = 0.0f;
+#pragma unroll 4
     for (u32 i = 0; i < splits; i++) {
-        float weight = exp2_of(part_sums[i].x - largest);
-        float4 part = *(const float4 *)(parts + (u64)i * LATENT);
-        total = fmaf(weight, part_sums[i].y, total);
-        sum.x = fmaf(weight, part.x, sum.x), sum.y = fmaf(weight, part.y, sum.y);
-        sum.z = fmaf(weight, part.z, sum.z), sum.w = fmaf(weight, part.w, sum.w);
+        float weight = exp2_of(part_sums[i].x - largest) * part_sums[i].y;
+        uint4 low = *(const uint4 *)(parts + (u64)i * LATENT), high = *(const uint4 *)(parts + (u64)i * LATENT + 256);
+        u32 bits[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+        total += weight;
+#pragma unroll
+        for (u32 j = 0; j < 8; j++) {
+            float2 x = unpack_f16(bits[j]);
+            sums[2 * j] = fmaf(weight, x.x, sums[2 * j]), sums[2 * j + 1] = fmaf(weight, x.y, sums[2 * j + 1]);
+        }
     }
-    uint2 bits = make_uint2(pack(sum.x / total, sum.y / total), pack(sum.z / total, sum.w / total));
-    *(uint2 *)(a.out + query * LATENT + 4 * threadIdx.x) = bits;
+    u32 bits[8];
+    float share = 1.0f / total;
+#pragma unroll
+    for (u32 j = 0; j < 8; j++) bits[j] = pack_bf16(sums[2 * j] * share, sums[2 * j + 1] * share);
+    u16 *out = a.out + query * LATENT + 8 * lane;
+    *(uint4 *)out = make_uint4(bits[0], bits[1], bits[2], bits[3]);
+    *(uint4 *)(out + 256) = make_uint4(bits[4], bits[5], bits[6], bits[7]);
 }
 
 #else

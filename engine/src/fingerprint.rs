@@ -5,7 +5,7 @@ use model::{Checkpoint, ExecutionFingerprint, KvLayout, Numerics};
 
 /// Counts every change that alters a bit of any result; part of the execution fingerprint, so that workers of two
 /// versions never mix their caches.
-pub const ARITHMETIC_REVISION: u32 = 3;
+pub const ARITHMETIC_REVISION: u32 = 4;
 
 /// What must be equal for KV, prefixes and bits to cross between two workers; an expert worker, which has no engine,
 /// proves with it that its sources compute as it does. `backend` is what computes: [`crate::ExpertBank::backend`].

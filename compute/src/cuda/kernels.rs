@@ -60,7 +60,7 @@ kernels! {
     quantise: quantise_e4m3, round_bf16, round_bf16_in_place;
     linear [product]: linear_f32, linear_bf16_f32, linear_fp8_f32, linear_bf16, linear_fp8;
     linear_wgmma [hopper, product]: linear_fp8_wgmma_16, linear_fp8_wgmma_64, linear_fp8_wgmma_128;
-    linear_wide [hopper, product]: linear_fp8_wide;
+    linear_wide [hopper, product]: linear_fp8_wide, linear_fp8_wide_picked;
     linear_bf16 [hopper, product]: linear_bf16_wgmma_16, linear_bf16_wgmma_64, linear_bf16_wgmma_128,
         linear_parts_wgmma_16, linear_parts_wgmma_64;
     rms_norm: rms_norm;
@@ -92,7 +92,11 @@ impl Functions {
             .into_iter()
             .enumerate()
             .flat_map(|(tile, kernels)| kernels.iter().map(move |k| (k, wgmma_shared(tile))));
-        let others = [(&&self.mla_attention_wgmma, MLA_SHARED), (&&self.linear_fp8_wide, WIDE_SHARED)];
+        let others = [
+            (&&self.mla_attention_wgmma, MLA_SHARED),
+            (&&self.linear_fp8_wide, WIDE_SHARED),
+            (&&self.linear_fp8_wide_picked, WIDE_SHARED),
+        ];
         for (kernel, bytes) in products.chain(others) {
             let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             kernel.set_attribute(attribute, size(bytes) as i32).doing("give a kernel shared memory")?;

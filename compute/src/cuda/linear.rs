@@ -1,8 +1,10 @@
 //! Matrix products: dense, two matrices side by side, one matrix per head, one per expert.
 
 mod operands;
+mod wide;
 
 pub use operands::{Inputs, Outputs};
+pub(super) use wide::WIDE_SHARED;
 
 use super::launch::{Argument, Grid, launch, size};
 use super::matrix::{ExpertMatrices, HeadMatrices, Matrix, Stack};
@@ -60,12 +62,6 @@ pub enum LinearKernel {
 /// Output channels of a wgmma block; its tiles of rows and stages of their pipelines. The kernels' own numbers.
 const CHANNELS: usize = 64;
 const TILES: [(usize, usize); 3] = [(16, 8), (64, 6), (128, 4)];
-/// The kernel for many rows: its channels and rows, and its shared memory.
-const WIDE: (usize, usize) = (256, 128);
-pub(super) const WIDE_SHARED: usize = 1024 + 4 * (128 * (WIDE.0 + WIDE.1) + 4 * (WIDE.1 + 4));
-/// It runs where it has a tile for every multiprocessor, about.
-const WIDE_TILES_MIN: usize = 128;
-
 /// Channels of K that one slice of a product of parts sums up.
 const SLICE: usize = 512;
 
@@ -300,6 +296,11 @@ impl Device {
         unsafe {
             match kernel {
                 LinearKernel::Plain => self.plain_product(w.format, x, product, tile_rows, row_tiles, 1),
+                LinearKernel::Wgmma
+                    if w.format == WeightFormat::Fp8 && product.is_wide(tile_rows, row_tiles) =>
+                {
+                    self.wide_product(product, w.count, row_tiles)
+                }
                 LinearKernel::Wgmma => self.wgmma_product(w.format, product, tile_rows, row_tiles, 1),
             }
         }
@@ -348,15 +349,6 @@ impl Device {
         assert!(row_tiles <= 65_535 && heads <= 65_535, "{row_tiles} row tiles of {heads} heads");
         let tile = tile_for(tile_rows);
         assert_eq!(TILES[tile].0, tile_rows, "rows were sorted for another kernel");
-        // The same bits from either kernel, hence the number of rows may choose. Its halves of 128 channels have a scale each.
-        let wide_tiles = (product.n as usize).div_ceil(WIDE.0) * row_tiles;
-        let halves = product.n == product.n1 || product.n1.is_multiple_of(128);
-        if format == WeightFormat::Fp8 && tile_rows == WIDE.1 && halves && wide_tiles >= WIDE_TILES_MIN {
-            let blocks = (product.n.div_ceil(WIDE.0 as u32), size(row_tiles), 1);
-            let grid = Grid { blocks, threads: 384, shared: WIDE_SHARED };
-            // SAFETY: the caller's promise, as below.
-            return unsafe { launch!(self, linear_fp8_wide, grid; product) };
-        }
         let grid = Grid {
             blocks: (product.n / CHANNELS as u32, size(row_tiles), size(heads)),
             threads: 128,

@@ -45,7 +45,8 @@ pub enum MlaQueries<'a, 'b> {
 
 /// Room for the parts of long contexts, which are computed apart and then added.
 pub struct MlaParts {
-    values: Buffer<f32>,
+    /// f16 bits.
+    values: Buffer<u16>,
     sums: Buffer<f32>,
 }
 
@@ -103,26 +104,32 @@ unsafe impl Argument for Attention {}
 pub enum AttentionKernel {
     /// Any widths and format, f32 throughout.
     Plain,
-    /// FP8 rows of 512 + 64 channels: bf16 operands on Hopper's matrix unit, f32 sums.
+    /// FP8 rows of 512 + 64 channels in blocks of 16 or more: 16-bit operands on Hopper's matrix unit, f32 sums.
     Wgmma,
 }
 
-/// The matrix kernel's own numbers: heads of a block, tokens of a part, channels of a latent.
+/// The matrix kernel's own numbers: heads of a block, tokens of a part, channels of a latent, the fewest tokens of a cache block.
 const HEADS: usize = 64;
 const SPLIT: usize = 1024;
 const LATENT: usize = 512;
+const BLOCK_TOKENS_MIN: usize = 16;
 /// Its shared memory: queries and two tiles of cache rows, nine pieces of 8 KiB each, weights, one piece, and alignment.
 pub(super) const MLA_SHARED: usize = (3 * 9 + 1) * 8192 + 1024;
 
 impl Device {
     /// The kernel that attends over a cache of this geometry.
     pub fn attention_kernel(&self, geometry: &KvGeometry) -> AttentionKernel {
-        let widths = geometry.format == KvFormat::Fp8 && (geometry.latent, geometry.rope) == (LATENT, 64);
+        let widths =
+            (geometry.latent, geometry.rope) == (LATENT, 64) && geometry.block_tokens >= BLOCK_TOKENS_MIN;
         // Rows are read 16 bytes at a time.
         let aligned = [geometry.row_bytes, geometry.layer_stride, geometry.block_stride]
             .into_iter()
             .all(|stride| stride.is_multiple_of(16));
-        if self.has_wgmma && widths && aligned { AttentionKernel::Wgmma } else { AttentionKernel::Plain }
+        if self.has_wgmma && geometry.format == KvFormat::Fp8 && widths && aligned {
+            AttentionKernel::Wgmma
+        } else {
+            AttentionKernel::Plain
+        }
     }
 
     /// `out[r, h, :] = softmax((q_latent[r, h]·c + q_rope[r, h]·k) · scale) · c` over the cache rows that query row `r`
@@ -232,13 +239,14 @@ impl Device {
                 ..attention
             };
             let blocks = (size(heads.div_ceil(HEADS)), size(count), size(splits));
-            let grid = Grid { blocks, threads: 384, shared: MLA_SHARED };
+            let grid = Grid { blocks, threads: 512, shared: MLA_SHARED };
             // SAFETY: a thread block has a row, 64 heads and a part; there is room for every part of `count` rows; the
             // kernel checks contexts and blocks.
             unsafe { launch!(self, mla_attention_wgmma, grid; here) }?;
             if splits > 1 {
-                let grid = Grid { blocks: (attention.heads, size(count), 1), threads: 128, shared: 0 };
-                // SAFETY: a thread block a query; as above.
+                let blocks = (attention.heads.div_ceil(4), size(count), 1);
+                let grid = Grid { blocks, threads: 128, shared: 0 };
+                // SAFETY: a warp a query; as above.
                 unsafe { launch!(self, mla_combine, grid; here) }?;
             }
         }

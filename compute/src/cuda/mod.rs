@@ -76,6 +76,7 @@ pub struct Device {
     name: String,
     architecture: String,
     has_wgmma: bool,
+    multiprocessors: usize,
 }
 
 impl Device {
@@ -105,6 +106,9 @@ impl Device {
         let architecture = architecture(capability);
         let (functions, [prebuilt, cached, compiled]) = Functions::load(&context, store, &architecture)?;
         let has_wgmma = capability == (9, 0);
+        let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let multiprocessors =
+            context.attribute(count).doing("count its multiprocessors")?.unsigned_abs() as usize;
         if has_wgmma {
             functions.allow_shared_memory()?;
         }
@@ -112,7 +116,7 @@ impl Device {
         let copies = context.new_stream().doing("create a stream")?;
         let fp8_linear = if has_wgmma { "wgmma where the shape allows" } else { "plain" };
         tracing::info!(device = name, architecture, prebuilt, cached, compiled, fp8_linear, "kernels loaded");
-        Ok(Self { stream, copies, functions, name, architecture, has_wgmma })
+        Ok(Self { stream, copies, functions, name, architecture, has_wgmma, multiprocessors })
     }
 
     /// The device's name, such as `NVIDIA H200`.

@@ -20,6 +20,17 @@ pub fn device() -> Option<&'static Device> {
     device.as_ref()
 }
 
+/// Whether only a few small shapes are wanted, from `TRIREME_TEST_SMALL`: a tool that watches every access of a kernel takes a
+/// hundred times as long.
+pub fn small() -> bool {
+    std::env::var_os("TRIREME_TEST_SMALL").is_some()
+}
+
+/// Of `count` rows those that are compared with their batch: all, or the first and the last.
+pub fn compared(count: usize) -> impl Iterator<Item = usize> {
+    (0..count).filter(move |&row| !small() || row == 0 || row + 1 == count)
+}
+
 /// A generator whose seed is new in every run, and printed.
 pub fn fresh() -> StdRng {
     let seed = rand::rng().random();

@@ -232,7 +232,7 @@ enum Core {
 }
 
 /// (query, part) pairs that attention keeps at once at most: 1 GiB. A prompt's rows with long contexts take turns.
-const PARTS_MAX: usize = 1 << 19;
+const PARTS_MAX: usize = 1 << 20;
 
 impl AttentionWorkspace {
     pub fn new(
