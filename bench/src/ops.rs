@@ -5,6 +5,7 @@
 //! as many matrices as a model has layers for. The best call counts, since other load can only slow one down; the median
 //! stands in the JSON.
 
+mod gpu;
 mod machine;
 mod operators;
 mod shapes;
@@ -14,8 +15,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use compute::Cpu;
+use model::Device;
 use serde::Serialize;
 
+pub use gpu::GpuFigure;
 pub use machine::Machine;
 pub use shapes::{ModelShapes, Shapes};
 pub use timing::{Effort, Figure};
@@ -29,6 +32,9 @@ const WEIGHT_BYTES: usize = 512 << 20;
 /// Flags of `trireme bench ops`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
+    /// Where to run them: cpu or cuda:N (DeepSeek-V3's shapes).
+    #[arg(long, default_value = "cpu")]
+    pub device: Device,
     /// Threads, this one included. Default: all cores.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
@@ -57,9 +63,12 @@ pub struct Report {
 /// Measures, prints the table and writes the JSON file.
 ///
 /// # Errors
-/// The file cannot be written.
+/// The file cannot be written, or there is no such device.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let json = JsonFile::create(args.json.as_deref())?;
+    if let Device::Cuda(ordinal) = args.device {
+        return gpu::run(ordinal as usize, json);
+    }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let cpu = Cpu::new(args.threads.map_or(cores, usize::from));
     let effort = Effort { time: Duration::from_millis(args.figure_ms), weight_bytes: WEIGHT_BYTES };
