@@ -8,7 +8,7 @@
 # more there if it has NVRTC.
 set -euo pipefail
 
-engine_tests=(golden tiny fp8_quality invariance cuda)
+engine_tests=(golden tiny fp8_quality invariance cuda mtp)
 
 pack() {
     local folder=$1 root

@@ -5,7 +5,7 @@ use model::{Checkpoint, Device, ExecutionFingerprint, KvLayout, ModelConfig, Tok
 use crate::batch::SequenceInput;
 use crate::cuda::{CudaEngine, RoutedExperts};
 use crate::drawing::{Draw, Drawn};
-use crate::error::{EngineError, InvalidBatch, StepError};
+use crate::error::{EngineError, StepError};
 use crate::experts::{ExpertBank, Experts, LocalExperts};
 use crate::kv_cache::KvPool;
 use crate::options::EngineOptions;
@@ -171,14 +171,14 @@ impl Engine {
     pub fn has_mtp(&self) -> bool {
         match &self.0 {
             Backend::Cpu(engine) => engine.has_mtp(),
-            Backend::Cuda(_) => false,
+            Backend::Cuda(engine) => engine.has_mtp(),
         }
     }
 
     /// As [`Self::step`], and stores the MTP module's rows of the same tokens. The observer sees the module's layer last.
     ///
     /// # Errors
-    /// As [`Self::step`]; [`InvalidBatch::NoMtp`] where the engine was loaded without the module.
+    /// As [`Self::step`]; [`InvalidBatch::NoMtp`](crate::InvalidBatch::NoMtp) where the engine was loaded without the module.
     pub fn step_with_mtp(
         &mut self,
         inputs: &[FollowedInput<'_>],
@@ -186,14 +186,35 @@ impl Engine {
     ) -> Result<FollowedOutput<'_>, StepError> {
         match &mut self.0 {
             Backend::Cpu(engine) => engine.step_with_mtp(inputs, observer),
-            Backend::Cuda(_) => Err(InvalidBatch::NoMtp.into()),
+            Backend::Cuda(engine) => engine.step_with_mtp(inputs, observer),
+        }
+    }
+
+    /// As [`Self::step_with_mtp`], with tokens as [`Self::step_drawing`] gives them; beside them the states of the sequences' last
+    /// rows, as [`FollowedOutput::last`].
+    ///
+    /// # Errors
+    /// As [`Self::step_with_mtp`].
+    pub fn step_with_mtp_drawing(
+        &mut self,
+        inputs: &[FollowedInput<'_>],
+        draws: &mut dyn Iterator<Item = Option<Draw<'_>>>,
+        observer: &mut dyn StepObserver,
+    ) -> Result<(Drawn<'_>, &[f32]), StepError> {
+        match &mut self.0 {
+            Backend::Cpu(engine) => {
+                let vocab = engine.config().vocab_size;
+                let FollowedOutput { logits, hidden, last } = engine.step_with_mtp(inputs, observer)?;
+                Ok((Drawn::from_logits(logits, vocab, hidden), last))
+            }
+            Backend::Cuda(engine) => engine.step_with_mtp_drawing(inputs, draws, observer),
         }
     }
 
     /// Runs rows of some sequences through the MTP module, which stores its own layer of the cache.
     ///
     /// # Errors
-    /// As [`Self::step`]; [`InvalidBatch::NoMtp`] where the engine was loaded without the module.
+    /// As [`Self::step`]; [`InvalidBatch::NoMtp`](crate::InvalidBatch::NoMtp) where the engine was loaded without the module.
     pub fn mtp_step(
         &mut self,
         inputs: &[MtpInput<'_>],
@@ -201,7 +222,7 @@ impl Engine {
     ) -> Result<StepOutput<'_>, StepError> {
         match &mut self.0 {
             Backend::Cpu(engine) => engine.mtp_step(inputs, observer),
-            Backend::Cuda(_) => Err(InvalidBatch::NoMtp.into()),
+            Backend::Cuda(engine) => engine.mtp_step(inputs, observer),
         }
     }
 
@@ -212,7 +233,7 @@ impl Engine {
     pub fn mtp_store(&mut self, inputs: &[MtpInput<'_>]) -> Result<(), StepError> {
         match &mut self.0 {
             Backend::Cpu(engine) => engine.mtp_store(inputs),
-            Backend::Cuda(_) => Err(InvalidBatch::NoMtp.into()),
+            Backend::Cuda(engine) => engine.mtp_store(inputs),
         }
     }
 
@@ -229,7 +250,7 @@ impl Engine {
     ) -> Result<(), StepError> {
         match &mut self.0 {
             Backend::Cpu(engine) => engine.draft(inputs, choose),
-            Backend::Cuda(_) => Err(InvalidBatch::NoMtp.into()),
+            Backend::Cuda(engine) => engine.draft(inputs, choose),
         }
     }
 }

@@ -40,12 +40,6 @@ pub enum EngineError {
         /// The device asked for.
         device: model::Device,
     },
-    /// Drafts are made by engines of other devices only.
-    #[error("mtp: engines on {device} do not run the MTP module yet")]
-    NoMtpOnDevice {
-        /// The device asked for.
-        device: model::Device,
-    },
     /// The device cannot be used.
     #[error(transparent)]
     Cuda(#[from] compute::cuda::CudaError),

@@ -14,6 +14,7 @@ use crate::kv_cache::KvPool;
 use crate::options::EngineOptions;
 use crate::stage::Stage;
 use mtp::Mtp;
+pub(crate) use mtp::check_before;
 pub use mtp::{DraftInput, FollowedInput, FollowedOutput, MtpInput};
 
 mod mtp;

@@ -5,14 +5,18 @@
 
 mod support;
 
-use engine::{Draw, Engine, EngineOptions, LogitsWanted, Sampled, SequenceInput, SequenceSampler};
+use engine::{
+    DraftInput, Draw, Engine, EngineOptions, FollowedInput, LogitsWanted, Sampled, SequenceInput,
+    SequenceSampler,
+};
 use model::{BlockId, Device, ModelConfig, Numerics, SamplingParams, TokenId};
-use support::{assert_same_bits, device};
+use support::{argmax, assert_same_bits, device};
 
 /// V3's configuration with fewer layers, experts and tokens.
 const CONFIG: &str = r#"{
     "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3",
     "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 3,
+    "num_nextn_predict_layers": 1,
     "first_k_dense_replace": 1, "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536,
     "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
     "n_routed_experts": 32, "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4,
@@ -40,7 +44,7 @@ fn engine() -> Option<Engine> {
         kv_blocks_max: BLOCKS,
         threads: 2,
         step_tokens_max: 1024,
-        mtp: false,
+        mtp: true,
     };
     Some(Engine::synthetic(&config, &options, 7).expect("an engine"))
 }
@@ -141,5 +145,76 @@ fn company_does_not_matter() {
         let logits = &together[row * vocab..(row + 1) * vocab];
         assert_eq!(drawn.token.0 as usize, support::argmax(logits));
         assert!(drawn.logprob <= 0.0 && drawn.logprob.is_finite());
+    }
+}
+
+/// Drafts made together are those made alone, and a step that verifies them gives each row the bits of a step of its own.
+#[test]
+fn drafts_and_their_rows_have_the_bits_of_single_ones() {
+    let Some(mut engine) = engine() else { return };
+    const DRAFTS: usize = 3;
+    let lengths = [70, 64, 300];
+    let table = |first: u32| -> Vec<BlockId> { (first..first + 8).map(BlockId).collect() };
+    let mut states = Vec::new();
+    for (index, &length) in lengths.iter().enumerate() {
+        let prompt = tokens(index as u32, length);
+        let mut before = Vec::new();
+        for (chunk, part) in prompt.chunks(100).enumerate() {
+            let (position, block_table) = (chunk * 100, &table(8 * index as u32)[..]);
+            let sequence = SequenceInput { tokens: part, position, block_table, logits: LogitsWanted::Last };
+            let step = engine.step_with_mtp(&[FollowedInput { sequence, before: &before }], &mut ());
+            before = step.expect("a step").last.to_vec();
+        }
+        states.push(before);
+    }
+    let tables: Vec<_> = (0..3).map(|index| table(8 * index)).collect();
+    let input = |index: usize| DraftInput {
+        token: TokenId(77 + index as u32),
+        position: lengths[index],
+        block_table: &tables[index],
+        hidden: &states[index],
+        drafts_max: DRAFTS,
+    };
+    let mut draft = |inputs: &[DraftInput<'_>]| -> Vec<Vec<(TokenId, Vec<f32>)>> {
+        let mut drafts = vec![Vec::new(); inputs.len()];
+        let choose = &mut |index: usize, logits: &mut [f32]| {
+            let token = TokenId(argmax(logits) as u32);
+            drafts[index].push((token, logits.to_vec()));
+            Some(token)
+        };
+        engine.draft(inputs, choose).expect("drafts");
+        drafts
+    };
+    let together = draft(&[input(0), input(1), input(2)]);
+    for round in 0..2 {
+        for (index, expected) in together.iter().enumerate() {
+            let alone = &draft(&[input(index)])[0];
+            assert_eq!(alone.len(), DRAFTS);
+            for ((token, logits), (_, expected)) in alone.iter().zip(expected) {
+                assert_same_bits(&format!("draft {token:?} of {index}, round {round}"), logits, expected);
+            }
+        }
+    }
+    let rows: Vec<Vec<TokenId>> = (0..3)
+        .map(|index| {
+            let drafts = together[index].iter().map(|(token, _)| *token);
+            std::iter::once(TokenId(77 + index as u32)).chain(drafts).collect()
+        })
+        .collect();
+    let step = |index: usize, from: usize, to: usize| SequenceInput {
+        tokens: &rows[index][from..to],
+        position: lengths[index] + from,
+        block_table: &tables[index],
+        logits: LogitsWanted::All,
+    };
+    let batch = [0, 1, 2].map(|index| step(index, 0, 1 + DRAFTS));
+    let mut verified = Vec::new();
+    for _ in 0..2 {
+        verified = engine.step(&batch, &mut ()).expect("a step").logits.to_vec();
+    }
+    for (row, expected) in verified.chunks_exact(4096).enumerate() {
+        let (index, at) = (row / (1 + DRAFTS), row % (1 + DRAFTS));
+        let alone = engine.step(&[step(index, at, at + 1)], &mut ()).expect("a step");
+        assert_same_bits(&format!("row {at} of {index}"), alone.logits, expected);
     }
 }

@@ -12,9 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver as Channel, Select, TryRecvError};
-use engine::{
-    Draw, Drawn, Engine, FollowedInput, LogitsWanted, Sampled, SequenceInput, SequenceSampler, StepError,
-};
+use engine::{Draw, Engine, FollowedInput, LogitsWanted, Sampled, SequenceInput, SequenceSampler, StepError};
 use model::BlockId;
 use proto::share::Priority;
 use tracing::Span;
@@ -253,21 +251,22 @@ impl Worker {
         // What the step does for all its sequences together is shown under the first.
         let _hop = hops.first().map(Span::enter);
         let mut observer = self.handoff.during(&self.scheduler, &self.step);
-        let (vocab_size, hidden_size) = (self.engine.config().vocab_size, self.engine.config().hidden_size);
+        let hidden_size = self.engine.config().hidden_size;
+        let requests = &self.requests;
+        let of_chunk = |chunk: &Chunk| {
+            let request = requests.get(&chunk.id);
+            let rows = request.map_or(0, |request| request.rows_wanted(chunk));
+            let draw = request.filter(|_| chunk.last).map(Request::draw);
+            std::iter::repeat_n(None, rows.saturating_sub(1)).chain((rows > 0).then_some(draw))
+        };
+        let draws = &mut self.step.iter().flat_map(of_chunk);
         let drawn = if self.engine.has_mtp() {
-            let output = self.engine.step_with_mtp(&batch, &mut observer)?;
-            keep_states(&mut self.requests, &self.step, output.hidden, hidden_size);
-            Drawn::from_logits(output.logits, vocab_size, output.hidden)
+            let (drawn, last) = self.engine.step_with_mtp_drawing(&batch, draws, &mut observer)?;
+            keep_states(&mut self.requests, &self.step, last, hidden_size);
+            drawn
         } else {
             let batch: Vec<_> = batch.iter().map(|input| input.sequence).collect();
-            let requests = &self.requests;
-            let of_chunk = |chunk: &Chunk| {
-                let request = requests.get(&chunk.id);
-                let rows = request.map_or(0, |request| request.rows_wanted(chunk));
-                let draw = request.filter(|_| chunk.last).map(Request::draw);
-                std::iter::repeat_n(None, rows.saturating_sub(1)).chain((rows > 0).then_some(draw))
-            };
-            self.engine.step_drawing(&batch, &mut self.step.iter().flat_map(of_chunk), &mut observer)?
+            self.engine.step_drawing(&batch, draws, &mut observer)?
         };
         let mut first_tokens = Vec::new();
         let mut row = 0;
@@ -410,19 +409,17 @@ impl Request {
     }
 }
 
-/// The state of each chunk's last token, from `hidden` `[rows, hidden]`, for the chunk that may follow.
+/// The states of the chunks' last tokens, `last` `[chunks, hidden]`, for the chunks that may follow.
 fn keep_states(
     requests: &mut HashMap<SequenceId, Request>,
     step: &[Chunk],
-    hidden: &[f32],
+    last: &[f32],
     hidden_size: usize,
 ) {
-    let mut end = 0;
-    for chunk in step {
-        end += chunk.tokens * hidden_size;
+    for (chunk, state) in step.iter().zip(last.chunks_exact(hidden_size)) {
         if let Some(request) = requests.get_mut(&chunk.id) {
             request.state.clear();
-            request.state.extend_from_slice(&hidden[end - hidden_size..end]);
+            request.state.extend_from_slice(state);
         }
     }
 }

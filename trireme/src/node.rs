@@ -282,8 +282,7 @@ fn engine_options(
         kv_blocks_max: engine.kv_blocks_max,
         threads,
         step_tokens_max: engine.step_tokens_max,
-        // Engines on a GPU have no MTP module yet.
-        mtp: device == Device::Cpu && engine.mtp.applies_to(checkpoint),
+        mtp: engine.mtp.applies_to(checkpoint),
     }
 }
 

@@ -65,6 +65,7 @@ kernels! {
         linear_parts_wgmma_16, linear_parts_wgmma_64;
     rms_norm: rms_norm;
     norm: norm_rows;
+    norm_pair: norm_pair;
     elementwise: silu_mul, add_in_place, add_scaled, weighted_sum;
     swiglu: swiglu;
     experts: group_rows, combine_f32, combine_bf16;

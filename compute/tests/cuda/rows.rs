@@ -1,6 +1,6 @@
 //! Operators on rows and single values.
 
-use compute::cuda::RopeTable;
+use compute::cuda::{NormHalf, RopeTable};
 use compute::{ActivationFormat, Activations, Cpu, RopeRows, ScaleFormat, fp8, reference};
 use rand::RngExt;
 
@@ -26,6 +26,27 @@ fn rms_norm() {
             });
             assert_eq!(bits(&alone), bits(&y[range]), "row {row} of [{m}, {dim}]");
         }
+    }
+}
+
+#[test]
+fn pairs_of_norms() {
+    let Some(device) = device() else { return };
+    let mut rng = fresh();
+    for (m, dim) in [(0, 8), (1, 1), (3, 7), (2, 513), (33, 1536), (4, 7168)] {
+        let [a, b] = [(); 2].map(|()| floats(&mut rng, m * dim));
+        let [wa, wb] = [(); 2].map(|()| floats(&mut rng, dim));
+        let there = [&a, &b, &wa, &wb].map(|values| device.upload(values).expect("upload"));
+        let half = |x: usize, eps| NormHalf { x: there[x].view(), weight: there[2 + x].view(), eps };
+        let y = output(device, 2 * m * dim, |y| {
+            device.norm_pair(half(0, 1e-6), half(1, 1e-3), &mut y.view_mut())
+        });
+        let [mut left, mut right] = [(); 2].map(|()| vec![f32::NAN; m * dim]);
+        reference::rms_norm(&a, &wa, 1e-6, &mut left);
+        reference::rms_norm(&b, &wb, 1e-3, &mut right);
+        let halves = left.chunks(dim).zip(right.chunks(dim));
+        let expected: Vec<f32> = halves.flat_map(|(left, right)| [left, right].concat()).collect();
+        assert_close(&format!("[{m}, 2 x {dim}]"), &y, &expected, 1e-6);
     }
 }
 

@@ -37,10 +37,12 @@ enum Query {
 }
 
 impl Attention {
+    /// `first`: the first slot of a sequence that is attended to.
     pub fn load(
         weights: &mut Weights<'_, '_>,
         tensors: &AttentionTensors,
         kernel: AttentionKernel,
+        first: usize,
     ) -> Result<Self, EngineError> {
         let query = match &tensors.query {
             QueryTensors::Direct(q_proj) => Query::Direct(weights.linear(q_proj)?),
@@ -75,7 +77,7 @@ impl Attention {
                 latent: config.kv_lora_rank,
                 rope: config.qk_rope_head_dim,
                 scale: config.softmax_scale(),
-                first: 0,
+                first,
             },
         })
     }
@@ -95,32 +97,10 @@ impl Attention {
         input: &Activations,
         out: &mut Buffer<f32>,
     ) -> Result<(), CudaError> {
+        self.store(step, layer, work, input)?;
         let (device, rows) = (step.device, step.inputs.rows());
         let read = input.inputs(rows);
-        let down = match &self.query {
-            Query::Direct(_) => None,
-            Query::LowRank { down, .. } => Some(down),
-        };
-        let query_width = down.map_or(0, |down| down.matrix.rows());
-        let width = query_width + self.compress.matrix.rows();
-        let compressed = &mut work.compressed.slice_mut(0..rows * width);
-        match down {
-            Some(down) => device.linear_pair(&down.matrix, &self.compress.matrix, read, compressed)?,
-            None => device.linear(&self.compress.matrix, read, compressed)?,
-        }
-        step.stage(Stage::Compress)?;
-
-        let latents = work.compressed.slice(query_width..rows * width);
-        let cache = CacheRows {
-            pool: &mut step.pool.view_mut(),
-            geometry: step.geometry,
-            layer,
-            slots: step.inputs.slots(),
-        };
-        let norm = (self.latent_norm.weight.view(), self.latent_norm.eps);
-        device.latent_write(cache, latents, width, norm, step.inputs.positions(), step.rope)?;
-        step.layer_stored()?;
-        step.stage(Stage::CacheRows)?;
+        let width = self.compressed_width();
 
         let QueryShape { heads, nope, rope } = self.queries;
         let queries = &mut work.queries.slice_mut(0..rows * heads * (nope + rope));
@@ -139,6 +119,48 @@ impl Attention {
         let out = &mut out.slice_mut(0..rows * self.output.matrix.rows());
         device.linear(&self.output.matrix, work.value_input.inputs(rows), out)?;
         step.stage(Stage::Output)
+    }
+
+    /// The part of [`Self::forward`] that stores the rows' cache entries, which need no attention.
+    pub fn store(
+        &self,
+        step: &mut Step<'_>,
+        layer: usize,
+        work: &mut AttentionWorkspace,
+        input: &Activations,
+    ) -> Result<(), CudaError> {
+        let (device, rows) = (step.device, step.inputs.rows());
+        let read = input.inputs(rows);
+        let width = self.compressed_width();
+        let compressed = &mut work.compressed.slice_mut(0..rows * width);
+        match &self.query {
+            Query::LowRank { down, .. } => {
+                device.linear_pair(&down.matrix, &self.compress.matrix, read, compressed)?;
+            }
+            Query::Direct(_) => device.linear(&self.compress.matrix, read, compressed)?,
+        }
+        step.stage(Stage::Compress)?;
+
+        let latents = work.compressed.slice(width - self.compress.matrix.rows()..rows * width);
+        let cache = CacheRows {
+            pool: &mut step.pool.view_mut(),
+            geometry: step.geometry,
+            layer,
+            slots: step.inputs.slots(),
+        };
+        let norm = (self.latent_norm.weight.view(), self.latent_norm.eps);
+        device.latent_write(cache, latents, width, norm, step.inputs.positions(), step.rope)?;
+        step.layer_stored()?;
+        step.stage(Stage::CacheRows)
+    }
+
+    /// Values of a row of [`AttentionWorkspace::compressed`]: the query's latent, then the row's own and its key.
+    fn compressed_width(&self) -> usize {
+        let query = match &self.query {
+            Query::Direct(_) => 0,
+            Query::LowRank { down, .. } => down.matrix.rows(),
+        };
+        query + self.compress.matrix.rows()
     }
 
     /// From projected queries to values.

@@ -2,8 +2,12 @@
 
 use compute::cuda::{Adjustment, Buffer, CudaError, DRAWN_WORDS, Device, DrawRow, Pinned};
 
-use crate::drawing::{DeviceRows, DeviceToken, Draw};
+use super::{CudaEngine, Workspace};
+use crate::batch::SequenceInput;
+use crate::drawing::{DeviceRows, DeviceToken, Draw, Drawn};
+use crate::error::StepError;
 use crate::sampler::Adjustments;
+use crate::step::StepObserver;
 
 /// Words that a plan has room for at first, beyond those of its rows; it grows.
 const ADJUSTMENT_WORDS: usize = 1 << 12;
@@ -110,5 +114,30 @@ impl DrawPlan {
             self.logits = device.pinned(self.logits_rows * vocab)?;
         }
         Ok(())
+    }
+}
+
+impl CudaEngine {
+    /// As [`crate::Engine::step_drawing`].
+    pub fn step_drawing(
+        &mut self,
+        inputs: &[SequenceInput<'_>],
+        draws: &mut dyn Iterator<Item = Option<Draw<'_>>>,
+        observer: &mut dyn StepObserver,
+    ) -> Result<Drawn<'_>, StepError> {
+        self.run(inputs.iter().copied(), observer)?;
+        self.draw(draws)
+    }
+
+    /// Draws of the wanted rows, and waits for the tokens; with an MTP module to feed for their states too.
+    fn draw(&mut self, draws: &mut dyn Iterator<Item = Option<Draw<'_>>>) -> Result<Drawn<'_>, StepError> {
+        let wanted = self.batch.wanted.len();
+        let hidden = if self.mtp.is_some() { wanted * self.config.hidden_size } else { 0 };
+        let Self { draw_plan, device, workspace, config, .. } = self;
+        let Workspace { logits, normed, host, .. } = workspace;
+        device.copy_out_later(normed.slice(0..hidden), &mut host.hidden)?;
+        draw_plan.take(wanted, draws);
+        let rows = draw_plan.run(device, logits, config.vocab_size)?;
+        Ok(Drawn::from_device(rows, &host.hidden[..hidden]))
     }
 }

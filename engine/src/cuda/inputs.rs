@@ -36,8 +36,21 @@ impl StepInputs {
         1 + PER_ROW * rows + batch.tables().len() <= self.pinned.len()
     }
 
+    /// As [`Self::take`], for rows that attend to nothing: their block tables may not fit.
+    pub fn take_without_tables(&mut self, batch: &StepBatch, rows: usize) {
+        self.take_rows(batch, rows);
+        self.used = 1 + PER_ROW * rows;
+    }
+
     /// Takes a batch in, padded to `rows` rows: padding belongs to no sequence and is stored nowhere.
     pub fn take(&mut self, batch: &StepBatch, rows: usize) {
+        self.take_rows(batch, rows);
+        let tables = 1 + PER_ROW * rows;
+        self.pinned[tables..tables + batch.tables().len()].copy_from_slice(batch.tables());
+        self.used = tables + batch.tables().len();
+    }
+
+    fn take_rows(&mut self, batch: &StepBatch, rows: usize) {
         (self.rows, self.wanted) = (rows, batch.wanted.len());
         let count = batch.rows();
         self.pinned[0] = count as u32;
@@ -67,9 +80,6 @@ impl StepInputs {
         for (to, wanted) in self.pinned[section(6)].iter_mut().zip(padded(batch.wanted.iter().copied(), 0)) {
             *to = wanted;
         }
-        let tables = 1 + PER_ROW * rows;
-        self.pinned[tables..tables + batch.tables().len()].copy_from_slice(batch.tables());
-        self.used = tables + batch.tables().len();
     }
 
     /// Sends what was taken.

@@ -40,7 +40,9 @@ impl Layer {
         let mixed =
             |spec: &model::schema::TensorSpec| EngineError::MixedFormats { tensor: spec.name.clone() };
         let input_norm = weights.norm(&tensors.input_layernorm, eps)?;
-        let attention = Attention::load(weights, &tensors.attention, kernel)?;
+        // An MTP layer's slot 0 belongs to no position.
+        let first = usize::from(tensors.mtp.is_some());
+        let attention = Attention::load(weights, &tensors.attention, kernel, first)?;
         if attention.input_format() != format {
             return Err(mixed(&tensors.attention.kv_a_proj_with_mqa));
         }
@@ -71,6 +73,21 @@ impl Layer {
             FeedForward::Dense(_) => None,
             FeedForward::Moe(moe) => Some(moe.router_format()),
         }
+    }
+
+    /// Stores the cache entries of the rows whose input is `hidden` `[rows, hidden_size]`, and computes nothing else.
+    pub fn store(
+        &self,
+        step: &mut Step<'_>,
+        work: &mut LayerWorkspace,
+        hidden: &mut Buffer<f32>,
+    ) -> Result<(), StepError> {
+        let width = self.input_norm.weight.len();
+        let x = &mut hidden.slice_mut(0..step.inputs.rows() * width);
+        let x = NormRows { x, stride: width, add: None, index: None };
+        let LayerWorkspace { input, attention, .. } = work;
+        step.device.norm(x, self.input_norm.weight.view(), self.input_norm.eps, None, &mut [input])?;
+        Ok(self.attention.store(step, self.index, attention, input)?)
     }
 
     /// Runs the layer on `hidden` `[rows, hidden_size]` in place. `pending`: whether the layer before left a summand in

@@ -3,8 +3,6 @@
 //! One stream, and nothing in a step waits for the host, unless experts are on other workers or an observer looks inside.
 //! Steps in which every row wants logits (decoding) are recorded once for each size and replayed; padding rows belong to
 //! no sequence, are stored nowhere and routed to no expert.
-//!
-//! Not here: the MTP module.
 
 mod attention;
 mod bank;
@@ -13,21 +11,20 @@ mod inputs;
 mod layer;
 mod mlp;
 mod moe;
+mod mtp;
 mod plan;
+mod recorded;
 mod step;
 mod weights;
 
 use std::sync::Arc;
 
 use compute::Cpu;
-use compute::cuda::{
-    self, Activations, Buffer, CudaError, Device, Graph, InputFormat, Inputs, NormRows, Pinned,
-};
+use compute::cuda::{self, Activations, Buffer, CudaError, Device, InputFormat, Inputs, NormRows, Pinned};
 use model::{Checkpoint, ExecutionFingerprint, KvLayout, ModelConfig, Numerics, schema};
 
 use crate::batch::{BatchLimits, RowsOf, SequenceInput, StepBatch};
 use crate::deepseek::{Loader, rope_table};
-use crate::drawing::{Draw, Drawn};
 use crate::error::{EngineError, StepError};
 use crate::experts::Experts;
 use crate::fingerprint::fingerprint_of;
@@ -39,12 +36,12 @@ pub(crate) use bank::{DeviceBank, DeviceScratch};
 use drawing::DrawPlan;
 use inputs::StepInputs;
 use layer::{Layer, LayerWorkspace};
+use mtp::Mtp;
 use plan::Plan;
+use recorded::{RECORDED_ROWS_MAX, Recorded, recorded_rows};
 use step::{Remote, Step};
 use weights::{Linear, Norm, Origin, Weights};
 
-/// Rows of a recorded step at most: more take long enough for their launches not to matter.
-const RECORDED_ROWS_MAX: usize = 256;
 /// Blocks of all block tables of a step at first; more make the room grow.
 const TABLE_BLOCKS: usize = 1 << 16;
 
@@ -59,6 +56,7 @@ pub(crate) struct CudaEngine {
     remote: Option<Box<dyn Experts>>,
     numerics: Numerics,
     model: Model,
+    mtp: Option<Mtp>,
     kv: KvPool,
     rope: cuda::RopeTable,
     batch: StepBatch,
@@ -76,11 +74,11 @@ struct Model {
     head: Linear,
 }
 
-/// A step of `rows` rows that see at most `context_max` cache rows.
-struct Recorded {
-    rows: usize,
-    context_max: usize,
-    graph: Graph,
+/// What makes logits of the residual stream.
+#[derive(Clone, Copy)]
+struct Tail<'a> {
+    norm: &'a Norm,
+    head: &'a Linear,
 }
 
 /// Where the routed experts are.
@@ -106,7 +104,7 @@ impl CudaEngine {
         let mut specs: Vec<_> = Vec::new();
         let schema::GlobalTensors { embed_tokens, norm, lm_head } = schema::global(config);
         specs.extend([embed_tokens, norm, lm_head]);
-        for layer in 0..config.num_hidden_layers {
+        for layer in 0..layout.layers {
             specs.extend(schema::layer(config, layer).into_specs());
             if local && config.is_moe_layer(layer) {
                 let experts = (0..config.n_routed_experts).map(|expert| model::ExpertId(expert as u16));
@@ -150,9 +148,6 @@ impl CudaEngine {
         origin: Origin<'_, '_>,
         (weight_bytes, hash): (u64, WeightsHash),
     ) -> Result<Self, EngineError> {
-        if options.mtp {
-            return Err(EngineError::NoMtpOnDevice { device: options.device });
-        }
         let device = Arc::new(Device::open(ordinal as usize)?);
         let rows_max = options.step_tokens_max;
         let plan = Plan::new(&device, config, options, &layout, weight_bytes)?;
@@ -166,8 +161,13 @@ impl CudaEngine {
             numerics: options.numerics,
         };
         let model = Model::load(&mut weights, kv.geometry(), local, format)?;
+        let kernel = device.attention_kernel(&kv.geometry());
+        let load = || mtp::Module::load(&mut weights, kernel, (local, format), model.head.input);
+        let module = options.mtp.then(load).transpose()?;
         weights.finish()?;
-        let workspace = Workspace::new(&device, config, &kv, &model, format, (rows_max, local))?;
+        let router_format = model.layers.iter().chain(module.as_ref().map(|module| &module.layer));
+        let formats = (format, router_format.clone().find_map(Layer::router_format), model.head.input);
+        let workspace = Workspace::new(&device, config, &kv, formats, (rows_max, local))?;
         let table = rope_table(config);
         let backend = backend(&device);
         Ok(Self {
@@ -185,6 +185,7 @@ impl CudaEngine {
             config: config.clone(),
             recorded: Vec::new(),
             draw_plan: DrawPlan::new(&device)?,
+            mtp: module.map(|module| Mtp::new(&device, module, config, rows_max)).transpose()?,
             model,
             kv,
             workspace,
@@ -219,45 +220,43 @@ impl CudaEngine {
         observer: &mut dyn StepObserver,
     ) -> Result<StepOutput<'_>, StepError> {
         let _span = tracing::debug_span!("step", hop = 7, sequences = inputs.len()).entered();
-        self.run(inputs, observer)?;
-        let wanted = self.batch.wanted.len();
+        self.run(inputs.iter().copied(), observer)?;
+        self.fetch(self.batch.wanted.len())
+    }
+
+    /// Brings logits and hidden states of the `wanted` wanted rows to the host, when everything is done that was asked for.
+    fn fetch(&mut self, wanted: usize) -> Result<StepOutput<'_>, StepError> {
         let (logits, hidden) = (wanted * self.config.vocab_size, wanted * self.config.hidden_size);
-        let Workspace { normed, logits: logits_there, host, .. } = &mut self.workspace;
-        if host.logits.len() < logits {
-            host.logits = self.device.pinned(logits)?;
-        }
-        self.device.copy_out_later(logits_there.slice(0..logits), &mut host.logits)?;
+        let Workspace { normed, host, .. } = &mut self.workspace;
         self.device.copy_out_later(normed.slice(0..hidden), &mut host.hidden)?;
-        self.device.synchronize()?;
+        self.fetch_logits(wanted)?;
+        let host = &self.workspace.host;
         Ok(StepOutput { logits: &host.logits[..logits], hidden: &host.hidden[..hidden] })
     }
 
-    /// As [`crate::Engine::step_drawing`].
-    pub fn step_drawing(
-        &mut self,
-        inputs: &[SequenceInput<'_>],
-        draws: &mut dyn Iterator<Item = Option<Draw<'_>>>,
-        observer: &mut dyn StepObserver,
-    ) -> Result<Drawn<'_>, StepError> {
-        self.run(inputs, observer)?;
-        self.draw_plan.take(self.batch.wanted.len(), draws);
-        let Self { draw_plan, device, workspace, config, .. } = self;
-        let rows = draw_plan.run(device, &mut workspace.logits, config.vocab_size)?;
-        Ok(Drawn::from_device(rows, &[]))
+    /// Brings the logits alone.
+    fn fetch_logits(&mut self, wanted: usize) -> Result<(), StepError> {
+        let size = wanted * self.config.vocab_size;
+        let Workspace { logits, host, .. } = &mut self.workspace;
+        if host.logits.len() < size {
+            host.logits = self.device.pinned(size)?;
+        }
+        self.device.copy_out_later(logits.slice(0..size), &mut host.logits)?;
+        Ok(self.device.synchronize()?)
     }
 
     /// Leaves logits and hidden states of the wanted rows on the device.
-    fn run(
+    fn run<'a>(
         &mut self,
-        inputs: &[SequenceInput<'_>],
+        inputs: impl Iterator<Item = SequenceInput<'a>>,
         observer: &mut dyn StepObserver,
     ) -> Result<(), StepError> {
-        self.batch.form(RowsOf::Model, inputs.iter().copied(), &self.limits)?;
+        self.batch.form(RowsOf::Model, inputs, &self.limits)?;
         let watched = observer.watched();
         let count = self.batch.rows();
         let each_wanted = self.batch.wanted.len() == count;
         let silent = !(watched.layers_done || watched.values || watched.stages);
-        let record = each_wanted && silent && self.remote.is_none() && count <= RECORDED_ROWS_MAX;
+        let record = each_wanted && silent && self.may_record(count);
         let rows = if record { recorded_rows(count).min(self.limits.step_tokens_max) } else { count };
         if !self.inputs.fits(&self.batch, rows) {
             // Recorded steps name the old room.
@@ -278,7 +277,7 @@ impl CudaEngine {
             return self.launch(context_max, wanted, observer);
         }
         let context_max = self.inputs.context_max().next_power_of_two().max(1024);
-        let found = |recorded: &Recorded| recorded.rows == rows && recorded.context_max == context_max;
+        let found = |recorded: &Recorded| recorded.is(RowsOf::Model, rows, context_max);
         if !self.recorded.iter().any(found) {
             // Once as it is: what a kernel does at its first launch cannot be recorded.
             let device = Arc::clone(&self.device);
@@ -289,13 +288,18 @@ impl CudaEngine {
                 Ok(())
             })?;
             outcome?;
-            self.recorded.push(Recorded { rows, context_max, graph });
+            self.recorded.push(Recorded { of: RowsOf::Model, rows, context_max, graph });
             return Ok(());
         }
         if let Some(recorded) = self.recorded.iter().find(|recorded| found(recorded)) {
             self.device.replay(&recorded.graph)?;
         }
         Ok(())
+    }
+
+    /// Whether a step of `count` rows is worth recording, and can be: the host has no part in it.
+    fn may_record(&self, count: usize) -> bool {
+        self.remote.is_none() && count <= RECORDED_ROWS_MAX
     }
 
     /// Asks for the whole step: from tokens to logits of the first `wanted` wanted rows.
@@ -308,8 +312,7 @@ impl CudaEngine {
         let Self { device, cpu, remote, model, kv, rope, inputs, workspace, config, numerics, .. } = self;
         let rows = inputs.rows();
         let watched = observer.watched();
-        let wire = wire_activation_format(config, *numerics);
-        let remote = remote.as_deref_mut().map(|experts| Remote { experts, cpu, wire });
+        let remote = Remote::of(remote, cpu, config, *numerics);
         let (geometry, pool) = kv.device_parts();
         let mut step = Step {
             device,
@@ -335,7 +338,8 @@ impl CudaEngine {
             device.add_in_place(&mut hidden.slice_mut(0..size), layer_work.output.slice(0..size))?;
         }
         if wanted > 0 {
-            workspace.finish(device, model, inputs, wanted)?;
+            let tail = Tail { norm: &model.norm, head: &model.head };
+            workspace.finish(device, tail, inputs, wanted)?;
         }
         step.stage(Stage::Head)?;
         let Step { stored, .. } = step;
@@ -354,17 +358,6 @@ fn backend(device: &Device) -> String {
 
 /// What tells checkpoints apart.
 type WeightsHash = [u8; 16];
-
-/// Rows of the recorded step that `rows` rows run in.
-fn recorded_rows(rows: usize) -> usize {
-    match rows {
-        0..=2 => rows,
-        3..=8 => rows.next_multiple_of(2),
-        9..=32 => rows.next_multiple_of(8),
-        33..=128 => rows.next_multiple_of(16),
-        _ => rows.next_multiple_of(64),
-    }
-}
 
 impl Model {
     fn load(
@@ -413,12 +406,9 @@ impl Workspace {
         device: &Device,
         config: &ModelConfig,
         kv: &KvPool,
-        model: &Model,
-        format: InputFormat,
+        (format, router_format, head_format): (InputFormat, Option<InputFormat>, InputFormat),
         (rows_max, local): (usize, bool),
     ) -> Result<Self, EngineError> {
-        let head_format = model.head.input;
-        let router_format = model.layers.iter().find_map(Layer::router_format);
         Ok(Self {
             hidden: device.alloc(rows_max * config.hidden_size)?,
             layer: LayerWorkspace::new(
@@ -466,7 +456,7 @@ impl Workspace {
     fn finish(
         &mut self,
         device: &Device,
-        model: &Model,
+        Tail { norm, head }: Tail<'_>,
         inputs: &StepInputs,
         wanted: usize,
     ) -> Result<(), CudaError> {
@@ -477,14 +467,13 @@ impl Workspace {
             add: None,
             index: Some(inputs.wanted_rows(wanted)),
         };
-        let (weight, normed) =
-            (model.norm.weight.view(), &mut self.normed.slice_mut(0..wanted * self.hidden_size));
+        let (weight, normed) = (norm.weight.view(), &mut self.normed.slice_mut(0..wanted * self.hidden_size));
         let logits = &mut self.logits.slice_mut(0..wanted * self.vocab_size);
         if self.head_format == InputFormat::F32 {
-            device.norm(rows, weight, model.norm.eps, Some(normed), &mut [])?;
-            return device.linear(&model.head.matrix, Inputs::F32(normed.view()), logits);
+            device.norm(rows, weight, norm.eps, Some(normed), &mut [])?;
+            return device.linear(&head.matrix, Inputs::F32(normed.view()), logits);
         }
-        device.norm(rows, weight, model.norm.eps, Some(normed), &mut [&mut self.head_input])?;
-        device.linear(&model.head.matrix, self.head_input.inputs(wanted), logits)
+        device.norm(rows, weight, norm.eps, Some(normed), &mut [&mut self.head_input])?;
+        device.linear(&head.matrix, self.head_input.inputs(wanted), logits)
     }
 }

@@ -30,7 +30,7 @@ impl Plan {
         let plan = Self {
             weights,
             kv: layout.block_bytes() as u64 * options.kv_blocks_max as u64,
-            workspace: workspace(config, options.step_tokens_max as u64),
+            workspace: workspace(config, options.step_tokens_max as u64, options.mtp),
             free: free as u64,
             block: layout.block_bytes() as u64,
         };
@@ -64,7 +64,7 @@ impl Plan {
 }
 
 /// Of the largest step, about: every buffer that grows with its rows.
-fn workspace(config: &ModelConfig, rows: u64) -> u64 {
+fn workspace(config: &ModelConfig, rows: u64, mtp: bool) -> u64 {
     let heads = config.num_attention_heads as u64;
     let (hidden, top_k) = (config.hidden_size as u64, config.num_experts_per_tok as u64);
     let query = heads * config.q_head_dim() as u64 * 4;
@@ -72,7 +72,9 @@ fn workspace(config: &ModelConfig, rows: u64) -> u64 {
     let values = heads * config.v_head_dim as u64 * 5;
     let experts = top_k * (config.moe_intermediate_size as u64 * 9 + hidden * 2);
     let mlp = config.intermediate_size.max(config.shared_intermediate_size()) as u64 * 9;
-    let rows_bytes = rows * (query * 2 + latents + values + experts + mlp + hidden * 20);
+    // States, embeddings and both of them normed, in f32 and as the projection takes them.
+    let module = if mtp { hidden * 24 } else { 0 };
+    let rows_bytes = rows * (query * 2 + latents + values + experts + mlp + hidden * 20 + module);
     rows_bytes + (1 << 30)
 }
 

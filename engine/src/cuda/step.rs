@@ -3,8 +3,11 @@
 use compute::cuda::{Buffer, CudaError, Device, Mark, RopeTable, View};
 use compute::{ActivationFormat, Cpu, KvGeometry};
 
+use model::{ModelConfig, Numerics};
+
 use super::inputs::StepInputs;
 use crate::experts::Experts;
+use crate::options::wire_activation_format;
 use crate::stage::Stage;
 use crate::step::{StepObserver, Watched};
 
@@ -13,6 +16,19 @@ pub(super) struct Remote<'s> {
     pub experts: &'s mut dyn Experts,
     pub cpu: &'s Cpu,
     pub wire: ActivationFormat,
+}
+
+impl<'s> Remote<'s> {
+    /// What a step is lent of `experts`, if they are elsewhere.
+    pub fn of(
+        experts: &'s mut Option<Box<dyn Experts>>,
+        cpu: &'s Cpu,
+        config: &ModelConfig,
+        numerics: Numerics,
+    ) -> Option<Self> {
+        let experts = experts.as_deref_mut()?;
+        Some(Self { experts, cpu, wire: wire_activation_format(config, numerics) })
+    }
 }
 
 /// What a step lends to every layer.

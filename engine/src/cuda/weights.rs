@@ -98,6 +98,14 @@ impl Weights<'_, '_> {
         }
     }
 
+    /// Whether a tensor that may be left out is there.
+    pub fn stores(&self, spec: &TensorSpec) -> bool {
+        match &self.source {
+            Source::Checkpoint { loader, .. } => loader.contains(spec),
+            Source::Synthetic { .. } => false,
+        }
+    }
+
     /// A matrix with the activations that the numerics gives it.
     pub fn linear(&mut self, spec: &TensorSpec) -> Result<Linear, EngineError> {
         let format = self.linear_format();

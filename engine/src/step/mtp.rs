@@ -31,8 +31,10 @@ pub struct FollowedInput<'a> {
 pub struct FollowedOutput<'a> {
     /// `[wanted, vocab]`, in the batch's order.
     pub logits: &'a [f32],
-    /// `[rows, hidden]`: hidden states of all rows after the final norm, in the batch's order.
+    /// `[wanted, hidden]`: hidden states of the same rows after the final norm.
     pub hidden: &'a [f32],
+    /// `[sequences, hidden]`: that of each sequence's last row, which its next step begins with.
+    pub last: &'a [f32],
 }
 
 /// One sequence's rows for the MTP module.
@@ -68,6 +70,8 @@ pub(super) struct Mtp {
     following: StepBatch,
     /// Sequences that go on drafting: index, last token.
     drafting: Vec<(usize, TokenId)>,
+    /// `[sequences, hidden]`: states of their last rows.
+    last: Vec<f32>,
 }
 
 impl Mtp {
@@ -77,6 +81,7 @@ impl Mtp {
             workspace: MtpWorkspace::new(config, rows_max),
             following: StepBatch::default(),
             drafting: Vec::new(),
+            last: Vec::new(),
         }
     }
 }
@@ -98,16 +103,11 @@ impl CpuEngine {
     ) -> Result<FollowedOutput<'_>, StepError> {
         let hidden_size = self.config.hidden_size;
         self.require_mtp()?;
-        for (sequence, input) in inputs.iter().enumerate() {
-            let values = input.before.len();
-            if values != 0 && values != hidden_size {
-                return Err(InvalidBatch::Hidden { sequence, values, tokens: 1, hidden_size }.into());
-            }
-        }
+        check_before(inputs, hidden_size)?;
         self.run_layers(inputs.iter().map(|input| input.sequence), observer)?;
 
         let Self { cpu, kv, rope, experts, batch, model, workspace, mtp, .. } = self;
-        let Mtp { module, workspace: mtp_workspace, following, .. } =
+        let Mtp { module, workspace: mtp_workspace, following, last, .. } =
             mtp.as_mut().ok_or(InvalidBatch::NoMtp)?;
         let size = batch.rows() * hidden_size;
         model.norm.forward(cpu, &workspace.hidden[..size], &mut workspace.normed[..size]);
@@ -127,7 +127,13 @@ impl CpuEngine {
         let wanted = &workspace.wanted[..batch.wanted.len() * hidden_size];
         let logits = run_head(cpu, &model.head, wanted, &mut workspace.head_input, &mut workspace.logits);
         observer.stage(Stage::Head);
-        Ok(FollowedOutput { logits, hidden: normed })
+        last.clear();
+        let mut end = 0;
+        for rows in batch.sequence_rows() {
+            end += rows * hidden_size;
+            last.extend_from_slice(&normed[end - hidden_size..end]);
+        }
+        Ok(FollowedOutput { logits, hidden: wanted, last })
     }
 
     /// Runs rows of some sequences through the MTP module, which stores its own layer of the cache.
@@ -278,6 +284,17 @@ impl CpuEngine {
     fn require_mtp(&self) -> Result<(), InvalidBatch> {
         if self.mtp.is_some() { Ok(()) } else { Err(InvalidBatch::NoMtp) }
     }
+}
+
+/// Whether each state before a first row is one, or none.
+pub(crate) fn check_before(inputs: &[FollowedInput<'_>], hidden_size: usize) -> Result<(), InvalidBatch> {
+    for (sequence, input) in inputs.iter().enumerate() {
+        let values = input.before.len();
+        if values != 0 && values != hidden_size {
+            return Err(InvalidBatch::Hidden { sequence, values, tokens: 1, hidden_size });
+        }
+    }
+    Ok(())
 }
 
 /// Gathers the module's rows of a step's tokens: each with the main model's state one position earlier, which the step

@@ -116,7 +116,7 @@ impl Bench {
     pub fn open(dir: &Path, setup: Setup) -> Self {
         let checkpoint = Checkpoint::open(dir).expect("the checkpoint is valid");
         let device = device();
-        let has_mtp = checkpoint.config().num_nextn_predict_layers > 0 && device == Device::Cpu;
+        let has_mtp = checkpoint.config().num_nextn_predict_layers > 0;
         let options = EngineOptions {
             device,
             numerics: setup.numerics,
