@@ -18,6 +18,7 @@ use model::{Checkpoint, Device, KvFormat, Numerics};
 use serde::Serialize;
 
 pub use self::gpu::Prompts;
+pub(crate) use self::gpu::v3_config;
 use self::runner::{Round, Runner};
 use crate::demo;
 use crate::json_file::JsonFile;

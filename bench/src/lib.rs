@@ -3,13 +3,15 @@
 //! [`serve`] loads a running server from outside, through its OpenAI endpoint, and so measures other servers alike;
 //! [`simulate`] loads the workers' schedulers in simulated time, with the same requests ([`workload`]). [`ops`] times the
 //! operators that a step is made of and holds them against what the machine can do. [`engine`] runs a model's steps in this
-//! process, without anything around them. [`chaos`] puts the hand-off's state machines under faults. [`perplexity`] and
-//! [`niah`] ask whether what is served is still the model: how well it predicts a text, how far back it remembers.
+//! process, without anything around them, and [`drafts`] says what drafts among them cost. [`chaos`] puts the hand-off's state
+//! machines under faults. [`perplexity`] and [`niah`] ask whether what is served is still the model: how well it predicts a
+//! text, how far back it remembers.
 //! Deliberately absent: anything that a worker needs to run.
 
 pub mod chaos;
 pub mod client;
 mod demo;
+pub mod drafts;
 pub mod engine;
 mod json_file;
 pub mod niah;
@@ -34,6 +36,8 @@ pub enum BenchCommand {
     Ops(ops::Args),
     /// What one process makes of a model: prompt and generation tokens per second, and where a step's time goes.
     Engine(engine::Args),
+    /// What drafts of the MTP module cost, by batch size, and how often they must stand to pay.
+    Drafts(drafts::Args),
     /// The protocols' state machines under faults, judged by an oracle.
     #[command(subcommand)]
     Chaos(chaos::Command),
@@ -53,6 +57,7 @@ pub async fn run(command: BenchCommand) -> anyhow::Result<()> {
         BenchCommand::Simulate(args) => simulate::run(&args),
         BenchCommand::Ops(args) => ops::run(&args),
         BenchCommand::Engine(args) => engine::run(&args),
+        BenchCommand::Drafts(args) => drafts::run(&args),
         BenchCommand::Chaos(command) => chaos::run(&command),
         BenchCommand::Perplexity(args) => perplexity::run(&args).await,
         BenchCommand::Niah(args) => niah::run(&args).await,

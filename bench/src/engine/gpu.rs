@@ -22,6 +22,15 @@ const V3: &str = include_str!("v3.json");
 /// Steps before a measurement: they record what is replayed afterwards.
 const WARM_STEPS: usize = 3;
 
+/// DeepSeek-V3's configuration with so many layers.
+///
+/// # Errors
+/// Never: the file is part of the program.
+pub(crate) fn v3_config(layers: u16) -> anyhow::Result<ModelConfig> {
+    let text = V3.replace("\"num_hidden_layers\": 61", &format!("\"num_hidden_layers\": {layers}"));
+    Ok(ModelConfig::from_json(&text)?)
+}
+
 /// Loads, measures and prints.
 ///
 /// # Errors
@@ -29,10 +38,7 @@ const WARM_STEPS: usize = 3;
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let started = Instant::now();
     let (config, checkpoint) = match args.synthetic {
-        Some(layers) => {
-            let text = V3.replace("\"num_hidden_layers\": 61", &format!("\"num_hidden_layers\": {layers}"));
-            (ModelConfig::from_json(&text)?, None)
-        }
+        Some(layers) => (v3_config(layers)?, None),
         None => {
             let checkpoint = Checkpoint::open(&demo::model_folder(args.model.as_deref())?)?;
             (checkpoint.config().clone(), Some(checkpoint))
