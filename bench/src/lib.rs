@@ -3,9 +3,9 @@
 //! [`serve`] loads a running server from outside, through its OpenAI endpoint, and so measures other servers alike;
 //! [`simulate`] loads the workers' schedulers in simulated time, with the same requests ([`workload`]). [`ops`] times the
 //! operators that a step is made of and holds them against what the machine can do. [`engine`] runs a model's steps in this
-//! process, without anything around them, and [`drafts`] says what drafts among them cost. [`chaos`] puts the hand-off's state
-//! machines under faults. [`perplexity`] and [`niah`] ask whether what is served is still the model: how well it predicts a
-//! text, how far back it remembers.
+//! process, without anything around them, and [`drafts`] says what drafts among them cost. [`transfer`] moves KV blocks
+//! between two processes. [`chaos`] puts the hand-off's state machines under faults. [`perplexity`] and [`niah`] ask
+//! whether what is served is still the model: how well it predicts a text, how far back it remembers.
 //! Deliberately absent: anything that a worker needs to run.
 
 pub mod chaos;
@@ -23,6 +23,7 @@ pub mod serve;
 pub mod simulate;
 pub mod sse;
 mod table;
+pub mod transfer;
 pub mod workload;
 
 /// What can be measured.
@@ -41,6 +42,8 @@ pub enum BenchCommand {
     /// The protocols' state machines under faults, judged by an oracle.
     #[command(subcommand)]
     Chaos(chaos::Command),
+    /// What bringing KV blocks from one process to another costs, by every transport, beside copies and TCP.
+    Transfer(Box<transfer::Args>),
     /// How well a model predicts a text, by teacher forcing, through the engine or a server.
     Perplexity(perplexity::Args),
     /// Ask a running server for a needle in haystacks of several lengths, at several depths.
@@ -59,6 +62,8 @@ pub async fn run(command: BenchCommand) -> anyhow::Result<()> {
         BenchCommand::Engine(args) => engine::run(&args),
         BenchCommand::Drafts(args) => drafts::run(&args),
         BenchCommand::Chaos(command) => chaos::run(&command),
+        // On a thread of its own: some paths bring a runtime along.
+        BenchCommand::Transfer(args) => tokio::task::spawn_blocking(move || transfer::run(&args)).await?,
         BenchCommand::Perplexity(args) => perplexity::run(&args).await,
         BenchCommand::Niah(args) => niah::run(&args).await,
     }

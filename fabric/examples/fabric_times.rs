@@ -154,6 +154,7 @@ impl Authority {
             worker: worker.to_owned(),
             incarnation: 1,
             limits: Limits::default(),
+            datagram_bytes: None,
             share_memory: false,
         })
     }

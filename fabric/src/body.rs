@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 
-use crate::frame::checksum;
+use crate::checksum::checksum;
 use crate::inbox::Admission;
 use crate::shared::SharedBody;
+use crate::spares::Spares;
 
 /// A received body. What is in it can only be copied: where it lies in a peer's memory, the peer could change it
 /// between a check and a use.
@@ -16,6 +17,8 @@ pub struct Body(Place);
 #[derive(Clone)]
 enum Place {
     Own(Bytes),
+    /// As they came off the network, with their part of the receive budget: to be copied once, to where they belong.
+    Pieces(Arc<(Pieces, Admission)>),
     /// With its part of the receive budget, where the channel has one.
     Shared(Arc<(SharedBody, Option<Admission>)>),
 }
@@ -37,10 +40,15 @@ impl Body {
         Self(Place::Shared(Arc::new((body, admission))))
     }
 
+    pub(crate) fn pieces(pieces: Vec<Bytes>, admission: Admission) -> Self {
+        Self(Place::Pieces(Arc::new((Pieces::new(pieces), admission))))
+    }
+
     /// Bytes of it.
     pub fn len(&self) -> usize {
         match &self.0 {
             Place::Own(bytes) => bytes.len(),
+            Place::Pieces(pieces) => pieces.0.len(),
             Place::Shared(shared) => shared.0.len(),
         }
     }
@@ -55,19 +63,28 @@ impl Body {
     /// # Errors
     /// The body does not hold so many. Nothing was copied.
     pub fn copy_summed(&self, start: usize, into: &mut [u8]) -> Result<u64, OutsideBody> {
-        let end = start.checked_add(into.len()).filter(|&end| end <= self.len());
-        let end = end.ok_or(OutsideBody { start, bytes: into.len(), len: self.len() })?;
-        Ok(match &self.0 {
-            Place::Own(bytes) => {
-                into.copy_from_slice(&bytes[start..end]);
-                checksum(into)
-            }
-            Place::Shared(shared) => shared.0.copy_summed(start, into),
-        })
+        self.copy(start, into)?;
+        // Of the copy, whatever a peer does to its side meanwhile.
+        Ok(checksum(into))
+    }
+
+    /// Copies `into.len()` bytes from `start` on.
+    ///
+    /// # Errors
+    /// As [`Self::copy_summed`].
+    pub fn copy(&self, start: usize, into: &mut [u8]) -> Result<(), OutsideBody> {
+        self.bounds(start, into.len())?;
+        match &self.0 {
+            Place::Own(bytes) => into.copy_from_slice(&bytes[start..start + into.len()]),
+            Place::Pieces(pieces) => pieces.0.copy(start, into),
+            Place::Shared(shared) => shared.0.copy(start, into),
+        }
+        Ok(())
     }
 
     /// The `bytes` bytes from `start` on, once they have passed their [`checksum`], where nobody else can change them any
-    /// more: as they lie if they are our own, copied to `scratch` if they lie in a peer's memory. `None`: they are damaged.
+    /// more: as they lie if they are our own, copied to `scratch` if they lie in a peer's memory or in several pieces.
+    /// `None`: they are damaged.
     ///
     /// # Errors
     /// The body does not hold so many. Nothing was copied.
@@ -78,23 +95,34 @@ impl Body {
         expected: u64,
         scratch: &'a mut Vec<u8>,
     ) -> Result<Option<Verified<'a>>, OutsideBody> {
-        let end = start.checked_add(bytes).filter(|&end| end <= self.len());
-        let end = end.ok_or(OutsideBody { start, bytes, len: self.len() })?;
-        let (piece, sum): (&[u8], u64) = match &self.0 {
-            Place::Own(own) => (&own[start..end], checksum(&own[start..end])),
-            Place::Shared(shared) => {
+        self.bounds(start, bytes)?;
+        let own = match &self.0 {
+            Place::Own(own) => Some(&own[start..start + bytes]),
+            Place::Pieces(pieces) => pieces.0.whole(start, bytes),
+            Place::Shared(_) => None,
+        };
+        let piece = match own {
+            Some(piece) => piece,
+            None => {
                 scratch.resize(bytes, 0);
-                let sum = shared.0.copy_summed(start, scratch);
-                (scratch, sum)
+                self.copy(start, scratch)?;
+                scratch
             }
         };
-        Ok((sum == expected).then_some(Verified(piece)))
+        Ok((checksum(piece) == expected).then_some(Verified(piece)))
     }
 
-    /// The bytes, copied where they lie in a peer's memory.
+    fn bounds(&self, start: usize, bytes: usize) -> Result<(), OutsideBody> {
+        let len = self.len();
+        let end = start.checked_add(bytes).filter(|&end| end <= len);
+        end.map(drop).ok_or(OutsideBody { start, bytes, len })
+    }
+
+    /// The bytes in one piece, copied where they lie in several or in a peer's memory.
     pub fn into_bytes(self) -> Bytes {
         match self.0 {
             Place::Own(bytes) => bytes,
+            Place::Pieces(pieces) => pieces.0.to_vec().into(),
             Place::Shared(shared) => shared.0.to_vec().into(),
         }
     }
@@ -126,9 +154,55 @@ impl std::fmt::Debug for Body {
     }
 }
 
-/// Copies pieces into one body, taking each one's checksum.
-pub(crate) fn gather(pieces: &[&[u8]]) -> (Bytes, Vec<u64>) {
-    let mut body = BytesMut::with_capacity(pieces.iter().map(|piece| piece.len()).sum());
+/// Bytes in several places, each with where it ends in the whole.
+struct Pieces(Vec<(usize, Bytes)>);
+
+impl Pieces {
+    fn new(pieces: Vec<Bytes>) -> Self {
+        let mut end = 0;
+        let ended = |piece: Bytes| {
+            end += piece.len();
+            (end, piece)
+        };
+        Self(pieces.into_iter().map(ended).collect())
+    }
+
+    fn len(&self) -> usize {
+        self.0.last().map_or(0, |(end, _)| *end)
+    }
+
+    /// Copies `into.len()` bytes from `start` on. The caller has checked the bounds.
+    fn copy(&self, mut start: usize, mut into: &mut [u8]) {
+        let first = self.0.partition_point(|(end, _)| *end <= start);
+        for (end, piece) in &self.0[first..] {
+            let here = &piece[piece.len() - (end - start)..];
+            let bytes = here.len().min(into.len());
+            let (now, rest) = into.split_at_mut(bytes);
+            now.copy_from_slice(&here[..bytes]);
+            (into, start) = (rest, *end);
+            if into.is_empty() {
+                return;
+            }
+        }
+    }
+
+    /// `bytes` bytes from `start` on, if they lie in one piece.
+    fn whole(&self, start: usize, bytes: usize) -> Option<&[u8]> {
+        let (end, piece) = self.0.get(self.0.partition_point(|(end, _)| *end <= start))?;
+        let at = piece.len() - (end - start);
+        piece.get(at..at.checked_add(bytes)?)
+    }
+
+    fn to_vec(&self) -> Vec<u8> {
+        let mut whole = Vec::with_capacity(self.len());
+        self.0.iter().for_each(|(_, piece)| whole.extend_from_slice(piece));
+        whole
+    }
+}
+
+/// Copies pieces into one body, taking each one's checksum while it is in cache.
+pub(crate) fn gather(pieces: &[&[u8]], spares: &Spares) -> (Bytes, Vec<u64>) {
+    let mut body = spares.take(pieces.iter().map(|piece| piece.len()).sum());
     let checksums = pieces
         .iter()
         .map(|piece| {
@@ -137,5 +211,31 @@ pub(crate) fn gather(pieces: &[&[u8]]) -> (Bytes, Vec<u64>) {
             checksum(&body[start..])
         })
         .collect();
-    (body.freeze(), checksums)
+    (spares.lend(body), checksums)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_read_like_the_whole() {
+        let whole: Vec<u8> = (0..=255).collect();
+        for cuts in [vec![0, 256], vec![0, 1, 1, 100, 255, 256], vec![0, 0, 128, 256, 256]] {
+            let pieces = Pieces::new(
+                cuts.windows(2).map(|cut| Bytes::copy_from_slice(&whole[cut[0]..cut[1]])).collect(),
+            );
+            assert_eq!(pieces.to_vec(), whole);
+            for start in 0..=256 {
+                for end in start..=256 {
+                    let mut copy = vec![0; end - start];
+                    pieces.copy(start, &mut copy);
+                    assert_eq!(copy, whole[start..end], "{cuts:?}, {start}..{end}");
+                    if let Some(piece) = pieces.whole(start, end - start) {
+                        assert_eq!(piece, copy, "{cuts:?}, {start}..{end}");
+                    }
+                }
+            }
+        }
+    }
 }

@@ -17,6 +17,16 @@ pub enum FabricError {
         /// What it must keep to.
         rule: &'static str,
     },
+    /// The configured datagram size cannot be. Rejected.
+    #[error("datagram_bytes must be {min} to {max} on this address, not {got}")]
+    DatagramBytes {
+        /// What was configured.
+        got: u16,
+        /// What QUIC needs.
+        min: u16,
+        /// What UDP carries.
+        max: u16,
+    },
     /// The worker's name is empty or longer than the hello can carry. Rejected.
     #[error("a worker's name must have 1 to {max} bytes, this one has {got}")]
     WorkerName {

@@ -4,7 +4,6 @@
 //! receiver's limits before anything is allocated for them.
 
 use bytes::Bytes;
-use xxhash_rust::xxh3::xxh3_64;
 
 use crate::limits::Limits;
 
@@ -54,12 +53,6 @@ impl Frame {
     pub(crate) fn fits(&self, limits: &Limits) -> bool {
         self.head.len() <= limits.head_bytes_max && self.body_bytes() <= limits.body_bytes_max
     }
-}
-
-/// xxh3-64: 20 GB/s and more, where a copy makes 12. Guards gathering, scattering and staging; a forger is kept out by
-/// mutual TLS.
-pub fn checksum(piece: &[u8]) -> u64 {
-    xxh3_64(piece)
 }
 
 /// The peer sent something that the wire does not allow. The connection is closed for it.

@@ -14,11 +14,13 @@ use bytes::{Bytes, BytesMut};
 use crossbeam_channel::Receiver;
 
 use crate::arrivals::Arrivals;
+use crate::body;
 use crate::error::{DialError, FabricError, SendError};
 use crate::event::{Event, LossReason, PeerId, PeerInfo};
 use crate::frame::{Channel, Frame};
 use crate::inbox::{Inbox, admitted};
 use crate::limits::Limits;
+use crate::spares::Spares;
 use crate::stats::{Counters, Stats};
 use crate::sync::{lock, read, write};
 
@@ -42,6 +44,7 @@ pub(crate) struct Endpoint {
     hub: Hub,
     port: Arc<Port>,
     receivers: [Receiver<Event>; 2],
+    spares: Spares,
 }
 
 /// What others see of an end.
@@ -93,7 +96,7 @@ impl Endpoint {
         }
         ports.insert(address, Arc::clone(&port));
         drop(ports);
-        Ok(Self { hub: hub.clone(), port, receivers: [kv_events, experts_events] })
+        Ok(Self { hub: hub.clone(), port, receivers: [kv_events, experts_events], spares: Spares::new() })
     }
 
     pub fn address(&self) -> &str {
@@ -130,6 +133,17 @@ impl Endpoint {
             Err(_) => (),
         }
         sent
+    }
+
+    pub fn try_send_gathered(
+        &self,
+        peer: PeerId,
+        channel: Channel,
+        pieces: &[&[u8]],
+        head: impl FnOnce(Vec<u64>) -> Bytes,
+    ) -> Result<(), SendError> {
+        let (body, checksums) = body::gather(pieces, &self.spares);
+        self.try_send(peer, channel, Frame { head: head(checksums), body: vec![body] })
     }
 
     pub fn receiver(&self, channel: Channel) -> Arrivals {

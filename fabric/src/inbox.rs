@@ -26,7 +26,6 @@ pub(crate) struct Inbox {
     frame_cost_min: usize,
     receive_bytes_max: usize,
     receive_frames_max: usize,
-    spares: Spares,
     /// Behind `events`: a consumer that is woken by the drop must find the queue closed.
     waker: Waker,
 }
@@ -69,7 +68,6 @@ impl Inbox {
             frame_cost_min: limits.receive_bytes_max.div_ceil(limits.receive_frames_max),
             receive_bytes_max: limits.receive_bytes_max,
             receive_frames_max: limits.receive_frames_max,
-            spares: Spares::new(),
             waker: Waker(rings),
         };
         (inbox, receiver)
@@ -84,16 +82,6 @@ impl Inbox {
     /// Takes a frame of `bytes` in if there is room now.
     pub fn try_admit(&self, bytes: usize) -> Option<Admission> {
         Arc::clone(&self.budget).try_acquire_many_owned(self.cost(bytes)).ok().map(Admission)
-    }
-
-    /// An empty buffer for a payload of `bytes`, reused where there is one.
-    pub fn buffer(&self, bytes: usize) -> Vec<u8> {
-        self.spares.take(bytes)
-    }
-
-    /// A payload as one piece of bytes that, when the last slice of it is dropped, gives `admission` and buffer back.
-    pub fn hold(&self, payload: Vec<u8>, admission: Admission) -> Bytes {
-        admitted(Recycled { payload, spares: self.spares.clone() }, admission)
     }
 
     /// Queues an admitted frame.
@@ -134,57 +122,4 @@ pub(crate) fn admitted(bytes: impl AsRef<[u8]> + Send + 'static, admission: Admi
         }
     }
     Bytes::from_owner(Admitted(bytes, admission))
-}
-
-/// Smaller buffers come cheaply from the allocator; larger ones it takes from the system each time, and a fresh
-/// page costs more than receiving into it.
-const SPARE_BYTES: std::ops::RangeInclusive<usize> = 64 << 10..=16 << 20;
-/// At 16 MiB at most, 128 MiB a channel.
-const SPARES_MAX: usize = 8;
-
-/// Buffers of frames that were dropped, for the frames to come.
-#[derive(Clone)]
-struct Spares {
-    put: Sender<Vec<u8>>,
-    take: Receiver<Vec<u8>>,
-}
-
-impl Spares {
-    fn new() -> Self {
-        let (put, take) = crossbeam_channel::bounded(SPARES_MAX);
-        Self { put, take }
-    }
-
-    fn take(&self, bytes: usize) -> Vec<u8> {
-        let spare = if SPARE_BYTES.contains(&bytes) { self.take.try_recv().ok() } else { None };
-        let mut buffer = spare.unwrap_or_default();
-        buffer.reserve(bytes);
-        buffer
-    }
-
-    fn put(&self, mut buffer: Vec<u8>) {
-        if SPARE_BYTES.contains(&buffer.capacity()) {
-            buffer.clear();
-            // Enough of them already: this one is freed.
-            drop(self.put.try_send(buffer));
-        }
-    }
-}
-
-/// A payload whose buffer outlives it.
-struct Recycled {
-    payload: Vec<u8>,
-    spares: Spares,
-}
-
-impl AsRef<[u8]> for Recycled {
-    fn as_ref(&self) -> &[u8] {
-        &self.payload
-    }
-}
-
-impl Drop for Recycled {
-    fn drop(&mut self) {
-        self.spares.put(std::mem::take(&mut self.payload));
-    }
 }

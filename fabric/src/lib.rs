@@ -16,14 +16,17 @@
 
 mod arrivals;
 mod body;
+mod checksum;
 mod error;
 mod event;
 mod frame;
 mod in_process;
 mod inbox;
 mod limits;
+mod places;
 mod quic;
 mod shared;
+mod spares;
 mod stats;
 mod sync;
 
@@ -34,9 +37,10 @@ use bytes::Bytes;
 
 pub use arrivals::Arrivals;
 pub use body::{Body, OutsideBody, Verified};
+pub use checksum::checksum;
 pub use error::{CredentialError, DialError, FabricError, SendError};
 pub use event::{Event, LossReason, PeerId, PeerInfo};
-pub use frame::{Channel, Frame, ProtocolError, checksum};
+pub use frame::{Channel, Frame, ProtocolError};
 pub use in_process::Hub;
 pub use limits::Limits;
 pub use quic::QuicOptions;
@@ -114,10 +118,7 @@ impl Fabric {
         head: impl FnOnce(Vec<u64>) -> Bytes,
     ) -> Result<(), SendError> {
         match &*self.transport {
-            Transport::InProcess(endpoint) => {
-                let (body, checksums) = body::gather(pieces);
-                endpoint.try_send(peer, channel, Frame { head: head(checksums), body: vec![body] })
-            }
+            Transport::InProcess(endpoint) => endpoint.try_send_gathered(peer, channel, pieces, head),
             Transport::Quic(endpoint) => endpoint.try_send_gathered(peer, channel, pieces, head),
         }
     }

@@ -7,6 +7,7 @@
 //! or a queued frame wakes it.
 
 mod attachment;
+mod congestion;
 mod connection;
 mod endpoint;
 mod hello;
@@ -38,6 +39,7 @@ use endpoint::Dial;
 use hello::Hello;
 use path::Path;
 use peers::Peers;
+use socket::SOCKET_BUFFER_BYTES;
 
 const SCHEME: &str = "quic://";
 
@@ -47,9 +49,12 @@ const DIALS_MAX: usize = 256;
 /// How to open a QUIC end.
 #[derive(Clone)]
 pub struct QuicOptions {
-    /// UDP address to bind; port 0 takes a free one. A loopback address gets loopback's datagram size, any other
-    /// one path MTU discovery.
+    /// UDP address to bind; port 0 takes a free one.
     pub bind: SocketAddr,
+    /// The largest UDP payload that the network carries, 1,200 to 65,507 bytes: from the first datagram on, and no larger
+    /// one is tried. `None`: what loopback carries on a loopback address; on any other one what is found by trying, up
+    /// to the frames of 9,000-byte Ethernet.
+    pub datagram_bytes: Option<u16>,
     /// The only certificate authority peers are checked against.
     pub ca_pem: String,
     /// Our certificate chain, for the name `trireme`.
@@ -83,9 +88,10 @@ impl Endpoint {
     pub fn start(options: QuicOptions) -> Result<Self, FabricError> {
         options.limits.validate()?;
         let configs = tls::configs(&options)?;
-        let path = Path::of(options.bind);
-        let (socket, bound) = socket::bind(options.bind)
+        let path = Path::of(options.bind, options.datagram_bytes)?;
+        let (socket, bound, buffer_bytes) = socket::bind(options.bind, SOCKET_BUFFER_BYTES)
             .map_err(|source| FabricError::Bind { address: options.bind, source })?;
+        let in_flight_bytes = path::in_flight_bytes(&options.limits, buffer_bytes);
         let address = format!("{SCHEME}{bound}");
         let hello = Hello::new(options.worker, options.incarnation, address.clone())?;
 
@@ -99,6 +105,7 @@ impl Endpoint {
         let setup = endpoint::Setup {
             socket,
             path,
+            in_flight_bytes,
             configs,
             hello,
             limits: options.limits.clone(),

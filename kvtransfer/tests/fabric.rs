@@ -98,6 +98,7 @@ impl Pair {
                 worker: worker.to_owned(),
                 incarnation,
                 limits: Limits::default(),
+                datagram_bytes: None,
                 share_memory,
             })?)
         };

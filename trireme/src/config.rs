@@ -82,11 +82,15 @@ impl ModelSection {
 pub struct FabricSection {
     /// Frames between workers of one host and user go through memory that both see. `false`: over QUIC, as between hosts.
     pub share_memory: bool,
+    /// The largest UDP payload that the network between the workers carries, bytes. Default: loopback's on a loopback
+    /// address, elsewhere what is found by trying, up to 9,000-byte Ethernet's 8,952.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub datagram_bytes: Option<u16>,
 }
 
 impl Default for FabricSection {
     fn default() -> Self {
-        Self { share_memory: true }
+        Self { share_memory: true, datagram_bytes: None }
     }
 }
 

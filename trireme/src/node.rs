@@ -246,6 +246,7 @@ pub fn quic(
         worker: worker.id.clone(),
         incarnation,
         limits: Default::default(),
+        datagram_bytes: config.fabric.datagram_bytes,
         share_memory: config.fabric.share_memory,
     })
     .with_context(|| format!("{}: fabric on {}", worker.id, worker.fabric))

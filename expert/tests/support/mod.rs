@@ -85,6 +85,7 @@ impl Network {
                 worker: worker.to_owned(),
                 incarnation,
                 limits,
+                datagram_bytes: None,
                 share_memory: *share_memory,
             }),
         }

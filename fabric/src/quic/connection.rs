@@ -13,12 +13,17 @@ use super::attachment::{self, Attachment, Ended, Watched};
 use super::endpoint::Io;
 use super::hello::Streams;
 use super::outbox::Queue;
+use crate::body::Body;
 use crate::event::{LossReason, PeerId};
 use crate::frame::{Channel, Frame, FrameHeader, ProtocolError};
+use crate::inbox::{Admission, admitted};
 
 /// Frames that one write takes together: many small ones share a packet, and a queue of large ones does not
 /// become one long write.
 const FRAMES_PER_WRITE: usize = 32;
+
+/// Bodies up to this are copied off the network's buffers at once.
+const COPIED_BYTES_MAX: usize = 32 << 10;
 
 /// Late enough for MTU discovery to have settled.
 const MTU_CHECK_AFTER: Duration = Duration::from_secs(5);
@@ -140,18 +145,37 @@ async fn receive(
         }
         let header = FrameHeader::decode(header, &io.limits)?;
         let Some(admission) = inbox.admit(header.payload_bytes()).await else { return Ok(()) };
-        let mut payload = inbox.buffer(header.payload_bytes());
-        while payload.len() < header.payload_bytes() {
-            match stream.read_chunk(header.payload_bytes() - payload.len(), true).await {
-                Ok(Some(chunk)) => payload.extend_from_slice(&chunk.bytes),
+        let mut head = vec![0; header.head_bytes as usize];
+        match stream.read_exact(&mut head).await {
+            Ok(()) => (),
+            Err(ReadExactError::ReadError(error)) => return ended_by(error),
+            Err(ReadExactError::FinishedEarly(_)) => return Err(ProtocolError::StreamEnded),
+        }
+        let mut pieces = Vec::new();
+        let mut missing = header.body_bytes as usize;
+        while missing > 0 {
+            match stream.read_chunk(missing, true).await {
+                Ok(Some(chunk)) => {
+                    missing -= chunk.bytes.len();
+                    pieces.push(chunk.bytes);
+                }
                 Ok(None) => return Err(ProtocolError::StreamEnded),
                 Err(error) => return ended_by(error),
             }
         }
-        io.peers.counters.received(payload.len());
-        let mut body = inbox.hold(payload, admission);
-        let head = body.split_to(header.head_bytes as usize);
-        inbox.deliver(peer, head, body);
+        io.peers.counters.received(header.payload_bytes());
+        inbox.deliver(peer, head.into(), body(pieces, admission));
+    }
+}
+
+/// A frame's body out of what came in. A chunk holds on to the datagrams that it came with, up to 64 KiB: a small body
+/// is copied, which costs less than that memory; a large one stays in its pieces.
+fn body(pieces: Vec<Bytes>, admission: Admission) -> Body {
+    let bytes: usize = pieces.iter().map(Bytes::len).sum();
+    if bytes <= COPIED_BYTES_MAX {
+        admitted(pieces.concat(), admission).into()
+    } else {
+        Body::pieces(pieces, admission)
     }
 }
 

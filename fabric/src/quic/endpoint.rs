@@ -48,6 +48,7 @@ pub(crate) struct Dial {
 pub(crate) struct Setup {
     pub socket: UdpSocket,
     pub path: Path,
+    pub in_flight_bytes: u64,
     pub configs: tls::Configs,
     pub hello: Hello,
     pub limits: Limits,
@@ -87,8 +88,20 @@ pub(crate) fn spawn(setup: Setup) -> io::Result<JoinHandle<()>> {
             Err(error) => return drop(started.send(Err(error))),
         };
         runtime.block_on(async move {
-            let Setup { socket, path, configs, hello, limits, peers, inboxes, rings, dials, closing } = setup;
-            let (endpoint, client) = match open(socket, path, &configs, &limits) {
+            let Setup {
+                socket,
+                path,
+                in_flight_bytes,
+                configs,
+                hello,
+                limits,
+                peers,
+                inboxes,
+                rings,
+                dials,
+                closing,
+            } = setup;
+            let (endpoint, client) = match open(socket, path, &configs, in_flight_bytes) {
                 Ok(opened) => opened,
                 Err(error) => return drop(started.send(Err(error))),
             };
@@ -123,9 +136,9 @@ fn open(
     udp: UdpSocket,
     path: Path,
     configs: &tls::Configs,
-    limits: &Limits,
+    in_flight_bytes: u64,
 ) -> io::Result<(quinn::Endpoint, ClientConfig)> {
-    let transport = path.transport(limits);
+    let transport = path.transport(in_flight_bytes);
     let mut client = ClientConfig::new(Arc::clone(&configs.client) as _);
     client.transport_config(Arc::clone(&transport));
     let mut server = ServerConfig::with_crypto(Arc::clone(&configs.server) as _);

@@ -14,6 +14,7 @@ use crate::error::SendError;
 use crate::frame::Frame;
 use crate::limits::Limits;
 use crate::shared::Producer;
+use crate::spares::Spares;
 use crate::stats::Counters;
 use crate::sync::lock;
 
@@ -30,6 +31,8 @@ pub(crate) struct Queued {
     frames: mpsc::Sender<Frame>,
     bytes: Arc<AtomicUsize>,
     bytes_max: usize,
+    /// Bodies that were gathered and have been acknowledged.
+    spares: Spares,
 }
 
 /// The side that drains it.
@@ -42,7 +45,8 @@ pub(crate) fn outbox(limits: &Limits) -> (Queued, Queue) {
     let (sender, receiver) = mpsc::channel(limits.send_frames_max);
     let bytes = Arc::new(AtomicUsize::new(0));
     let queue = Queue { frames: receiver, bytes: Arc::clone(&bytes) };
-    (Queued { frames: sender, bytes, bytes_max: limits.send_bytes_max }, queue)
+    let queued = Queued { frames: sender, bytes, bytes_max: limits.send_bytes_max, spares: Spares::new() };
+    (queued, queue)
 }
 
 impl Outbox {
@@ -72,7 +76,7 @@ impl Outbox {
                 if !queued.has_room(body_bytes) {
                     return Err(SendError::Full(Frame::default()));
                 }
-                let (body, checksums) = body::gather(pieces);
+                let (body, checksums) = body::gather(pieces, &queued.spares);
                 queued.offer(Frame { head: head(checksums), body: vec![body] })
             }
             Self::Shared(producer) => {

@@ -9,20 +9,24 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::congestion::Uncontrolled;
 use quinn::congestion::CubicConfig;
 use quinn::{IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 
+use crate::error::FabricError;
 use crate::limits::Limits;
 
 /// The largest UDP payload over IPv4, and what one segmented send may hold at most.
 pub(crate) const UDP_PAYLOAD_BYTES_MAX: u16 = 65_507;
-/// The same over IPv6 on loopback, whose MTU is 65,536.
+/// What QUIC asks of every path.
+const PAYLOAD_BYTES_MIN: u16 = 1200;
+/// The same as the largest over IPv6 on loopback, whose MTU is 65,536.
 const UDP6_PAYLOAD_BYTES_MAX: u16 = 65_488;
 /// 9,000-byte Ethernet less the IPv6 and UDP headers.
 const JUMBO_PAYLOAD_BYTES: u16 = 8_952;
-/// What quinn pads the handshake's datagrams to, and falls back to when large ones are lost, on loopback. Not the
-/// full size there: a handshake packet's length field ends at 16,383, and quinn panics beyond.
-const LOOPBACK_FLOOR_BYTES: u16 = 16_000;
+/// What quinn pads the handshake's datagrams to, and falls back to when large ones are lost, on a path that is known. Not
+/// loopback's full size: a handshake packet's length field ends at 16,383, and quinn panics beyond.
+const KNOWN_FLOOR_BYTES: u16 = 16_000;
 
 /// A peer that sent nothing for so long is dead; the design allows 2 s until both sides are at their baseline.
 pub(crate) const IDLE: Duration = Duration::from_millis(1500);
@@ -31,6 +35,12 @@ const KEEP_ALIVE: Duration = Duration::from_millis(250);
 /// quinn's 333 ms would repeat a lost first packet after a second only; within a site 25 ms is plenty.
 const INITIAL_RTT: Duration = Duration::from_millis(25);
 
+/// What a connection may keep unacknowledged: UDP has no back-pressure, and what the receiver's socket cannot hold is lost
+/// and sent again. Our own buffer stands for the peer's, which is set up alike; the rest of it is for what else arrives.
+pub(crate) fn in_flight_bytes(limits: &Limits, socket_buffer_bytes: usize) -> u64 {
+    limits.in_flight_bytes_max.min(socket_buffer_bytes / 4 * 3) as u64
+}
+
 /// The kind of network below an end, told by the address it is bound to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Path {
@@ -38,18 +48,24 @@ pub(crate) struct Path {
     pub mtu_bytes: u16,
     /// Known beforehand: used from the first packet on, instead of being searched for.
     known: bool,
+    /// Nobody else's packets are in the way.
+    loopback: bool,
 }
 
 impl Path {
-    pub fn of(bound: SocketAddr) -> Self {
-        match bound {
-            SocketAddr::V4(a) if a.ip().is_loopback() => {
-                Self { mtu_bytes: UDP_PAYLOAD_BYTES_MAX, known: true }
+    /// The path below `bound`, on which `configured` bytes are known to pass.
+    pub fn of(bound: SocketAddr, configured: Option<u16>) -> Result<Self, FabricError> {
+        let (most, loopback) = match bound {
+            SocketAddr::V6(_) => (UDP6_PAYLOAD_BYTES_MAX, bound.ip().is_loopback()),
+            SocketAddr::V4(_) => (UDP_PAYLOAD_BYTES_MAX, bound.ip().is_loopback()),
+        };
+        match configured {
+            Some(mtu_bytes) if (PAYLOAD_BYTES_MIN..=most).contains(&mtu_bytes) => {
+                Ok(Self { mtu_bytes, known: true, loopback })
             }
-            SocketAddr::V6(a) if a.ip().is_loopback() => {
-                Self { mtu_bytes: UDP6_PAYLOAD_BYTES_MAX, known: true }
-            }
-            _ => Self { mtu_bytes: JUMBO_PAYLOAD_BYTES, known: false },
+            Some(got) => Err(FabricError::DatagramBytes { got, min: PAYLOAD_BYTES_MIN, max: most }),
+            None if loopback => Ok(Self { mtu_bytes: most, known: true, loopback }),
+            None => Ok(Self { mtu_bytes: JUMBO_PAYLOAD_BYTES, known: false, loopback }),
         }
     }
 
@@ -59,16 +75,22 @@ impl Path {
         usize::from(UDP_PAYLOAD_BYTES_MAX / self.mtu_bytes).max(1)
     }
 
-    pub fn transport(self, limits: &Limits) -> Arc<TransportConfig> {
+    /// quinn's settings for connections that keep at most `in_flight_bytes` unacknowledged, see [`in_flight_bytes`].
+    pub fn transport(self, in_flight_bytes: u64) -> Arc<TransportConfig> {
         let mut transport = TransportConfig::default();
 
         // Before the MTU: a window under the datagram size hangs for ever, without an error or a timer.
-        let initial_window = (32 * u64::from(self.mtu_bytes)).min(limits.in_flight_bytes_max as u64);
-        let mut cubic = CubicConfig::default();
-        cubic.initial_window(initial_window);
-        transport.congestion_controller_factory(Arc::new(cubic));
+        let mtu_bytes = u64::from(self.mtu_bytes);
+        let initial_window = (32 * mtu_bytes).min(in_flight_bytes).max(2 * mtu_bytes);
+        if self.loopback {
+            transport.congestion_controller_factory(Arc::new(Uncontrolled));
+        } else {
+            let mut cubic = CubicConfig::default();
+            cubic.initial_window(initial_window);
+            transport.congestion_controller_factory(Arc::new(cubic));
+        }
         if self.known {
-            transport.initial_mtu(self.mtu_bytes).min_mtu(LOOPBACK_FLOOR_BYTES);
+            transport.initial_mtu(self.mtu_bytes).min_mtu(self.mtu_bytes.min(KNOWN_FLOOR_BYTES));
         }
         // On a known path there is nothing to find at first, but a way back up after a fall.
         let mut discovery = MtuDiscoveryConfig::default();
@@ -78,7 +100,7 @@ impl Path {
         // What is unacknowledged is bounded here, by the sender; receive windows are wide so that flow control only
         // acts when a consumer lags behind and its inbox is no longer read.
         transport
-            .send_window(limits.in_flight_bytes_max as u64)
+            .send_window(in_flight_bytes)
             .stream_receive_window(VarInt::from_u32(16 << 20))
             .receive_window(VarInt::from_u32(64 << 20));
 
@@ -105,9 +127,32 @@ mod tests {
             ("0.0.0.0:0", 8_952, 7),
             ("[::]:0", 8_952, 7),
         ] {
-            let path = Path::of(bound.parse().expect("a socket address"));
+            let path = Path::of(bound.parse().expect("a socket address"), None).expect("a path");
             assert_eq!((path.mtu_bytes, path.segments_max()), (mtu_bytes, segments), "{bound}");
             assert!(path.segments_max() * usize::from(path.mtu_bytes) <= usize::from(UDP_PAYLOAD_BYTES_MAX));
         }
+    }
+
+    #[test]
+    fn a_configured_size_is_taken_where_udp_can_carry_it() {
+        let of = |bound: &str, bytes| Path::of(bound.parse().expect("a socket address"), Some(bytes));
+        for (bound, bytes, segments) in
+            [("127.0.0.1:0", 8_972, 7), ("[::]:0", 1_200, 54), ("0.0.0.0:0", 65_507, 1)]
+        {
+            let path = of(bound, bytes).expect("a path");
+            assert_eq!((path.mtu_bytes, path.segments_max(), path.known), (bytes, segments, true), "{bound}");
+        }
+        for (bound, bytes) in [("127.0.0.1:0", 1_199), ("127.0.0.1:0", 65_508), ("[::1]:0", 65_489)] {
+            let error = of(bound, bytes).expect_err("UDP cannot carry it").to_string();
+            assert!(error.contains("datagram_bytes") && error.contains(&bytes.to_string()), "{error}");
+        }
+    }
+
+    #[test]
+    fn no_more_is_in_flight_than_a_socket_holds() {
+        let limits = Limits { in_flight_bytes_max: 64 << 20, ..Limits::default() };
+        assert_eq!(in_flight_bytes(&limits, 4 << 20), 3 << 20);
+        assert_eq!(in_flight_bytes(&limits, 208 << 10), 156 << 10);
+        assert_eq!(in_flight_bytes(&Limits::default(), 64 << 20), 3 << 20);
     }
 }

@@ -14,26 +14,28 @@ use socket2::{Domain, Protocol, Socket, Type};
 use super::path::{Path, UDP_PAYLOAD_BYTES_MAX};
 
 /// UDP drops what the receive buffer cannot hold; the system's 208 KiB default loses packets on loopback already.
-const SOCKET_BUFFER_BYTES: usize = 4 << 20;
+pub(crate) const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 
-/// Binds a socket with large buffers and says which address it got.
-pub(crate) fn bind(address: SocketAddr) -> io::Result<(UdpSocket, SocketAddr)> {
+/// Binds a socket with buffers of `wanted` bytes, and says which address it got and how large the smaller buffer is.
+pub(crate) fn bind(address: SocketAddr, wanted: usize) -> io::Result<(UdpSocket, SocketAddr, usize)> {
     let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
-    socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES)?;
-    socket.set_send_buffer_size(SOCKET_BUFFER_BYTES)?;
+    socket.set_recv_buffer_size(wanted)?;
+    socket.set_send_buffer_size(wanted)?;
     // Linux answers with twice what it granted, to account for its own overhead.
-    let granted = socket.recv_buffer_size()? / if cfg!(target_os = "linux") { 2 } else { 1 };
-    if granted < SOCKET_BUFFER_BYTES {
+    let overhead = if cfg!(target_os = "linux") { 2 } else { 1 };
+    let (receive, send) = (socket.recv_buffer_size()? / overhead, socket.send_buffer_size()? / overhead);
+    if receive < wanted || send < wanted {
         tracing::warn!(
-            granted,
-            wanted = SOCKET_BUFFER_BYTES,
-            "small UDP receive buffer: expect lost packets under load; raise net.core.rmem_max"
+            wanted,
+            receive,
+            send,
+            "small UDP buffers: less is kept in flight; raise net.core.rmem_max and net.core.wmem_max"
         );
     }
     socket.bind(&address.into())?;
     let socket = UdpSocket::from(socket);
     let bound = socket.local_addr()?;
-    Ok((socket, bound))
+    Ok((socket, bound, receive.min(send)))
 }
 
 /// Hands the socket to quinn. To be called on the I/O thread's runtime.
@@ -89,5 +91,20 @@ impl AsyncUdpSocket for Capped {
 impl fmt::Debug for Capped {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Capped").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_that_the_system_does_not_grant_is_told_with_its_size() {
+        let address = ([127, 0, 0, 1], 0).into();
+        let (_, bound, granted) = bind(address, 64 << 10).expect("a socket");
+        assert!(bound.port() != 0 && granted == 64 << 10, "{granted}");
+        // More than any system lets an unprivileged socket have, or as much as one may ask for.
+        let (_, _, granted) = bind(address, 1 << 30).expect("a socket");
+        assert!(granted > 64 << 10 && granted <= 1 << 30, "{granted}");
     }
 }

@@ -8,6 +8,7 @@ use std::io;
 
 use crate::frame::Channel;
 use crate::limits::Limits;
+use crate::places::FRAME_ALIGN;
 
 /// Begins the memory: `TRSM` and the version of this layout.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"TRSM\x01\0\0\0");
@@ -15,8 +16,6 @@ const PAGE_BYTES: usize = 4096;
 const LINE_BYTES: usize = 64;
 /// An entry is the frame's offset in the arena, then its lengths: head above, body below.
 const ENTRY_BYTES: usize = 16;
-/// Frames start on cache lines.
-pub(crate) const FRAME_ALIGN: usize = LINE_BYTES;
 
 /// Sizes that a side chooses for what it writes, and says in its header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

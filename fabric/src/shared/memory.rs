@@ -15,8 +15,6 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
-use crate::frame::checksum;
-
 /// A mapping of `bytes` bytes from page-aligned `start`.
 struct Mapping {
     start: NonNull<u8>,
@@ -159,12 +157,5 @@ impl Theirs {
 
     pub fn copy_out(&self, offset: usize, into: &mut [u8]) {
         self.memory.copy_out(offset, into);
-    }
-
-    /// Copies, and gives the checksum of the copy, taken while it is in cache. What the peer does to its side
-    /// meanwhile cannot make the two disagree.
-    pub fn copy_out_summed(&self, offset: usize, into: &mut [u8]) -> u64 {
-        self.memory.copy_out(offset, into);
-        checksum(into)
     }
 }

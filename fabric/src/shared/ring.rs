@@ -5,22 +5,21 @@
 //! side writes its own memory alone. Whatever a side reads of the other's is checked before it is used: a peer that
 //! writes nonsense loses its connection, and can do no more.
 
-use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
-use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 
-use super::layout::{FRAME_ALIGN, Layout};
+use super::layout::Layout;
 use super::memory::{Ours, Theirs};
 use crate::error::SendError;
 use crate::frame::{Channel, Frame, FrameHeader, ProtocolError};
 use crate::limits::Limits;
-use crate::sync::lock;
+use crate::places::{InOrder, Places};
 
 /// Room for the head of a gathered frame, which is known only when its body is in place.
-fn head_room(pieces: usize) -> usize {
+pub(crate) fn head_room(pieces: usize) -> usize {
     512 + 32 * pieces
 }
 
@@ -30,14 +29,9 @@ pub(crate) struct Producer {
     theirs: Arc<Theirs>,
     layout: Layout,
     channel: Channel,
-    bytes_max: usize,
     /// Wakes the peer's consumer.
     bell: OwnedFd,
-    /// Places of the frames that the peer is not done with, oldest first.
-    under_way: VecDeque<(usize, usize)>,
-    under_way_bytes: usize,
-    write_at: usize,
-    produced: u64,
+    places: Places,
 }
 
 impl Producer {
@@ -48,18 +42,9 @@ impl Producer {
         bell: OwnedFd,
         limits: &Limits,
     ) -> Self {
-        Self {
-            ours,
-            theirs,
-            layout: Layout::of(limits),
-            channel,
-            bytes_max: limits.send_bytes_max,
-            bell,
-            under_way: VecDeque::new(),
-            under_way_bytes: 0,
-            write_at: 0,
-            produced: 0,
-        }
+        let layout = Layout::of(limits);
+        let places = Places::new(layout.arena_bytes, layout.entries, limits.send_bytes_max);
+        Self { ours, theirs, layout, channel, bell, places }
     }
 
     /// Copies a frame over and wakes the peer if it sleeps.
@@ -90,7 +75,7 @@ impl Producer {
         for piece in pieces {
             self.ours.write(at, piece);
             // Of the private side, which the copy has just brought into cache.
-            checksums.push(crate::frame::checksum(piece));
+            checksums.push(crate::checksum::checksum(piece));
             at += piece.len();
         }
         let head = head(checksums);
@@ -105,42 +90,15 @@ impl Producer {
 
     /// A place of `bytes` bytes in the arena, if there is one now. The oldest places come back as the peer is done.
     fn place(&mut self, bytes: usize) -> Option<usize> {
-        let bytes = bytes.max(1).next_multiple_of(FRAME_ALIGN);
-        let done = self.theirs.acquire(Layout::consumed(self.channel));
-        let first = self.produced - self.under_way.len() as u64;
-        // A peer that claims to be done with what was never sent is given no more room for it.
-        for _ in first..done.min(self.produced) {
-            if let Some((_, bytes)) = self.under_way.pop_front() {
-                self.under_way_bytes -= bytes;
-            }
-        }
-        let Some(&(oldest, _)) = self.under_way.front() else {
-            // Empty: start over, where the cache is warm.
-            self.write_at = 0;
-            return (bytes <= self.layout.arena_bytes).then_some(0);
-        };
-        if self.under_way.len() >= self.layout.entries || self.under_way_bytes + bytes > self.bytes_max {
-            return None;
-        }
-        if self.write_at > oldest {
-            if self.layout.arena_bytes - self.write_at >= bytes {
-                return Some(self.write_at);
-            }
-            return (bytes <= oldest).then_some(0);
-        }
-        (oldest - self.write_at >= bytes).then_some(self.write_at)
+        self.places.find(bytes, self.theirs.acquire(Layout::consumed(self.channel)))
     }
 
     fn publish(&mut self, place: usize, header: FrameHeader) {
-        let bytes = header.payload_bytes().max(1).next_multiple_of(FRAME_ALIGN);
-        let entry = self.layout.entry(self.channel, self.produced);
+        let entry = self.layout.entry(self.channel, self.places.written());
         self.ours.publish(entry, place as u64);
         self.ours.publish(entry + 8, u64::from(header.head_bytes) << 32 | u64::from(header.body_bytes));
-        self.under_way.push_back((place, bytes));
-        self.under_way_bytes += bytes;
-        self.write_at = place + bytes;
-        self.produced += 1;
-        self.ours.publish(Layout::produced(self.channel), self.produced);
+        self.places.take(place, header.payload_bytes());
+        self.ours.publish(Layout::produced(self.channel), self.places.written());
         // Either this sees that the peer sleeps, or the peer, looking once more before it does, sees the frame.
         fence(Ordering::SeqCst);
         if self.theirs.flag(Layout::sleeping(self.channel)) != 0 {
@@ -168,7 +126,7 @@ impl Consumer {
         channel: Channel,
         limits: &Limits,
     ) -> Self {
-        let done = Done { ours: Arc::clone(&ours), channel, state: Mutex::default() };
+        let done = Done { ours: Arc::clone(&ours), channel, order: InOrder::default() };
         Self { ours, theirs, layout, channel, limits: limits.clone(), next: 0, done: Arc::new(done) }
     }
 
@@ -226,31 +184,7 @@ impl Consumer {
 struct Done {
     ours: Arc<Ours>,
     channel: Channel,
-    state: Mutex<DoneState>,
-}
-
-#[derive(Default)]
-struct DoneState {
-    /// All before this one are done.
-    first: u64,
-    /// Whether it and those behind it are.
-    behind: VecDeque<bool>,
-}
-
-impl Done {
-    fn add(&self, frame: u64) {
-        let mut state = lock(&self.state);
-        let index = (frame - state.first) as usize;
-        if state.behind.len() <= index {
-            state.behind.resize(index + 1, false);
-        }
-        state.behind[index] = true;
-        while state.behind.front() == Some(&true) {
-            state.behind.pop_front();
-            state.first += 1;
-        }
-        self.ours.publish(Layout::consumed(self.channel), state.first);
-    }
+    order: InOrder,
 }
 
 /// A body in the peer's memory. Its room goes back to the peer with the drop.
@@ -267,10 +201,10 @@ impl SharedBody {
         self.bytes
     }
 
-    /// Copies `into.len()` bytes from `start` and gives their checksum. The caller has checked the bounds.
-    pub fn copy_summed(&self, start: usize, into: &mut [u8]) -> u64 {
+    /// Copies `into.len()` bytes from `start` on. The caller has checked the bounds.
+    pub fn copy(&self, start: usize, into: &mut [u8]) {
         assert!(start + into.len() <= self.bytes, "outside the body");
-        self.theirs.copy_out_summed(self.at + start, into)
+        self.theirs.copy_out(self.at + start, into);
     }
 
     pub fn to_vec(&self) -> Vec<u8> {
@@ -282,7 +216,8 @@ impl SharedBody {
 
 impl Drop for SharedBody {
     fn drop(&mut self) {
-        self.done.add(self.frame);
+        let Done { ours, channel, order } = &*self.done;
+        order.done(self.frame, |count| ours.publish(Layout::consumed(*channel), count));
     }
 }
 

@@ -74,6 +74,7 @@ pub fn options(
         worker: worker.to_owned(),
         incarnation,
         limits,
+        datagram_bytes: None,
         share_memory: false,
     }
 }

@@ -1,5 +1,7 @@
 use std::os::fd::AsFd;
 
+use std::collections::VecDeque;
+
 use super::*;
 use crate::shared::new_bell;
 
@@ -114,8 +116,7 @@ fn a_peer_that_takes_more_than_was_sent_frees_nothing_that_is_under_way() {
     let claims = &pair.consumer.ours;
     claims.publish(Layout::consumed(Channel::Kv), u64::MAX);
     pair.producer.offer(frame(5, 10)).expect("its own loss: the ring is empty by its word");
-    assert_eq!(pair.producer.under_way.len(), 1);
-    assert_eq!(pair.producer.under_way_bytes, 64);
+    assert_eq!(pair.producer.places.under_way(), (1, 64));
 }
 
 #[test]
