@@ -102,6 +102,8 @@ pub(crate) enum Mode {
     ShmBare,
     /// Our QUIC with mutual TLS.
     Quic,
+    /// RDMA as we use it, through NIXL: over its TCP and CMA where there is no device (`UCX_TLS` chooses).
+    Rdma,
     /// One TCP connection under tokio, unencrypted, unchecked.
     Tcp,
 }
@@ -135,7 +137,7 @@ fn once(mode: Mode, shape: &Shape) -> anyhow::Result<Outcome> {
     match mode {
         Mode::Memcpy => copies::run(&plan, false),
         Mode::MemcpySum => copies::run(&plan, true),
-        Mode::Shm | Mode::Quic => push::run(mode, &plan, shape),
+        Mode::Shm | Mode::Quic | Mode::Rdma => push::run(mode, &plan, shape),
         Mode::ShmBare => bare::run(&plan, shape),
         Mode::Tcp => tcp::run(&plan, shape),
     }

@@ -156,6 +156,7 @@ impl Authority {
             limits: Limits::default(),
             datagram_bytes: None,
             share_memory: false,
+            rdma: Default::default(),
         })
     }
 }

@@ -6,6 +6,7 @@ use bytes::Bytes;
 
 use crate::checksum::checksum;
 use crate::inbox::Admission;
+use crate::rdma::StagedBody;
 use crate::shared::SharedBody;
 use crate::spares::Spares;
 
@@ -21,6 +22,8 @@ enum Place {
     Pieces(Arc<(Pieces, Admission)>),
     /// With its part of the receive budget, where the channel has one.
     Shared(Arc<(SharedBody, Option<Admission>)>),
+    /// Where the peer may still write, with its part of the receive budget.
+    Staged(Arc<(StagedBody, Admission)>),
 }
 
 /// A copy was asked for that the body does not hold.
@@ -40,6 +43,10 @@ impl Body {
         Self(Place::Shared(Arc::new((body, admission))))
     }
 
+    pub(crate) fn staged(body: StagedBody, admission: Admission) -> Self {
+        Self(Place::Staged(Arc::new((body, admission))))
+    }
+
     pub(crate) fn pieces(pieces: Vec<Bytes>, admission: Admission) -> Self {
         Self(Place::Pieces(Arc::new((Pieces::new(pieces), admission))))
     }
@@ -50,6 +57,7 @@ impl Body {
             Place::Own(bytes) => bytes.len(),
             Place::Pieces(pieces) => pieces.0.len(),
             Place::Shared(shared) => shared.0.len(),
+            Place::Staged(staged) => staged.0.len(),
         }
     }
 
@@ -78,6 +86,7 @@ impl Body {
             Place::Own(bytes) => into.copy_from_slice(&bytes[start..start + into.len()]),
             Place::Pieces(pieces) => pieces.0.copy(start, into),
             Place::Shared(shared) => shared.0.copy(start, into),
+            Place::Staged(staged) => staged.0.copy(start, into),
         }
         Ok(())
     }
@@ -99,7 +108,7 @@ impl Body {
         let own = match &self.0 {
             Place::Own(own) => Some(&own[start..start + bytes]),
             Place::Pieces(pieces) => pieces.0.whole(start, bytes),
-            Place::Shared(_) => None,
+            Place::Shared(_) | Place::Staged(_) => None,
         };
         let piece = match own {
             Some(piece) => piece,
@@ -124,6 +133,7 @@ impl Body {
             Place::Own(bytes) => bytes,
             Place::Pieces(pieces) => pieces.0.to_vec().into(),
             Place::Shared(shared) => shared.0.to_vec().into(),
+            Place::Staged(staged) => staged.0.to_vec().into(),
         }
     }
 }

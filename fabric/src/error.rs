@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::frame::{Frame, ProtocolError};
@@ -52,6 +53,9 @@ pub enum FabricError {
         /// The address asked for.
         address: String,
     },
+    /// RDMA is asked for and cannot be had.
+    #[error("no RDMA")]
+    Rdma(#[from] LibraryError),
     /// The UDP socket could not be bound or set up.
     #[error("cannot bind the fabric to {address}")]
     Bind {
@@ -76,6 +80,25 @@ pub enum FabricError {
     /// This end is closed.
     #[error("this end of the fabric is closed")]
     Closed,
+}
+
+/// Why NIXL's library cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LibraryError {
+    /// It cannot be opened.
+    #[error("cannot open NIXL's library {path}: {detail}", path = path.display())]
+    Absent {
+        /// Where it was looked for.
+        path: PathBuf,
+        /// The loader's words.
+        detail: String,
+    },
+    /// It is another library, or another version.
+    #[error("NIXL's library has no function `{name}`; version 1.5 has")]
+    Function {
+        /// What is missing.
+        name: &'static str,
+    },
 }
 
 /// Why dialling failed. Cloned to every caller that waits for the same address.

@@ -91,6 +91,9 @@ pub enum ProtocolError {
         /// Its length, as announced.
         bytes: usize,
     },
+    /// A notice of a one-sided write that none of ours would be, or that says again what was said.
+    #[error("no notice of this protocol")]
+    Notice,
     /// The hello does not begin as ours do.
     #[error("no hello of this protocol")]
     HelloMagic,

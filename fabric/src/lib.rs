@@ -2,7 +2,7 @@
 //!
 //! A [`Fabric`] is a worker's end. It dials other ends, is dialled by them, and moves [`Frame`]s on two
 //! channels, [`Channel::Kv`] and [`Channel::Experts`], inside a process, through memory that two processes of a host
-//! share, or over QUIC. All keep the same promises:
+//! share, by RDMA, or over QUIC: the first of these that both ends can. All keep the same promises:
 //! frames of one peer and channel arrive whole and in order; a frame is never delivered twice;
 //! [`Event::PeerUp`] comes before a peer's first frame and [`Event::PeerLost`] after its last one, on both channels;
 //! a [`PeerId`] stands for one connection, so for one incarnation of a worker. A frame that was accepted for
@@ -11,8 +11,9 @@
 //! Nothing here blocks a device thread: [`Fabric::try_send`] hands a full queue back to its caller and
 //! [`Fabric::receiver`] can be polled. Every queue is bounded by [`Limits`].
 //!
-//! Deliberately absent: what the bytes mean (`kvtransfer`, `expert`), when to retry, and one-sided writes. A
-//! receiver always copies out of a frame after its own checks, so no peer ever writes into a worker's memory.
+//! Deliberately absent: what the bytes mean (`kvtransfer`, `expert`), when to retry, and one-sided writes into a
+//! worker's own memory. Over RDMA a peer writes into staging memory of its connection, and nowhere else; whatever the
+//! transport, a receiver copies out of a frame after its own checks.
 
 mod arrivals;
 mod body;
@@ -25,6 +26,7 @@ mod inbox;
 mod limits;
 mod places;
 mod quic;
+mod rdma;
 mod shared;
 mod spares;
 mod stats;
@@ -38,12 +40,13 @@ use bytes::Bytes;
 pub use arrivals::Arrivals;
 pub use body::{Body, OutsideBody, Verified};
 pub use checksum::checksum;
-pub use error::{CredentialError, DialError, FabricError, SendError};
+pub use error::{CredentialError, DialError, FabricError, LibraryError, SendError};
 pub use event::{Event, LossReason, PeerId, PeerInfo};
 pub use frame::{Channel, Frame, ProtocolError};
 pub use in_process::Hub;
 pub use limits::Limits;
 pub use quic::QuicOptions;
+pub use rdma::{RdmaOptions, RdmaUse};
 pub use stats::Stats;
 
 /// A worker's end of the fabric. Cheap to clone; the last clone dropped closes it.

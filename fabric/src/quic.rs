@@ -11,6 +11,7 @@ mod congestion;
 mod connection;
 mod endpoint;
 mod hello;
+mod one_sided;
 mod outbox;
 mod path;
 mod peers;
@@ -33,6 +34,7 @@ use crate::event::{Event, PeerId, PeerInfo};
 use crate::frame::{Channel, Frame};
 use crate::inbox::Inbox;
 use crate::limits::Limits;
+use crate::rdma::{Rdma, RdmaOptions};
 use crate::stats::Stats;
 use crate::sync::lock;
 use endpoint::Dial;
@@ -69,6 +71,8 @@ pub struct QuicOptions {
     pub limits: Limits,
     /// Whether frames of peers on this host go through shared memory. They do where both ends want it.
     pub share_memory: bool,
+    /// Whether frames of other peers go over RDMA. They do where both ends want it and reach each other's memory.
+    pub rdma: RdmaOptions,
 }
 
 /// A worker's end on the network.
@@ -81,6 +85,7 @@ pub(crate) struct Endpoint {
     rings: Arc<Rings>,
     dials: mpsc::Sender<Dial>,
     closing: Arc<Notify>,
+    rdma: Option<Arc<Rdma>>,
     io_thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -88,6 +93,7 @@ impl Endpoint {
     pub fn start(options: QuicOptions) -> Result<Self, FabricError> {
         options.limits.validate()?;
         let configs = tls::configs(&options)?;
+        let rdma = Rdma::open(&options.rdma)?;
         let path = Path::of(options.bind, options.datagram_bytes)?;
         let (socket, bound, buffer_bytes) = socket::bind(options.bind, SOCKET_BUFFER_BYTES)
             .map_err(|source| FabricError::Bind { address: options.bind, source })?;
@@ -112,6 +118,7 @@ impl Endpoint {
             peers: Arc::clone(&peers),
             inboxes: [kv, experts],
             rings: options.share_memory.then(|| Arc::clone(&rings)),
+            rdma: rdma.clone(),
             dials: dials_received,
             closing: Arc::clone(&closing),
         };
@@ -125,6 +132,7 @@ impl Endpoint {
             rings,
             dials,
             closing,
+            rdma,
             io_thread: Mutex::new(Some(io_thread)),
         })
     }
@@ -207,6 +215,9 @@ impl Endpoint {
             && io_thread.join().is_err()
         {
             tracing::error!("the fabric's I/O thread panicked");
+        }
+        if let Some(rdma) = &self.rdma {
+            rdma.join();
         }
     }
 }

@@ -21,7 +21,8 @@ use rustix::event::{EventfdFlags, eventfd};
 use tokio::io::unix::AsyncFd;
 
 pub(crate) use attach::{Attached, Door, Expected, Offer, Side, host_id};
-pub(crate) use ring::{Consumer, Producer, SharedBody};
+pub(crate) use layout::Layout;
+pub(crate) use ring::{Consumer, Producer, SharedBody, head_room};
 
 /// Something to sleep on.
 pub(crate) fn new_bell() -> io::Result<OwnedFd> {

@@ -9,6 +9,8 @@ pub struct Stats {
     pub peers: u64,
     /// Those of them that share memory with this end.
     pub peers_shared: u64,
+    /// Those of them that are written to by RDMA.
+    pub peers_rdma: u64,
     /// Connections that came up.
     pub peers_up: u64,
     /// Connections that ended.
@@ -65,6 +67,7 @@ impl Counters {
         Stats {
             peers: 0,
             peers_shared: 0,
+            peers_rdma: 0,
             peers_up: self.peers_up.load(Relaxed),
             peers_lost: self.peers_lost.load(Relaxed),
             handshakes_failed: self.handshakes_failed.load(Relaxed),

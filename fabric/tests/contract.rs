@@ -24,6 +24,10 @@ macro_rules! over_all_transports {
         mod shared {
             $(#[test] fn $name() { super::$name(&super::Net::shared()); })*
         }
+        /// Where NIXL's library is named.
+        mod rdma {
+            $(#[test] fn $name() { super::Net::rdma().iter().for_each(super::$name); })*
+        }
     };
 }
 
@@ -296,7 +300,7 @@ fn absent_and_foreign_addresses_are_refused(net: &Net) {
     assert_eq!(address, nobody);
     let expected = match net {
         Net::InProcess(_) => source == DialError::Absent,
-        Net::Quic(_) | Net::Shared(_) => matches!(source, DialError::TimedOut(_)),
+        Net::Quic(_) | Net::Shared(_) | Net::Rdma(..) => matches!(source, DialError::TimedOut(_)),
     };
     assert!(expected, "{source:?}");
     for foreign in ["", "tcp://127.0.0.1:1", "127.0.0.1:1"] {

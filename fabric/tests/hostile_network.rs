@@ -16,7 +16,7 @@ use support::{Net, PATIENCE, eventually, frame, lost, next, options, pair, patte
 
 fn authority(net: &Net) -> &Authority {
     match net {
-        Net::Quic(authority) | Net::Shared(authority) => authority,
+        Net::Quic(authority) | Net::Shared(authority) | Net::Rdma(authority, _) => authority,
         Net::InProcess(_) => unreachable!("these tests are about the network"),
     }
 }

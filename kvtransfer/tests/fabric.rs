@@ -100,6 +100,7 @@ impl Pair {
                 limits: Limits::default(),
                 datagram_bytes: None,
                 share_memory,
+                rdma: Default::default(),
             })?)
         };
         Ok(Self::new(end("prefill-0", 1)?, end("decode-0", 2)?))

@@ -77,7 +77,7 @@ impl ModelSection {
 }
 
 /// `[fabric]`
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct FabricSection {
     /// Frames between workers of one host and user go through memory that both see. `false`: over QUIC, as between hosts.
@@ -86,11 +86,39 @@ pub struct FabricSection {
     /// address, elsewhere what is found by trying, up to 9,000-byte Ethernet's 8,952.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub datagram_bytes: Option<u16>,
+    /// Whether frames between hosts go over RDMA, through NIXL. RDMA is not encrypted.
+    pub rdma: Rdma,
+    /// NIXL's C library. Default: `libnixl_capi.so` where the loader finds it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nixl_library: Option<PathBuf>,
+}
+
+/// `fabric.rdma`
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Rdma {
+    /// Never: QUIC.
+    Off,
+    /// Where a host has an RDMA device and the library.
+    #[default]
+    Auto,
+    /// Also without a device, over what UCX has instead; without the library a worker does not start.
+    On,
+}
+
+impl From<Rdma> for fabric::RdmaUse {
+    fn from(rdma: Rdma) -> Self {
+        match rdma {
+            Rdma::Off => Self::Off,
+            Rdma::Auto => Self::Auto,
+            Rdma::On => Self::On,
+        }
+    }
 }
 
 impl Default for FabricSection {
     fn default() -> Self {
-        Self { share_memory: true, datagram_bytes: None }
+        Self { share_memory: true, datagram_bytes: None, rdma: Rdma::Auto, nixl_library: None }
     }
 }
 

@@ -12,7 +12,7 @@ use anyhow::Context as _;
 use compute::Cpu;
 use engine::{Engine, EngineOptions, ExpertBank, Experts, LocalExperts};
 use expert::{Placement, RemoteExperts, RemoteOptions, WireFormats};
-use fabric::{Fabric, QuicOptions};
+use fabric::{Fabric, QuicOptions, RdmaOptions};
 use kvtransfer::{Receiver, ReceiverOptions};
 use model::{
     ChatTemplate, Checkpoint, Device, ExecutionFingerprint, GenerationDefaults, ModelConfig, Tokenizer,
@@ -248,6 +248,7 @@ pub fn quic(
         limits: Default::default(),
         datagram_bytes: config.fabric.datagram_bytes,
         share_memory: config.fabric.share_memory,
+        rdma: RdmaOptions { when: config.fabric.rdma.into(), library: config.fabric.nixl_library.clone() },
     })
     .with_context(|| format!("{}: fabric on {}", worker.id, worker.fabric))
 }

@@ -1,7 +1,7 @@
 //! Ends of the fabric for two processes that trust each other for one run.
 
 use anyhow::Context;
-use fabric::{Fabric, Limits, QuicOptions};
+use fabric::{Fabric, Limits, QuicOptions, RdmaOptions, RdmaUse};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use serde::{Deserialize, Serialize};
 
@@ -51,6 +51,10 @@ pub(crate) fn open(
         incarnation: 1,
         limits: Limits::default(),
         share_memory: matches!(mode, Mode::Shm | Mode::ShmBare),
+        rdma: RdmaOptions {
+            when: if mode == Mode::Rdma { RdmaUse::On } else { RdmaUse::Off },
+            library: shape.nixl_library.clone(),
+        },
     };
     Ok(Fabric::quic(options)?)
 }

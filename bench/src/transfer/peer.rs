@@ -98,7 +98,7 @@ pub(crate) fn receive() -> anyhow::Result<()> {
     plan::pin(setup.shape.pin_recv)?;
     let (ask, questions) = crossbeam_channel::bounded(1);
     let ready = match setup.mode {
-        Mode::Shm | Mode::Quic => push::receive(&setup, questions)?,
+        Mode::Shm | Mode::Quic | Mode::Rdma => push::receive(&setup, questions)?,
         Mode::ShmBare => bare::receive(&setup, questions)?,
         Mode::Tcp => tcp::receive(&setup, questions)?,
         Mode::Memcpy | Mode::MemcpySum => bail!("needs no second process"),

@@ -94,8 +94,8 @@ pub(crate) fn run(mode: Mode, plan: &Plan, shape: &Shape) -> anyhow::Result<Outc
     outcome.cpu_recv = peer.stop()?;
     let stats = fabric.stats();
     (outcome.lost, outcome.mtu) = (stats.packets_lost, stats.mtu_bytes_min);
-    let shared = u64::from(mode == Mode::Shm);
-    ensure!(stats.peers_shared == shared, "{} peers share memory, not {shared}", stats.peers_shared);
+    let (shared, rdma) = (u64::from(mode == Mode::Shm), u64::from(mode == Mode::Rdma));
+    ensure!((stats.peers_shared, stats.peers_rdma) == (shared, rdma), "not over {}: {stats:?}", mode.name());
     outcome.verified = peer.verify()?;
     ensure!(outcome.verified.1 == 0, "{} blocks are wrong", outcome.verified.1);
     Ok(outcome)

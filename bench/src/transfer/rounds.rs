@@ -54,7 +54,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 
 fn cases(args: &Args) -> Vec<Case> {
     let all = [Mode::Memcpy, Mode::MemcpySum, Mode::Shm, Mode::ShmBare, Mode::Tcp, Mode::Quic];
-    let modes = if args.modes.is_empty() { all.to_vec() } else { args.modes.clone() };
+    let mut all = all.to_vec();
+    all.extend(args.shape.nixl_library.is_some().then_some(Mode::Rdma));
+    let modes = if args.modes.is_empty() { all } else { args.modes.clone() };
     let mut cases = Vec::new();
     for mode in modes {
         cases.push(Case { mode, mtu: args.shape.mtu });

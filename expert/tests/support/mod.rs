@@ -87,6 +87,7 @@ impl Network {
                 limits,
                 datagram_bytes: None,
                 share_memory: *share_memory,
+                rdma: Default::default(),
             }),
         }
         .expect("an end of the fabric")

@@ -27,7 +27,7 @@ use crate::shared::{self, Attached, Consumer, Door, Expected, Offer, Producer, S
 /// Said on the socket before it is closed on purpose. Without it the kernel has closed it: the process is gone.
 const GOODBYE: &[u8] = b"G";
 /// From a goodbye on the socket until the connection, which knows the reason, is closed as well.
-const REASON_MAX: Duration = Duration::from_millis(500);
+pub(super) const REASON_MAX: Duration = Duration::from_millis(500);
 
 /// Opens the door for peers of this host, on the I/O thread's runtime. `None`: frames go over the network.
 pub(super) fn open_door() -> Option<(Arc<Door>, String)> {
@@ -47,6 +47,7 @@ pub(super) fn open_door() -> Option<(Arc<Door>, String)> {
 /// Our hello for one connection, and who may come to the door for it.
 pub(super) fn offer(io: &Io) -> (Hello, Option<Expected>) {
     let mut hello = io.hello.clone();
+    hello.rdma = io.rdma.is_some();
     let Some((door, host)) = &io.door else { return (hello, None) };
     let (token, expected) = door.expect();
     hello.local = Some(Offer { host: host.clone(), door: door.name.clone(), token });

@@ -17,6 +17,7 @@ use crate::body::Body;
 use crate::event::{LossReason, PeerId};
 use crate::frame::{Channel, Frame, FrameHeader, ProtocolError};
 use crate::inbox::{Admission, admitted};
+use crate::rdma;
 
 /// Frames that one write takes together: many small ones share a packet, and a queue of large ones does not
 /// become one long write.
@@ -50,12 +51,13 @@ pub(crate) struct Live {
     /// What waits to be sent over the network. `None`: the peer shares memory, and nothing does.
     pub queues: Option<[Queue; 2]>,
     pub attachment: Option<Attachment>,
+    pub rdma: Option<rdma::Attached>,
     pub superseded: Arc<Notify>,
 }
 
 /// Runs a live connection until it ends, and says why it did. No frame of it is delivered after this returns.
 pub(crate) async fn run(io: Arc<Io>, live: Live) -> LossReason {
-    let Live { peer, connection, streams, queues, attachment, superseded } = live;
+    let Live { peer, connection, streams, queues, attachment, mut rdma, superseded } = live;
     let mut pumps = JoinSet::new();
     for (channel, stream) in Channel::ALL.into_iter().zip(streams.receive) {
         pumps.spawn(receive(Arc::clone(&io), peer, channel, stream));
@@ -93,6 +95,13 @@ pub(crate) async fn run(io: Arc<Io>, live: Live) -> LossReason {
                 }
                 Ended::Broken(error) => break broken(&io, &connection, error),
             },
+            ended = one_sided_end(&mut rdma) => match ended {
+                rdma::Ended::Failed(error) => {
+                    tracing::debug!(peer = %connection.remote_address(), error, "RDMA has failed");
+                    break failed(&connection).await;
+                }
+                rdma::Ended::Broken(error) => break broken(&io, &connection, error),
+            },
             Some(ended) = pumps.join_next() => {
                 // A pump that ends well ended with the connection, which then says why itself.
                 if let Ok(Err(error)) = ended {
@@ -106,6 +115,9 @@ pub(crate) async fn run(io: Arc<Io>, live: Live) -> LossReason {
         }
     };
     pumps.shutdown().await;
+    if let Some(rdma) = &rdma {
+        rdma.stop().await;
+    }
     if let Some(watched) = &watched {
         watched.say_goodbye();
     }
@@ -119,6 +131,24 @@ async fn ended(watched: &mut Option<Watched>, connection: &Connection) -> Ended 
         Some(watched) => watched.ended(connection).await,
         None => std::future::pending().await,
     }
+}
+
+/// The end of the link over RDMA, where there is one.
+async fn one_sided_end(rdma: &mut Option<rdma::Attached>) -> rdma::Ended {
+    match rdma {
+        Some(rdma) => rdma.ended().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// A link over RDMA fails when its peer ends. A peer that meant it says so on the connection.
+async fn failed(connection: &Connection) -> LossReason {
+    let reason = match tokio::time::timeout(attachment::REASON_MAX, connection.closed()).await {
+        Ok(error) => loss_reason(error),
+        Err(_) => LossReason::Died,
+    };
+    close(connection, CloseCode::Goodbye, "RDMA has failed");
+    reason
 }
 
 fn broken(io: &Io, connection: &Connection, error: ProtocolError) -> LossReason {

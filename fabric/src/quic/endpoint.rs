@@ -21,12 +21,13 @@ use super::hello::{self, Hello};
 use super::outbox::{Outbox, outbox};
 use super::path::Path;
 use super::peers::{Peer, Peers};
-use super::{socket, tls};
+use super::{one_sided, socket, tls};
 use crate::arrivals::{Ring, Rings};
 use crate::error::DialError;
 use crate::event::{Event, LossReason, PeerId};
 use crate::inbox::Inbox;
 use crate::limits::Limits;
+use crate::rdma::Rdma;
 use crate::shared::Door;
 use crate::sync::lock;
 
@@ -56,6 +57,7 @@ pub(crate) struct Setup {
     pub inboxes: [Inbox; 2],
     /// Where memory is shared with peers of this host.
     pub rings: Option<Arc<Rings>>,
+    pub rdma: Option<Arc<Rdma>>,
     pub dials: mpsc::Receiver<Dial>,
     pub closing: Arc<Notify>,
 }
@@ -65,8 +67,9 @@ pub(crate) struct Io {
     pub limits: Limits,
     pub path: Path,
     pub peers: Arc<Peers>,
-    pub inboxes: [Inbox; 2],
+    pub inboxes: Arc<[Inbox; 2]>,
     pub rings: Option<Arc<Rings>>,
+    pub rdma: Option<Arc<Rdma>>,
     /// And the host that it is on.
     pub door: Option<(Arc<Door>, String)>,
     pub hello: Hello,
@@ -98,6 +101,7 @@ pub(crate) fn spawn(setup: Setup) -> io::Result<JoinHandle<()>> {
                 peers,
                 inboxes,
                 rings,
+                rdma,
                 dials,
                 closing,
             } = setup;
@@ -110,8 +114,9 @@ pub(crate) fn spawn(setup: Setup) -> io::Result<JoinHandle<()>> {
                 limits,
                 path,
                 peers,
-                inboxes,
+                inboxes: Arc::new(inboxes),
                 rings,
+                rdma,
                 door,
                 endpoint,
                 client,
@@ -252,7 +257,7 @@ async fn greet(
     dialled: Option<SocketAddr>,
 ) -> Result<PeerId, DialError> {
     let (ours, expected) = attachment::offer(io);
-    let (Hello { mut info, local }, streams) = match hello::exchange(&connection, &ours).await {
+    let (Hello { mut info, local, rdma }, mut streams) = match hello::exchange(&connection, &ours).await {
         Ok(greeted) => greeted,
         Err(error) => {
             if let hello::HandshakeError::Protocol(error) = &error {
@@ -266,14 +271,27 @@ async fn greet(
         info.address = format!("{}{remote}", super::SCHEME);
     }
     let shared = attachment::attach(io, local, dialled.is_some(), expected).await;
+    let rdma = match shared {
+        // Where ours is off nothing is said about it, so nothing is waited for.
+        None if ours.rdma && rdma => one_sided::attach(io, &mut streams).await?,
+        _ => None,
+    };
     let superseded = Arc::new(Notify::new());
     let peer = PeerId(io.next_peer.fetch_add(1, Relaxed));
-    let (outboxes, queues, ring, attachment) = match shared.map(attachment::Shared::split) {
-        Some((outboxes, ring, attachment)) => (outboxes, None, Some(ring), Some(attachment)),
-        None => {
+    let mut queues = None;
+    let (outboxes, ring, attachment, rdma) = match (shared, rdma) {
+        (Some(shared), _) => {
+            let (outboxes, ring, attachment) = shared.split();
+            (outboxes, Some(ring), Some(attachment), None)
+        }
+        (None, Some((producers, attached))) => {
+            (producers.map(|producer| Outbox::Rdma(Mutex::new(producer))), None, None, Some(attached))
+        }
+        (None, None) => {
             let (kv, kv_queue) = outbox(&io.limits);
             let (experts, experts_queue) = outbox(&io.limits);
-            ([Outbox::Queue(kv), Outbox::Queue(experts)], Some([kv_queue, experts_queue]), None, None)
+            queues = Some([kv_queue, experts_queue]);
+            ([Outbox::Queue(kv), Outbox::Queue(experts)], None, None, None)
         }
     };
     let entry =
@@ -283,7 +301,9 @@ async fn greet(
         attachment.iter().for_each(attachment::Attachment::say_goodbye);
         return Err(DialError::Overloaded);
     }
-    let live = Live { peer, connection, streams, queues, attachment, superseded };
+    // Behind `PeerUp`.
+    rdma.iter().for_each(|rdma| rdma.deliver_as(peer));
+    let live = Live { peer, connection, streams, queues, attachment, rdma, superseded };
     let io = Arc::clone(io);
     tokio::spawn(async move {
         let reason = connection::run(Arc::clone(&io), live).await;
@@ -308,7 +328,7 @@ fn enter(io: &Io, id: PeerId, peer: Peer, ring: Option<Ring>) -> bool {
     if let Some((rings, ring)) = io.rings.as_ref().zip(ring) {
         rings.enter(id, ring);
     }
-    for inbox in &io.inboxes {
+    for inbox in io.inboxes.iter() {
         inbox.announce(Event::PeerUp { peer: id, info: info.clone() });
     }
     true
@@ -318,7 +338,7 @@ fn enter(io: &Io, id: PeerId, peer: Peer, ring: Option<Ring>) -> bool {
 fn leave(io: &Io, id: PeerId, reason: LossReason) {
     let Some(info) = io.peers.leave(id) else { return };
     tracing::info!(peer = %id, worker = info.worker, %reason, "peer lost");
-    for inbox in &io.inboxes {
+    for inbox in io.inboxes.iter() {
         inbox.announce(Event::PeerLost { peer: id, reason: reason.clone() });
     }
 }

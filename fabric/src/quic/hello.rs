@@ -2,7 +2,8 @@
 //!
 //! Each side opens its two streams without waiting for the other. A stream starts with its channel's tag; the one of
 //! [`Channel::Kv`] goes on with a hello: magic, wire version, incarnation, worker and address; then, for a peer that may be
-//! of the same host, the host, the door to knock at and this connection's token for it (empty: no memory is shared).
+//! of the same host, the host, the door to knock at and this connection's token for it (empty: no memory is shared); last,
+//! whether RDMA may be tried.
 
 use quinn::{Connection, ConnectionError, ReadExactError, RecvStream, SendStream, WriteError};
 
@@ -13,7 +14,7 @@ use crate::frame::{Channel, ProtocolError};
 use crate::shared::Offer;
 
 /// The version of framing and hello; what the frames mean is versioned by those who make them.
-const WIRE_VERSION: u16 = 2;
+const WIRE_VERSION: u16 = 3;
 const MAGIC: [u8; 4] = *b"TRFB";
 /// Bytes of a worker's name or address.
 const TEXT_BYTES_MAX: usize = 255;
@@ -26,6 +27,8 @@ pub(crate) struct Hello {
     pub info: PeerInfo,
     /// How a peer of this host attaches to our memory.
     pub local: Option<Offer>,
+    /// Whether it would try RDMA where no memory is shared.
+    pub rdma: bool,
 }
 
 /// The streams of a connection, by [`Channel::index`].
@@ -39,7 +42,7 @@ impl Hello {
         if worker.is_empty() || worker.len() > TEXT_BYTES_MAX {
             return Err(FabricError::WorkerName { got: worker.len(), max: TEXT_BYTES_MAX });
         }
-        Ok(Self { info: PeerInfo { worker, incarnation, address }, local: None })
+        Ok(Self { info: PeerInfo { worker, incarnation, address }, local: None, rdma: false })
     }
 
     fn encode(&self) -> Vec<u8> {
@@ -57,6 +60,7 @@ impl Hello {
             wire.extend_from_slice(text.as_bytes());
         }
         wire.extend_from_slice(&token);
+        wire.push(u8::from(self.rdma));
         wire
     }
 
@@ -77,9 +81,11 @@ impl Hello {
         let door = read_any_text(stream, "door").await?;
         let mut token = [0; 16];
         stream.read_exact(&mut token).await?;
+        let mut rdma = [0];
+        stream.read_exact(&mut rdma).await?;
         let local = (!host.is_empty() && !door.is_empty()).then_some(Offer { host, door, token });
         let info = PeerInfo { worker, incarnation: u64::from_le_bytes(incarnation), address };
-        Ok(Self { info, local })
+        Ok(Self { info, local, rdma: rdma[0] != 0 })
     }
 }
 

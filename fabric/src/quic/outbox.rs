@@ -13,6 +13,7 @@ use crate::body;
 use crate::error::SendError;
 use crate::frame::Frame;
 use crate::limits::Limits;
+use crate::rdma;
 use crate::shared::Producer;
 use crate::spares::Spares;
 use crate::stats::Counters;
@@ -24,6 +25,8 @@ pub(crate) enum Outbox {
     Queue(Queued),
     /// Into memory that the peer reads. Locked for one copy, and by one thread at a time as a rule: a channel has one owner.
     Shared(Mutex<Producer>),
+    /// Into memory that is written to the peer's.
+    Rdma(Mutex<rdma::Producer>),
 }
 
 /// The side that fills a queue.
@@ -60,6 +63,12 @@ impl Outbox {
                 counters.sent(bytes);
                 Ok(())
             }
+            Self::Rdma(producer) => {
+                let bytes = frame.bytes();
+                lock(producer).offer(frame)?;
+                counters.sent(bytes);
+                Ok(())
+            }
         }
     }
 
@@ -80,6 +89,11 @@ impl Outbox {
                 queued.offer(Frame { head: head(checksums), body: vec![body] })
             }
             Self::Shared(producer) => {
+                let bytes = lock(producer).offer_gathered(pieces, head)?;
+                counters.sent(bytes);
+                Ok(())
+            }
+            Self::Rdma(producer) => {
                 let bytes = lock(producer).offer_gathered(pieces, head)?;
                 counters.sent(bytes);
                 Ok(())

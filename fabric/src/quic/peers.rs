@@ -71,6 +71,7 @@ impl Peers {
         stats.peers = live.len() as u64;
         for peer in live.values() {
             stats.peers_shared += u64::from(matches!(peer.outboxes[0], Outbox::Shared(_)));
+            stats.peers_rdma += u64::from(matches!(peer.outboxes[0], Outbox::Rdma(_)));
             let path = peer.connection.stats().path;
             stats.packets_lost += path.lost_packets;
             let mtu_bytes = u64::from(path.current_mtu);

@@ -6,12 +6,14 @@
 pub mod certificates;
 pub mod relay;
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use crossbeam_channel::RecvTimeoutError;
 use fabric::{
     Arrivals, Channel, Event, Fabric, Frame, Hub, Limits, LossReason, PeerId, PeerInfo, QuicOptions,
+    RdmaOptions, RdmaUse,
 };
 
 use certificates::{Authority, Credentials};
@@ -26,6 +28,8 @@ pub enum Net {
     Quic(Box<Authority>),
     /// Between ends of one host that do.
     Shared(Box<Authority>),
+    /// The same over RDMA, with NIXL's library.
+    Rdma(Box<Authority>, PathBuf),
 }
 
 impl Net {
@@ -41,6 +45,17 @@ impl Net {
         Self::Shared(Box::new(Authority::new()))
     }
 
+    /// `None`, and a line that says so, where no library is named.
+    pub fn rdma() -> Option<Self> {
+        match std::env::var_os("TRIREME_NIXL_LIBRARY") {
+            Some(library) => Some(Self::Rdma(Box::new(Authority::new()), library.into())),
+            None => {
+                println!("skipped: TRIREME_NIXL_LIBRARY names no libnixl_capi.so");
+                None
+            }
+        }
+    }
+
     /// An end for `worker` in its first incarnation.
     pub fn open(&self, worker: &str) -> Fabric {
         self.open_with(worker, 1, Limits::default())
@@ -49,10 +64,16 @@ impl Net {
     pub fn open_with(&self, worker: &str, incarnation: u64, limits: Limits) -> Fabric {
         match self {
             Self::InProcess(hub) => Fabric::in_process(hub, worker, incarnation, limits).expect("an end"),
-            Self::Quic(authority) | Self::Shared(authority) => {
+            Self::Quic(authority) | Self::Shared(authority) | Self::Rdma(authority, _) => {
                 let options = options(&authority.pem(), authority.issue(), worker, incarnation, limits);
                 let share_memory = matches!(self, Self::Shared(_));
-                Fabric::quic(QuicOptions { share_memory, ..options }).expect("an end")
+                let rdma = match self {
+                    Self::Rdma(_, library) => {
+                        RdmaOptions { when: RdmaUse::On, library: Some(library.clone()) }
+                    }
+                    _ => RdmaOptions { when: RdmaUse::Off, library: None },
+                };
+                Fabric::quic(QuicOptions { share_memory, rdma, ..options }).expect("an end")
             }
         }
     }
@@ -76,6 +97,7 @@ pub fn options(
         limits,
         datagram_bytes: None,
         share_memory: false,
+        rdma: Default::default(),
     }
 }
 
