@@ -26,6 +26,8 @@ mod tree;
 
 use model::{BlockDigest, BlockHash, BlockId, TokenId};
 
+pub(crate) use self::leaves::{Leaves, Rank};
+pub(crate) use self::tree::ATTENTION_PARITY_TOKENS;
 use self::tree::{Found, Prefix, Tree};
 use crate::lower_tier::{LowerTier, Source};
 

@@ -145,6 +145,26 @@ impl KvPool {
         }
     }
 
+    /// Copies a block, all its layers, to `out`, [`KvLayout::block_bytes`] long.
+    ///
+    /// # Panics
+    /// As [`Self::block_layer`], or where `out` has another length.
+    pub fn read_block(&self, block: BlockId, out: &mut [u8]) {
+        for (layer, out) in out.chunks_exact_mut(self.layout.layer_stride()).enumerate() {
+            out.copy_from_slice(&self.block_layer(block, layer));
+        }
+    }
+
+    /// Overwrites a block with what [`Self::read_block`] gave.
+    ///
+    /// # Panics
+    /// As [`Self::write_block_layer`].
+    pub fn write_block(&mut self, block: BlockId, bytes: &[u8]) {
+        for (layer, rows) in bytes.chunks_exact(self.layout.layer_stride()).enumerate() {
+            self.write_block_layer(block, layer, rows);
+        }
+    }
+
     fn offset(&self, block: BlockId, layer: usize) -> usize {
         assert!((block.0 as usize) < self.blocks, "block {block} of {}", self.blocks);
         assert!(layer < self.layout.layers, "layer {layer} of {}", self.layout.layers);

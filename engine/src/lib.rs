@@ -5,7 +5,8 @@
 //! own sequence alone (DESIGN.md section 4). Routed experts are reached through [`Experts`].
 //!
 //! Deliberately not here: which sequences run when (the roles' schedulers), where KV goes (`kvtransfer`), networks,
-//! clocks and tokio. One thread owns an engine.
+//! clocks and tokio, but for the thread that keeps KV blocks on a disk
+//! (`kv_tier`). One thread owns an engine.
 
 mod batch;
 mod block_pool;
@@ -17,6 +18,7 @@ mod error;
 mod experts;
 mod fingerprint;
 mod kv_cache;
+mod kv_tier;
 mod lower_tier;
 mod options;
 mod sampler;
@@ -33,6 +35,7 @@ pub use experts::{
 };
 pub use fingerprint::{ARITHMETIC_REVISION, execution_fingerprint};
 pub use kv_cache::KvPool;
+pub use kv_tier::{Behind, BlockRows, DiskError, DiskOptions, Found, KvTier, KvTierOptions, TierStats};
 pub use lower_tier::{Evicted, LowerTier, Source};
 pub use options::{EngineOptions, ResultFormat, wire_activation_format};
 pub use sampler::{Sampled, SequenceSampler};

@@ -3,11 +3,11 @@
 //! A binary heap that knows where each slot stands in it, so that any of them can be taken out.
 
 /// What a slot is worth, then when it was last used: the lowest goes first.
-pub(super) type Rank = (u64, u64);
+pub(crate) type Rank = (u64, u64);
 
 /// Slots `0..slots_max`, each at most once.
 #[derive(Debug)]
-pub(super) struct Leaves {
+pub(crate) struct Leaves {
     heap: Vec<(Rank, u32)>,
     /// By slot: its place in `heap`, [`ABSENT`] where it is not.
     places: Vec<u32>,
@@ -16,29 +16,29 @@ pub(super) struct Leaves {
 const ABSENT: u32 = u32::MAX;
 
 impl Leaves {
-    pub(super) fn new(slots_max: usize) -> Self {
+    pub(crate) fn new(slots_max: usize) -> Self {
         Self { heap: Vec::with_capacity(slots_max), places: vec![ABSENT; slots_max] }
     }
 
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.heap.len()
     }
 
     /// Of a slot that is here.
-    pub(super) fn rank(&self, slot: u32) -> Option<Rank> {
+    pub(crate) fn rank(&self, slot: u32) -> Option<Rank> {
         let place = self.places[slot as usize];
         (place != ABSENT).then(|| self.heap[place as usize].0)
     }
 
     /// Adds a slot, or gives it another rank.
-    pub(super) fn insert(&mut self, slot: u32, rank: Rank) {
+    pub(crate) fn insert(&mut self, slot: u32, rank: Rank) {
         self.remove(slot);
         self.heap.push((rank, slot));
         self.places[slot as usize] = (self.heap.len() - 1) as u32;
         self.rise(self.heap.len() - 1);
     }
 
-    pub(super) fn remove(&mut self, slot: u32) {
+    pub(crate) fn remove(&mut self, slot: u32) {
         let place = std::mem::replace(&mut self.places[slot as usize], ABSENT);
         if place == ABSENT {
             return;
@@ -53,7 +53,7 @@ impl Leaves {
     }
 
     /// Takes out the slot of the lowest rank.
-    pub(super) fn pop_first(&mut self) -> Option<(Rank, u32)> {
+    pub(crate) fn pop_first(&mut self) -> Option<(Rank, u32)> {
         let &first = self.heap.first()?;
         self.remove(first.1);
         Some(first)

@@ -17,7 +17,7 @@ use crate::lower_tier::Evicted;
 
 /// The context at which attention costs a token as much as everything else. In V3 everything else takes 2 × 37 G
 /// operations, absorbed attention 2 × 61 layers × 128 heads × (576 + 512) for each token of context: 4,356.
-const ATTENTION_PARITY_TOKENS: u64 = 4096;
+pub(crate) const ATTENTION_PARITY_TOKENS: u64 = 4096;
 
 /// Where a block is looked for, and where it goes.
 #[derive(Debug, Clone, Copy)]
