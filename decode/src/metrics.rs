@@ -18,6 +18,9 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
 use proto::share::Priority;
 
+mod tier;
+
+use self::tier::TierCounters;
 use crate::scheduler::{PlanStats, PrefixStats};
 use crate::speculation::DRAFTS_MAX;
 
@@ -53,6 +56,8 @@ pub struct Metrics {
     pub(crate) blocks_cached: Gauge,
     /// What the prefix cache has counted.
     pub(crate) prefix: PrefixCounters,
+    /// What the tier behind the pool has counted.
+    pub(crate) tier: TierCounters,
     /// Steps that gave tokens.
     pub(crate) steps: Counter,
     /// Tokens sampled here; first tokens are prefill's.
@@ -107,6 +112,7 @@ impl Metrics {
         let blocks = gauge("kv_blocks", "KV blocks in the pool");
         blocks.set(as_gauge(kv_blocks));
         blocks_free.set(as_gauge(kv_blocks));
+        let tier = TierCounters::new(&mut registry);
         let mut counter = |name: &str, help: &str| {
             let counter: Counter = Counter::default();
             registry.register(name, help, counter.clone());
@@ -192,6 +198,7 @@ impl Metrics {
             blocks_free,
             blocks_cached,
             prefix,
+            tier,
             steps,
             tokens,
             rounds,
@@ -215,6 +222,12 @@ impl Metrics {
     /// Sequences that wait for blocks.
     pub(crate) fn queued_total(&self) -> i64 {
         self.queued.iter().map(Gauge::get).sum()
+    }
+
+    /// Notes what the prefix cache has done since the start.
+    pub(crate) fn prefix(&self, stats: &PrefixStats) {
+        self.prefix.store(stats);
+        self.tier.store_hits(stats.host_hit_tokens, stats.disk_hit_tokens);
     }
 
     /// Counts a sequence that ended without finishing.
@@ -364,7 +377,7 @@ pub(crate) struct PrefixCounters {
 }
 
 impl PrefixCounters {
-    pub(crate) fn store(&self, stats: &PrefixStats) {
+    fn store(&self, stats: &PrefixStats) {
         let store = |counter: &Counter, total| counter.inner().store(total, Ordering::Relaxed);
         store(&self.tokens, stats.tokens);
         store(&self.hit_tokens, stats.hit_tokens);

@@ -31,11 +31,12 @@ mod banker;
 mod forecast;
 mod invariants;
 mod length_estimate;
+mod restore;
 mod room;
 mod sequence;
 mod turns;
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use engine::{BlockPool, LowerTier};
@@ -127,6 +128,8 @@ pub struct Scheduler {
     tickets: HashMap<TicketId, SequenceId>,
     /// Sequences without blocks, in the order in which they are admitted.
     queue: FairQueue<SequenceId>,
+    /// Sequences without blocks that wait for a disk before they are queued.
+    restoring: BTreeSet<SequenceId>,
     /// The head that was found to have no room, until something gives blocks back.
     refused: Option<SequenceId>,
     turns: Turns,
@@ -160,6 +163,7 @@ impl Scheduler {
             sequences: BTreeMap::new(),
             tickets: HashMap::with_capacity(limits.sequences_max),
             queue: FairQueue::new(BATCH_AGING_MAX),
+            restoring: BTreeSet::new(),
             refused: None,
             turns: Turns::new(),
             finished: VecDeque::with_capacity(limits.sequences_max),
@@ -247,7 +251,7 @@ impl Scheduler {
 
     /// Ends what has no blocks yet: it fares better elsewhere.
     pub fn fail_queued(&mut self, failure: &Failure) {
-        let ids: Vec<_> = self.queue.iter().copied().collect();
+        let ids: Vec<_> = self.queue.iter().chain(&self.restoring).copied().collect();
         for id in ids {
             self.end(id, End::Failed(failure.clone()));
         }
@@ -333,7 +337,8 @@ impl Scheduler {
 
     /// Sequences whose KV is on the way.
     pub fn waiting(&self) -> usize {
-        self.sequences.len() - self.queue.len() - self.turns.len() - self.finished.len()
+        let queued = self.queue.len() + self.restoring.len();
+        self.sequences.len() - queued - self.turns.len() - self.finished.len()
     }
 
     /// Sequences that take part in steps, paused ones included.
@@ -378,6 +383,11 @@ impl Scheduler {
         }
     }
 
+    /// Offers every block that nobody holds to `tier`: this worker ends.
+    pub fn keep_cached(&self, tier: &mut dyn LowerTier) {
+        self.blocks.keep_cached(tier);
+    }
+
     /// What planning with estimates has led to since the start.
     pub fn plan_stats(&self) -> PlanStats {
         self.plan
@@ -411,7 +421,10 @@ impl Scheduler {
                 self.turns.leave(id, sequence.share);
             }
             State::Waiting => {}
-            State::Queued { .. } => self.queue.remove(|&queued| queued == id),
+            State::Queued { .. } => {
+                self.restoring.remove(&id);
+                self.queue.remove(|&queued| queued == id);
+            }
         }
         self.owed -= sequence.owed_blocks();
         self.short -= usize::from(std::mem::take(&mut sequence.short));

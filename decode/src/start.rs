@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Sender, bounded};
-use engine::Engine;
+use engine::{Engine, KvTier};
 use kvtransfer::Receiver;
 use proto::membership::{Announcement, announce};
 use proto::security::Identity;
@@ -52,6 +52,8 @@ pub struct Node {
     pub receiver: Receiver,
     /// The loaded model with its KV pool, none of whose blocks is in use.
     pub engine: Engine,
+    /// What keeps the blocks that the pool has no room for.
+    pub tier: KvTier,
 }
 
 /// A running decode worker. Dropping it stops it at once.
@@ -84,7 +86,8 @@ pub async fn start(config: Config, node: Node) -> Result<Handle, Error> {
 
     let metrics = Metrics::new(node.engine.kv().blocks());
     let intake = Arc::new(Intake::new(node.engine.config(), node.engine.fingerprint().clone()));
-    let device = start_device(&config, node.engine, node.receiver, Arc::clone(&intake), metrics.clone())?;
+    let device =
+        start_device(&config, (node.engine, node.tier), node.receiver, Arc::clone(&intake), metrics.clone())?;
     let service = DecodeService {
         intake,
         submissions: device.submissions,
@@ -158,6 +161,7 @@ fn info(node: &Node, control_address: SocketAddr) -> v1::WorkerInfo {
         kv_block_tokens: count(node.engine.kv_layout().block_tokens),
         // Which experts are where is the engine's `Experts`' business, not this role's.
         placement_version: 0,
+        kv_tier_blocks: count(node.tier.blocks_max()),
     }
 }
 
@@ -172,7 +176,7 @@ struct Device {
 
 fn start_device(
     config: &Config,
-    engine: Engine,
+    (engine, tier): (Engine, KvTier),
     receiver: Receiver,
     intake: Arc<Intake>,
     metrics: Metrics,
@@ -194,7 +198,8 @@ fn start_device(
     });
     let inputs = Inputs { submissions: submitted, finishes: finished, doorbell: heard, drain: drain_by };
     let speculation = config.drafts_with(&engine).then(|| Speculation::new(config.draft_tokens_max));
-    let worker = Worker::new(Parts { engine, scheduler, receiver, intake, inputs, metrics, speculation });
+    let worker =
+        Worker::new(Parts { engine, tier, scheduler, receiver, intake, inputs, metrics, speculation });
     let run = move || {
         let _alive = alive;
         worker.run();

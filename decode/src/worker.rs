@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver as Channel, Select, TryRecvError};
-use engine::{Engine, KvPool, SequenceSampler, StepError};
+use engine::{Engine, KvPool, KvTier, SequenceSampler, StepError};
 use kvtransfer::{BlockSink, Receiver, ReceiverEvent, TransferReport};
 use model::{BlockId, TokenId};
 use proto::share::Priority;
@@ -47,6 +47,7 @@ pub(crate) struct Inputs {
 /// What the device thread is made of.
 pub(crate) struct Parts {
     pub(crate) engine: Engine,
+    pub(crate) tier: KvTier,
     pub(crate) scheduler: Scheduler,
     pub(crate) receiver: Receiver,
     pub(crate) intake: Arc<Intake>,
@@ -59,6 +60,8 @@ pub(crate) struct Parts {
 /// The device thread's state.
 pub(crate) struct Worker {
     engine: Engine,
+    /// What the pool has no room for.
+    tier: KvTier,
     scheduler: Scheduler,
     receiver: Receiver,
     intake: Arc<Intake>,
@@ -95,11 +98,12 @@ struct Seat {
 
 impl Worker {
     pub(crate) fn new(parts: Parts) -> Self {
-        let Parts { engine, scheduler, receiver, intake, inputs, metrics, speculation } = parts;
+        let Parts { engine, tier, scheduler, receiver, intake, inputs, metrics, speculation } = parts;
         let vocab_size = engine.config().vocab_size;
         let Limits { batch_max, step_rows_max, .. } = *scheduler.limits();
         Self {
             engine,
+            tier,
             scheduler,
             receiver,
             intake,
@@ -118,11 +122,19 @@ impl Worker {
     /// Runs until drained.
     pub(crate) fn run(mut self) {
         while self.receive() {
-            self.scheduler.schedule(&mut self.batch, &mut ());
+            self.schedule();
             let outcome = self.step();
             self.postprocess(outcome);
         }
+        if self.tier.has_disk() {
+            self.scheduler.keep_cached(&mut self.tier.behind(self.engine.kv_mut()));
+        }
+        self.tier.close();
         tracing::info!("decode worker ended");
+    }
+
+    fn schedule(&mut self) {
+        self.scheduler.schedule(&mut self.batch, &mut self.tier.behind(self.engine.kv_mut()));
     }
 
     /// Takes in what has arrived, waiting for it when there is nothing to step. `false` once drained.
@@ -144,6 +156,9 @@ impl Worker {
             {
                 self.scheduler.apply(id, Event::Stopped, now);
             }
+        }
+        for id in self.tier.poll() {
+            self.scheduler.restored(SequenceId(id), now);
         }
         self.poll_receiver(now);
         self.look_at_readers(now);
@@ -167,6 +182,9 @@ impl Worker {
         select.recv(&self.inputs.doorbell);
         if self.drain_by.is_none() {
             select.recv(&self.inputs.drain);
+        }
+        if let Some(arrivals) = self.tier.arrivals() {
+            select.recv(arrivals);
         }
         let arrivals = select.recv(self.receiver.arrivals());
         // What has come shows when each of them is looked at, all in their order. Only an end shows nowhere else.
@@ -211,6 +229,9 @@ impl Worker {
                     span: Span::none(),
                 };
                 self.seats.insert(id, seat);
+                if self.tier.has_disk() && self.tier.fetch(id.0, &self.scheduler.missing(id)) {
+                    self.scheduler.restore_asked(id);
+                }
             }
             Err(refusal) => {
                 self.metrics.refused(refusal.kind());
@@ -221,7 +242,9 @@ impl Worker {
 
     /// Gives blocks and tickets to those that wait for them, as far as there is room.
     fn admit(&mut self, now: Instant) {
-        while let Some((id, queued)) = self.scheduler.admit_next(&mut (), now) {
+        loop {
+            let mut tier = self.tier.behind(self.engine.kv_mut());
+            let Some((id, queued)) = self.scheduler.admit_next(&mut tier, now) else { break };
             let armed = arm(&mut self.scheduler, &mut self.receiver, id, now);
             let Some(seat) = self.seats.get_mut(&id) else { continue };
             match armed {
@@ -389,7 +412,8 @@ impl Worker {
         self.metrics.plan.store(&self.scheduler.plan_stats());
         self.metrics.blocks_free.set(as_gauge(self.scheduler.free_blocks()));
         self.metrics.blocks_cached.set(as_gauge(self.scheduler.cached_blocks()));
-        self.metrics.prefix.store(&self.scheduler.prefix_stats());
+        self.metrics.prefix(&self.scheduler.prefix_stats());
+        self.metrics.tier.store(&self.tier.stats());
         self.metrics.handoffs.store(&self.receiver.stats(), self.receiver.landing());
     }
 }

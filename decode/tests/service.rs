@@ -45,6 +45,7 @@ impl Cluster {
             fabric_address: fabric.address(),
             receiver: support::receiver(fabric, &engine, lease),
             engine,
+            tier: engine::KvTier::none(),
         };
         let handle = start(Config::default(), node).await.expect("a decode worker");
         let endpoint = identity.endpoint(&handle.control_address().to_string()).expect("an address");

@@ -247,6 +247,7 @@ fn worker_info(node: &Node, address: SocketAddr) -> WorkerInfo {
         kv_blocks_max: 0,
         kv_block_tokens: 0,
         placement_version: node.placement.version(),
+        kv_tier_blocks: 0,
     }
 }
 

@@ -14,6 +14,9 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
+mod tier;
+
+use self::tier::TierCounters;
 use crate::scheduler::PrefixStats;
 
 /// Upper bounds in seconds: from a short prompt on loopback to a long one behind a queue.
@@ -50,6 +53,8 @@ pub struct Metrics {
     prefix_hit_tokens: Counter,
     evictions: Counter,
     handoffs: HandoffCounters,
+    /// What the tier behind the pool has counted.
+    pub(crate) tier: TierCounters,
     // These take a lock while they are scraped; they are observed once a request, not once a step.
     queue: Histogram,
     compute: Histogram,
@@ -98,6 +103,7 @@ impl Metrics {
             resumed: counter("handoff_resumed", "Hand-offs that went on where they were"),
             repeated: counter("handoff_repeated_pieces", "KV pieces that had to be pushed again"),
         };
+        let tier = TierCounters::new(&mut registry);
         let mut gauge = |name: &str, help: &str| {
             let gauge: Gauge = Gauge::default();
             registry.register(name, help, gauge.clone());
@@ -145,6 +151,7 @@ impl Metrics {
             prefix_hit_tokens,
             evictions,
             handoffs,
+            tier,
             queue,
             compute,
             handoff,
@@ -165,6 +172,7 @@ impl Metrics {
         store(&self.prefix_tokens, stats.tokens);
         store(&self.prefix_hit_tokens, stats.hit_tokens);
         store(&self.evictions, stats.evictions);
+        self.tier.store_hits(stats.host_hit_tokens, stats.disk_hit_tokens);
     }
 
     /// Notes what the hand-offs' transfers have done since the start.

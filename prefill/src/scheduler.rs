@@ -13,13 +13,14 @@
 //!
 //! Deliberately absent: clocks, threads, tokio, and the engine's step.
 
+mod restore;
 mod step;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use engine::{BlockPool, BlockTable};
+use engine::{BlockPool, BlockTable, LowerTier};
 use model::{BlockId, TokenId};
 use proto::share::{FairQueue, Priority, Share};
 use tracing::Span;
@@ -134,11 +135,13 @@ pub struct Scheduler {
     sequences: HashMap<SequenceId, Sequence>,
     /// Not started, in the order in which they are admitted.
     waiting: FairQueue<SequenceId>,
+    /// Not started, and not to be before what a disk has of them has been read.
+    restoring: usize,
     /// Admitted and not computed to the end, in order of admission.
     running: VecDeque<SequenceId>,
-    /// Prompt tokens of `waiting`.
+    /// Prompt tokens of `waiting` and of those that are being restored.
     queued_tokens: usize,
-    /// Prompt tokens of `waiting` and the rest of `running`.
+    /// Prompt tokens of these and the rest of `running`.
     uncomputed_tokens: usize,
     prefix: PrefixStats,
 }
@@ -148,6 +151,9 @@ struct Sequence {
     prompt: Arc<[TokenId]>,
     recompute: bool,
     cache_salt: u64,
+    share: Share,
+    /// Waits for a disk, outside the queue.
+    restoring: bool,
     /// Tokens whose KV is there, found ones included.
     computed: usize,
     /// Tokens whose KV was found.
@@ -171,6 +177,7 @@ impl Scheduler {
             blocks: BlockPool::new(limits.kv_blocks, limits.block_tokens),
             sequences: HashMap::new(),
             waiting: FairQueue::new(BATCH_AGING_MAX),
+            restoring: 0,
             running: VecDeque::new(),
             queued_tokens: 0,
             uncomputed_tokens: 0,
@@ -190,7 +197,7 @@ impl Scheduler {
             let pool_tokens = self.limits.kv_blocks * self.limits.block_tokens;
             return Err(Refusal::TooLong { prompt_tokens, pool_tokens });
         }
-        let waiting = self.waiting.len();
+        let waiting = self.waiting();
         if waiting >= self.limits.queue_requests_max {
             return Err(Refusal::QueueRequests { waiting });
         }
@@ -205,6 +212,8 @@ impl Scheduler {
                 prompt,
                 recompute,
                 cache_salt,
+                share,
+                restoring: false,
                 computed: 0,
                 cached: 0,
                 deadline,
@@ -281,6 +290,7 @@ impl Scheduler {
             self.running.retain(|&running| running != id);
         } else {
             self.queued_tokens -= sequence.prompt.len();
+            self.restoring -= usize::from(sequence.restoring);
             self.waiting.remove(|&waiting| waiting == id);
         }
     }
@@ -298,7 +308,7 @@ impl Scheduler {
 
     /// Sequences waiting for their first chunk.
     pub fn waiting(&self) -> usize {
-        self.waiting.len()
+        self.waiting.len() + self.restoring
     }
 
     /// Sequences of one class waiting for their first chunk.
@@ -308,7 +318,7 @@ impl Scheduler {
 
     /// Sequences that hold blocks: being computed or being handed off.
     pub fn active(&self) -> usize {
-        self.sequences.len() - self.waiting.len()
+        self.sequences.len() - self.waiting()
     }
 
     /// Prompt tokens queued and not yet computed.
@@ -337,6 +347,17 @@ impl Scheduler {
         }
     }
 
+    /// Offers every block that nobody holds to `tier`: this worker ends.
+    pub fn keep_cached(&self, tier: &mut dyn LowerTier) {
+        self.blocks.keep_cached(tier);
+    }
+
+    /// Blocks of a prompt that may be found: the last token is computed in any case, since the first token comes from its
+    /// logits.
+    fn shared_max(&self, sequence: &Sequence) -> usize {
+        if sequence.recompute { 0 } else { (sequence.prompt.len() - 1) / self.limits.block_tokens }
+    }
+
     fn blocks_for(&self, tokens: usize) -> usize {
         tokens.div_ceil(self.limits.block_tokens)
     }
@@ -348,6 +369,8 @@ impl Scheduler {
             let waits = self.waiting.iter().any(|waiting| waiting == id);
             let runs = self.running.contains(id);
             assert!(!(waits && runs), "{id:?} waits and runs");
+            assert!(!(waits && sequence.restoring), "{id:?} waits for its turn once it is restored");
+            let waits = waits || sequence.restoring;
             assert_eq!(waits, sequence.table.is_none(), "{id:?} waits without blocks");
             assert_eq!(
                 waits || runs,
@@ -365,16 +388,19 @@ impl Scheduler {
                 assert!(shared < sequence.prompt.len(), "{id:?} computes its last token");
             }
         }
-        assert!(self.waiting.len() <= self.limits.queue_requests_max);
+        let restoring: Vec<_> = self.sequences.iter().filter(|(_, sequence)| sequence.restoring).collect();
+        assert_eq!(self.restoring, restoring.len());
+        assert!(self.waiting() <= self.limits.queue_requests_max);
         assert!(self.active() <= self.limits.active_max);
         self.waiting.check_invariants();
         let uncomputed = |id: &SequenceId| self.sequences[id].prompt.len() - self.sequences[id].computed;
-        let waiting: usize = self.waiting.iter().map(uncomputed).sum();
+        let waiting = self.waiting.iter().chain(restoring.iter().map(|(id, _)| *id));
+        let waiting: usize = waiting.map(uncomputed).sum();
         let running: usize = self.running.iter().map(uncomputed).sum();
         assert_eq!(self.queued_tokens, waiting);
         assert_eq!(self.uncomputed_tokens, waiting + running);
         assert!(
-            self.waiting.len() <= 1 || self.queued_tokens <= self.limits.queue_tokens_max,
+            self.waiting() <= 1 || self.queued_tokens <= self.limits.queue_tokens_max,
             "queued tokens are bounded"
         );
     }

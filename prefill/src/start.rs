@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Sender, bounded};
-use engine::Engine;
+use engine::{Engine, KvTier};
 use proto::membership::{Announcement, announce};
 use proto::security::Identity;
 use proto::v1;
@@ -51,6 +51,8 @@ pub struct Node {
     pub sender: kvtransfer::Sender,
     /// The loaded model with its KV pool, none of whose blocks is in use.
     pub engine: Engine,
+    /// What keeps the blocks that the pool has no room for.
+    pub tier: KvTier,
 }
 
 /// A running prefill worker. Dropping it stops it at once.
@@ -85,7 +87,7 @@ pub async fn start(config: Config, node: Node) -> Result<Handle, Error> {
     let control_address = listener.local_addr().map_err(bind)?;
 
     let info = worker_info(&node, control_address);
-    let Node { identity, routers, sender, engine, .. } = node;
+    let Node { identity, routers, sender, engine, tier, .. } = node;
     let metrics = Metrics::new(engine.kv().blocks());
     let intake = Arc::new(Intake::new(engine.config(), engine.fingerprint().clone(), engine.kv_layout()));
     let (submit, submissions) = bounded(config.submissions_queued_max);
@@ -94,7 +96,7 @@ pub async fn start(config: Config, node: Node) -> Result<Handle, Error> {
     let scheduler = Scheduler::new(limits(&config, &engine));
     let handoff = Handoff::new(sender, engine.kv_layout());
     let inputs = Inputs { submissions, doorbell: heard, drain: drain_by };
-    let ended = spawn_device(Worker::new(engine, scheduler, handoff, inputs, metrics.clone()))?;
+    let ended = spawn_device(Worker::new((engine, tier), scheduler, handoff, inputs, metrics.clone()))?;
 
     let service = PrefillService { intake, submissions: submit, doorbell, metrics: metrics.clone() };
     let (reporter, health_service) = tonic_health::server::health_reporter();
@@ -200,6 +202,7 @@ fn worker_info(node: &Node, control_address: SocketAddr) -> v1::WorkerInfo {
         kv_blocks_max: count(node.engine.kv().blocks()),
         kv_block_tokens: count(node.engine.kv_layout().block_tokens),
         placement_version: 0,
+        kv_tier_blocks: count(node.tier.blocks_max()),
     }
 }
 

@@ -12,7 +12,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver as Channel, Select, TryRecvError};
-use engine::{Draw, Engine, FollowedInput, LogitsWanted, Sampled, SequenceInput, SequenceSampler, StepError};
+use engine::{
+    Draw, Engine, FollowedInput, KvTier, LogitsWanted, Sampled, SequenceInput, SequenceSampler, StepError,
+};
 use model::BlockId;
 use proto::share::Priority;
 use tracing::Span;
@@ -51,6 +53,8 @@ pub(crate) struct Inputs {
 /// The device thread's state.
 pub(crate) struct Worker {
     engine: Engine,
+    /// What the pool has no room for.
+    tier: KvTier,
     scheduler: Scheduler,
     handoff: Handoff,
     inputs: Inputs,
@@ -82,7 +86,7 @@ struct Request {
 
 impl Worker {
     pub(crate) fn new(
-        engine: Engine,
+        (engine, tier): (Engine, KvTier),
         scheduler: Scheduler,
         handoff: Handoff,
         inputs: Inputs,
@@ -91,6 +95,7 @@ impl Worker {
         Self {
             logits: Vec::with_capacity(engine.config().vocab_size),
             engine,
+            tier,
             scheduler,
             handoff,
             inputs,
@@ -105,10 +110,15 @@ impl Worker {
     /// Runs until drained.
     pub(crate) fn run(mut self) {
         while self.receive() {
-            self.scheduler.schedule(&mut self.step, &mut (), Instant::now());
+            let mut tier = self.tier.behind(self.engine.kv_mut());
+            self.scheduler.schedule(&mut self.step, &mut tier, Instant::now());
             let outcome = self.step();
             self.postprocess(outcome);
         }
+        if self.tier.has_disk() {
+            self.scheduler.keep_cached(&mut self.tier.behind(self.engine.kv_mut()));
+        }
+        self.tier.close();
         tracing::info!("prefill worker ended");
     }
 
@@ -131,6 +141,9 @@ impl Worker {
                 self.submit(submission, now);
             }
         }
+        for id in self.tier.poll() {
+            self.scheduler.restored(SequenceId(id), now);
+        }
         self.settle_handoffs(now);
         self.drop_unwanted(now);
         self.publish();
@@ -147,6 +160,9 @@ impl Worker {
             select.recv(&self.inputs.drain);
         }
         self.handoff.wait_on(&mut select);
+        if let Some(arrivals) = self.tier.arrivals() {
+            select.recv(arrivals);
+        }
         // Which of them it is shows when they are looked at, all in their order.
         let _ = select.ready_timeout(patience);
         let _ = self.inputs.doorbell.try_recv();
@@ -167,6 +183,9 @@ impl Worker {
                 let request =
                     Request { checked, outbox, arrived, started, state, prompt_logprobs, sampler, span };
                 self.requests.insert(id, request);
+                if self.tier.has_disk() && self.tier.fetch(id.0, &self.scheduler.missing(id)) {
+                    self.scheduler.restore_asked(id);
+                }
             }
             Err(refusal) => {
                 self.metrics.refused(refusal.kind());
@@ -368,6 +387,7 @@ impl Worker {
         self.metrics.blocks_cached.set(as_gauge(self.scheduler.cached_blocks()));
         self.metrics.prefix(&self.scheduler.prefix_stats());
         self.metrics.transfers(&self.handoff.stats());
+        self.metrics.tier.store(&self.tier.stats());
     }
 }
 

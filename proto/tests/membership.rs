@@ -95,6 +95,7 @@ fn info() -> WorkerInfo {
         kv_blocks_max: 8,
         kv_block_tokens: 64,
         placement_version: 0,
+        kv_tier_blocks: 0,
     }
 }
 

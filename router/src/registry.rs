@@ -360,8 +360,10 @@ impl v1::registry_server::Registry for RegistryService {
 }
 
 fn note(held: &mut PrefixIndex, worker: &Worker, tokens: &mut Prefixes<'_>) {
-    let pool = usize::try_from(worker.info.kv_blocks_max).unwrap_or(usize::MAX);
-    held.note(&worker.key, tokens, block_tokens_of(worker), pool);
+    // What the pool has no room for is found as well, as long as the tier behind it has.
+    let blocks = u64::from(worker.info.kv_blocks_max) + u64::from(worker.info.kv_tier_blocks);
+    let blocks = usize::try_from(blocks).unwrap_or(usize::MAX);
+    held.note(&worker.key, tokens, block_tokens_of(worker), blocks);
 }
 
 fn block_tokens_of(worker: &Worker) -> usize {

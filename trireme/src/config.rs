@@ -14,6 +14,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::identity;
 
+mod cache;
+
+pub use cache::CacheSection;
+
 /// A whole cluster.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -26,6 +30,9 @@ pub struct Config {
     /// Memory and step sizes of the engines in prefill and decode workers.
     #[serde(default)]
     pub engine: EngineSection,
+    /// KV blocks that the pools of prefill and decode workers have no room for.
+    #[serde(default)]
+    pub cache: CacheSection,
     /// What carries KV blocks and expert tokens.
     #[serde(default)]
     pub fabric: FabricSection,
@@ -256,6 +263,7 @@ impl Config {
         let invalid = |field: &str, reason: String| ConfigError::Invalid { field: field.to_owned(), reason };
         range("engine.kv_blocks_max", self.engine.kv_blocks_max, 1, 1 << 24)?;
         range("engine.step_tokens_max", self.engine.step_tokens_max, 1, 1 << 16)?;
+        self.cache.validate()?;
         self.router.validate().map_err(|e| invalid("router", e.to_string()))?;
         self.prefill.validate().map_err(|e| invalid("prefill", e.to_string()))?;
         self.decode.validate().map_err(|e| invalid("decode", e.to_string()))?;

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::Context as _;
 use compute::Cpu;
-use engine::{Engine, EngineOptions, ExpertBank, Experts, LocalExperts};
+use engine::{BlockRows, Engine, EngineOptions, ExpertBank, Experts, KvTier, LocalExperts};
 use expert::{Placement, RemoteExperts, RemoteOptions, WireFormats};
 use fabric::{Fabric, QuicOptions, RdmaOptions};
 use kvtransfer::{Receiver, ReceiverOptions};
@@ -189,20 +189,28 @@ pub async fn start_worker(
         }
         Role::Prefill => {
             let experts_fabric = fabric.clone();
-            let engine =
+            let (engine, tier) =
                 blocking(surroundings, worker, move |s, w| load_engine(s, w, &experts_fabric, incarnation))
                     .await?;
             let mut settings = config.prefill.clone();
             settings.listen = worker.control;
             let fabric_address = fabric.address();
             let sender = kvtransfer::Sender::new(fabric);
-            let node =
-                prefill::Node { worker_id, incarnation, identity, routers, fabric_address, sender, engine };
+            let node = prefill::Node {
+                worker_id,
+                incarnation,
+                identity,
+                routers,
+                fabric_address,
+                sender,
+                engine,
+                tier,
+            };
             Handle::Prefill(Box::new(prefill::start(settings, node).await?))
         }
         Role::Decode => {
             let experts_fabric = fabric.clone();
-            let engine =
+            let (engine, tier) =
                 blocking(surroundings, worker, move |s, w| load_engine(s, w, &experts_fabric, incarnation))
                     .await?;
             let mut settings = config.decode.clone();
@@ -222,8 +230,16 @@ pub async fn start_worker(
                     tickets_max: settings.sequences_max,
                 },
             );
-            let node =
-                decode::Node { worker_id, incarnation, identity, routers, fabric_address, receiver, engine };
+            let node = decode::Node {
+                worker_id,
+                incarnation,
+                identity,
+                routers,
+                fabric_address,
+                receiver,
+                engine,
+                tier,
+            };
             Handle::Decode(Box::new(decode::start(settings, node).await?))
         }
         Role::Router => anyhow::bail!("{}: the router is not a worker", worker.id),
@@ -288,7 +304,24 @@ fn engine_options(
     }
 }
 
+/// The engine, and what lies behind its KV pool.
 fn load_engine(
+    surroundings: &Surroundings,
+    worker: &Worker,
+    fabric: &Fabric,
+    incarnation: u64,
+) -> anyhow::Result<(Engine, KvTier)> {
+    let engine = load_model(surroundings, worker, fabric, incarnation)?;
+    let config = &surroundings.config;
+    let drafts = worker.role == Role::Prefill || config.decode.draft_tokens_max > 0;
+    let rows = if engine.has_mtp() && drafts { BlockRows::LayersAndMtp } else { BlockRows::Layers };
+    let options = config.cache.options(&worker.id);
+    let tier = KvTier::open(&options, engine.kv_layout(), engine.fingerprint(), rows)
+        .with_context(|| format!("{}: [cache]", worker.id))?;
+    Ok((engine, tier))
+}
+
+fn load_model(
     surroundings: &Surroundings,
     worker: &Worker,
     fabric: &Fabric,

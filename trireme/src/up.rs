@@ -58,6 +58,15 @@ pub struct Shape {
     /// KV blocks of 64 tokens in each pool.
     #[arg(long)]
     pub kv_blocks_max: Option<usize>,
+    /// Bytes of host memory in which each prefill and decode worker keeps KV blocks that its pool has no room for; 0: none.
+    #[arg(long)]
+    pub cache_host_bytes: Option<usize>,
+    /// Bytes on disk of each of them, behind that.
+    #[arg(long, requires = "cache_disk_path", default_value_t = 0)]
+    pub cache_disk_bytes: usize,
+    /// Where these are; what is there outlives the workers.
+    #[arg(long, requires = "cache_disk_bytes")]
+    pub cache_disk_path: Option<PathBuf>,
     /// Whether decode drafts tokens with the checkpoint's MTP module: answers are the same, sooner.
     #[arg(long, value_enum, default_value_t = Mtp::Auto)]
     pub mtp: Mtp,
@@ -122,6 +131,7 @@ impl Shape {
             },
             security: None,
             engine: Default::default(),
+            cache: Default::default(),
             fabric: Default::default(),
             router: Default::default(),
             prefill: Default::default(),
@@ -133,6 +143,11 @@ impl Shape {
         if let Some(blocks) = self.kv_blocks_max {
             config.engine.kv_blocks_max = blocks;
         }
+        if let Some(bytes) = self.cache_host_bytes {
+            config.cache.host_bytes = bytes;
+        }
+        config.cache.disk_bytes = self.cache_disk_bytes;
+        config.cache.disk_path.clone_from(&self.cache_disk_path);
         config.router.http_listen = http;
         config.router.grpc_listen = grpc;
         config.router.control_listen = control;

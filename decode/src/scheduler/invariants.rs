@@ -10,7 +10,7 @@ impl Scheduler {
         self.blocks.check_invariants(self.sequences.values().filter_map(|sequence| sequence.table.as_ref()));
         self.queue.check_invariants();
         assert!(self.holders <= self.limits.sequences_max);
-        assert!(self.queue.len() <= self.limits.queue_max);
+        assert!(self.queue.len() + self.restoring.len() <= self.limits.queue_max);
         let (mut paused, mut short, mut owed) = (0, 0, 0);
         for (&id, sequence) in &self.sequences {
             self.check_sequence(id, sequence);
@@ -25,7 +25,7 @@ impl Scheduler {
         assert_eq!(self.holders, holders);
         assert_eq!(self.turns.iter().count(), self.turns.len());
         let queued = self.sequences.values().filter(|sequence| sequence.is_queued()).count();
-        assert_eq!(self.queue.len(), queued);
+        assert_eq!(self.queue.len() + self.restoring.len(), queued);
         let states = queued + self.turns.len() + self.finished.len() + self.waiting();
         assert_eq!(states, self.sequences.len());
         let mut banker = Banker::new(self.limits.kv_blocks, self.limits.sequences_max);
@@ -38,7 +38,10 @@ impl Scheduler {
         let finished = matches!(sequence.state, State::Finished(_));
         let queued = sequence.is_queued();
         assert_eq!(self.turns.iter().any(|turn| turn == id), running, "{id:?} has turns while it runs");
-        assert_eq!(self.queue.iter().any(|&waits| waits == id), queued, "{id:?} is queued without blocks");
+        let waits = self.queue.iter().any(|&waits| waits == id);
+        let restoring = self.restoring.contains(&id);
+        assert!(!(waits && restoring), "{id:?} is queued once it is restored");
+        assert_eq!(waits || restoring, queued, "{id:?} is queued without blocks");
         assert_eq!(self.finished.contains(&id), finished, "{id:?} is listed once it has finished");
         assert!(sequence.generated <= sequence.rule.tokens_max(), "{id:?} exceeds max_tokens");
         assert!(finished || running == (sequence.generated > 0), "{id:?} runs from its first token on");

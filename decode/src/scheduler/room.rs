@@ -34,8 +34,9 @@ impl Scheduler {
         if life_blocks > self.limits.kv_blocks {
             return Err(NotAdmitted::NeverFits { blocks: life_blocks, blocks_max: self.limits.kv_blocks });
         }
-        if self.queue.len() >= self.limits.queue_max {
-            return Err(NotAdmitted::QueueFull { queued: self.queue.len() });
+        let queued = self.queue.len() + self.restoring.len();
+        if queued >= self.limits.queue_max {
+            return Err(NotAdmitted::QueueFull { queued });
         }
         let expected_tokens = self.lengths.tokens(0, rule.tokens_max());
         let id = SequenceId(self.next_id);
@@ -54,9 +55,7 @@ impl Scheduler {
             deadline,
             ticket: None,
         };
-        // What it takes of the memory, in tokens: the prompt at once, the completion on average half of the time.
-        let cost = prompt_tokens as u64 + u64::from(expected_tokens) / 2;
-        self.queue.push(share, cost, id, now);
+        self.queue.push(share, sequence.queue_cost(), id, now);
         self.sequences.insert(id, sequence);
         Ok(id)
     }

@@ -131,6 +131,11 @@ impl Sequence {
         }
     }
 
+    /// What it takes of the memory, in tokens: the prompt at once, the completion on average half of the time.
+    pub(super) fn queue_cost(&self) -> u64 {
+        self.prompt_tokens as u64 + u64::from(self.expected_tokens) / 2
+    }
+
     pub(super) fn is_queued(&self) -> bool {
         matches!(self.state, State::Queued { .. })
     }

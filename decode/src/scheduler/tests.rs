@@ -1,6 +1,7 @@
 use std::sync::Arc;
 
-use model::Stopping;
+use engine::{Evicted, Source};
+use model::{BlockDigest, BlockId, Stopping};
 use proptest::prelude::*;
 use proto::share::Share;
 
@@ -273,6 +274,8 @@ enum Op {
     Stop(usize),
     LeaseExpired(usize),
     HandoffAborted(usize),
+    RestoreAsked(usize),
+    Restored(usize),
     FailAll,
     Pass { ms: u64 },
     Release,
@@ -299,6 +302,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => any::<usize>().prop_map(Op::Stop),
         1 => any::<usize>().prop_map(Op::LeaseExpired),
         1 => any::<usize>().prop_map(Op::HandoffAborted),
+        2 => any::<usize>().prop_map(Op::RestoreAsked),
+        2 => any::<usize>().prop_map(Op::Restored),
         1 => Just(Op::FailAll),
         2 => (1u64..120).prop_map(|ms| Op::Pass { ms }),
         6 => Just(Op::Release),
@@ -313,12 +318,48 @@ struct World {
     ended: usize,
     admitted: usize,
     next_ticket: u64,
+    tier: Kept,
+    restoring: BTreeSet<SequenceId>,
+}
+
+/// A tier that keeps everything, and loses every third block that it is asked for.
+#[derive(Debug, Default)]
+struct Kept {
+    blocks: BTreeSet<BlockDigest>,
+    asked: usize,
+}
+
+impl LowerTier for Kept {
+    fn holds(&mut self, digest: &BlockDigest) -> bool {
+        self.blocks.contains(digest)
+    }
+
+    fn keep(&mut self, _: BlockId, evicted: &Evicted) {
+        self.blocks.insert(evicted.digest);
+    }
+
+    fn restore(&mut self, digest: &BlockDigest, _: BlockId) -> Option<Source> {
+        self.asked += 1;
+        if self.asked.is_multiple_of(3) {
+            self.blocks.remove(digest);
+        }
+        self.blocks.contains(digest).then_some(Source::Host)
+    }
 }
 
 impl World {
     fn new() -> Self {
         let scheduler = Scheduler::new(LIMITS);
-        Self { scheduler, now: Instant::now(), alive: Vec::new(), ended: 0, admitted: 0, next_ticket: 0 }
+        Self {
+            scheduler,
+            now: Instant::now(),
+            alive: Vec::new(),
+            ended: 0,
+            admitted: 0,
+            next_ticket: 0,
+            tier: Kept::default(),
+            restoring: BTreeSet::new(),
+        }
     }
 
     fn event(&mut self, at: usize, event: Event) {
@@ -341,8 +382,9 @@ impl World {
                 }
             }
             Op::Admit => {
-                while let Some((id, _)) = self.scheduler.admit_next(&mut (), self.now) {
+                while let Some((id, _)) = self.scheduler.admit_next(&mut self.tier, self.now) {
                     self.scheduler.check_invariants();
+                    assert!(!self.restoring.contains(&id), "{id:?}: its KV is on the way");
                     self.scheduler.apply(id, Event::Armed(TicketId(self.next_ticket)), self.now);
                     self.next_ticket += 1;
                 }
@@ -350,7 +392,7 @@ impl World {
             Op::HandOff(at, first) => self.event(at, Event::HandedOff(first)),
             Op::Step(token) => {
                 let mut batch = Vec::new();
-                self.scheduler.schedule(&mut batch, &mut ());
+                self.scheduler.schedule(&mut batch, &mut self.tier);
                 assert!(batch.len() <= LIMITS.batch_max);
                 assert_eq!(batch.is_empty(), self.scheduler.runnable() == 0, "work is never left lying");
                 self.scheduler.check_invariants();
@@ -369,6 +411,21 @@ impl World {
             Op::LeaseExpired(at) => self.event(at, Event::Failed(Failure::LeaseExpired)),
             Op::HandoffAborted(at) => {
                 self.event(at, Event::Failed(Failure::HandoffAborted(Arc::from("gone"))))
+            }
+            Op::RestoreAsked(at) => {
+                if let Some(&id) = self.alive.get(at % self.alive.len().max(1)) {
+                    if self.scheduler.sequence(id).is_some_and(Sequence::is_queued) {
+                        self.restoring.insert(id);
+                    }
+                    self.scheduler.missing(id);
+                    self.scheduler.restore_asked(id);
+                }
+            }
+            Op::Restored(at) => {
+                if let Some(&id) = self.alive.get(at % self.alive.len().max(1)) {
+                    self.restoring.remove(&id);
+                    self.scheduler.restored(id, self.now);
+                }
             }
             Op::FailAll => self.scheduler.fail_all(&Failure::Stopping),
             Op::Pass { ms } => {

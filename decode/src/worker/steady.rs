@@ -12,7 +12,7 @@ const COUNTED_ROUNDS: usize = 70;
 /// One round without what the rig checks.
 fn bare_round(worker: &mut Worker) {
     assert!(worker.receive());
-    worker.scheduler.schedule(&mut worker.batch, &mut ());
+    worker.schedule();
     let outcome = worker.step();
     worker.postprocess(outcome);
 }

@@ -98,7 +98,8 @@ impl Rig {
         let scheduler = Scheduler::new(limits);
         let worker = {
             let speculation = Some(Speculation::new(DRAFTS));
-            Worker::new(Parts { engine, scheduler, receiver, intake, inputs, metrics, speculation })
+            let tier = KvTier::none();
+            Worker::new(Parts { engine, tier, scheduler, receiver, intake, inputs, metrics, speculation })
         };
         Self { worker, prefill, submit, finish, doorbell, drain, failing }
     }
@@ -106,7 +107,7 @@ impl Rig {
     /// One round; what it leaves behind is consistent.
     fn round(&mut self) -> bool {
         let goes_on = self.worker.receive();
-        self.worker.scheduler.schedule(&mut self.worker.batch, &mut ());
+        self.worker.schedule();
         let outcome = self.worker.step();
         self.worker.postprocess(outcome);
         self.worker.scheduler.check_invariants();

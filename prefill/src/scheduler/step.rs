@@ -115,6 +115,9 @@ impl Scheduler {
         if self.active() >= self.limits.active_max {
             return false;
         }
+        let Some(shared_max) = self.sequences.get(&id).map(|sequence| self.shared_max(sequence)) else {
+            return false;
+        };
         let Some(sequence) = self.sequences.get_mut(&id) else {
             return false;
         };
@@ -123,8 +126,7 @@ impl Scheduler {
         let reservation = Reservation {
             salt: sequence.cache_salt,
             prompt: &sequence.prompt,
-            // The last token is computed in any case: the first token comes from its logits.
-            shared_max: if sequence.recompute { 0 } else { (prompt_tokens - 1) / self.limits.block_tokens },
+            shared_max,
             blocks,
             // A prompt does not grow.
             blocks_max: blocks,

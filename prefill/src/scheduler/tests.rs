@@ -1,6 +1,8 @@
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
+use engine::{Evicted, Source};
+use model::BlockDigest;
 use proptest::prelude::*;
 
 use super::*;
@@ -49,6 +51,8 @@ enum Event {
     StepFails,
     /// Cancels or ends the hand-off of one of the sequences submitted so far.
     Remove(prop::sample::Index),
+    RestoreAsked(prop::sample::Index),
+    Restored(prop::sample::Index),
     Elapse {
         ms: u64,
     },
@@ -65,11 +69,45 @@ fn event() -> impl Strategy<Value = Event> {
         1 => Just(Event::StepFails),
         3 => any::<prop::sample::Index>().prop_map(Event::Remove),
         2 => (1u64..40).prop_map(|ms| Event::Elapse { ms }),
+        2 => any::<prop::sample::Index>().prop_map(Event::RestoreAsked),
+        2 => any::<prop::sample::Index>().prop_map(Event::Restored),
     ]
+}
+
+/// A tier that keeps everything, and loses every third block that it is asked for.
+#[derive(Debug, Default)]
+struct Kept {
+    blocks: HashSet<BlockDigest>,
+    asked: usize,
+    restored: u64,
+}
+
+impl LowerTier for Kept {
+    fn holds(&mut self, digest: &BlockDigest) -> bool {
+        self.blocks.contains(digest)
+    }
+
+    fn keep(&mut self, _: BlockId, evicted: &Evicted) {
+        self.blocks.insert(evicted.digest);
+    }
+
+    fn restore(&mut self, digest: &BlockDigest, _: BlockId) -> Option<Source> {
+        self.asked += 1;
+        if self.asked.is_multiple_of(3) {
+            self.blocks.remove(digest);
+        }
+        let here = self.blocks.contains(digest);
+        self.restored += u64::from(here);
+        here.then_some(Source::Host)
+    }
 }
 
 /// The scheduler and what an observer knows about it.
 struct World {
+    tier: Kept,
+    /// Those that a disk was asked for, and those that have ever been: their place in the queue is another.
+    restoring: HashSet<SequenceId>,
+    were_restoring: HashSet<SequenceId>,
     rerun_tokens: usize,
     scheduler: Scheduler,
     step: Vec<Chunk>,
@@ -85,6 +123,9 @@ struct World {
 impl World {
     fn new(rerun_tokens: usize) -> Self {
         Self {
+            tier: Kept::default(),
+            restoring: HashSet::new(),
+            were_restoring: HashSet::new(),
             rerun_tokens,
             scheduler: Scheduler::new(Limits { rerun_tokens, ..LIMITS }),
             step: Vec::new(),
@@ -122,7 +163,25 @@ impl World {
             Event::Remove(index) if !self.submitted.is_empty() => {
                 self.remove(*index.get(&self.submitted));
             }
-            Event::Remove(_) => {}
+            Event::RestoreAsked(index) if !self.submitted.is_empty() => {
+                let id = *index.get(&self.submitted);
+                // Unknown and admitted ones are ignored.
+                if self.known.contains_key(&id) && self.scheduler.block_table(id).is_empty() {
+                    self.restoring.insert(id);
+                    self.were_restoring.insert(id);
+                }
+                let missing = self.scheduler.missing(id).len();
+                assert!(
+                    missing * LIMITS.block_tokens < self.known.get(&id).map_or(1, |known| known.0.max(1))
+                );
+                self.scheduler.restore_asked(id);
+            }
+            Event::Restored(index) if !self.submitted.is_empty() => {
+                let id = *index.get(&self.submitted);
+                self.restoring.remove(&id);
+                self.scheduler.restored(id, self.now);
+            }
+            Event::Remove(_) | Event::RestoreAsked(_) | Event::Restored(_) => {}
             Event::Elapse { ms } => {
                 self.now += Duration::from_millis(ms);
                 for id in self.scheduler.overdue(self.now) {
@@ -153,7 +212,10 @@ impl World {
     }
 
     fn form_step(&mut self) {
-        self.scheduler.schedule(&mut self.step, &mut (), self.now);
+        self.scheduler.schedule(&mut self.step, &mut self.tier, self.now);
+        let restored = self.scheduler.prefix_stats().host_hit_tokens;
+        assert_eq!(restored, self.tier.restored * LIMITS.block_tokens as u64);
+        assert!(self.step.iter().all(|chunk| !self.restoring.contains(&chunk.id)), "its KV is on the way");
         let tokens: usize = self.step.iter().map(|chunk| chunk.tokens).sum();
         assert!(tokens <= LIMITS.step_tokens_max);
         for chunk in &self.step {
@@ -175,7 +237,8 @@ impl World {
                 |id: &SequenceId| self.known.contains_key(id) && self.scheduler.block_table(*id).is_empty();
             let class = |(tenant, family): (u64, u32)| (tenant, family % 2);
             let earlier = |(other, whose): (&SequenceId, &(u64, u32))| {
-                class(*whose) == class(*family) && other < id && waits(other)
+                let moved = self.were_restoring.contains(other);
+                class(*whose) == class(*family) && other < id && waits(other) && !moved
             };
             assert!(waits(id) || !self.known.contains_key(id) || !self.families.iter().any(earlier));
         }
@@ -183,11 +246,16 @@ impl World {
 
     fn remove(&mut self, id: SequenceId) {
         self.known.remove(&id);
+        self.restoring.remove(&id);
         self.scheduler.remove(id);
     }
 
     /// Without new events everything that waits is computed, and then nothing is held.
     fn drain(&mut self) {
+        for id in std::mem::take(&mut self.restoring) {
+            self.scheduler.restored(id, self.now);
+            self.scheduler.check_invariants();
+        }
         for _ in 0..200 {
             self.apply(Event::Step);
             self.scheduler.check_invariants();

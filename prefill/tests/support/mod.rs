@@ -125,6 +125,7 @@ impl Scene {
             fabric_address: fabric.address(),
             sender: Sender::new(fabric),
             engine,
+            tier: engine::KvTier::none(),
         };
         let handle = prefill::start(config, node).await.expect("a worker");
         let address = handle.control_address().to_string();

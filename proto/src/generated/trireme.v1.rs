@@ -821,6 +821,9 @@ pub struct WorkerInfo {
     /// Version of the expert placement table in use.
     #[prost(uint64, tag = "11")]
     pub placement_version: u64,
+    /// KV blocks that the worker may keep behind its pool, in host memory and on disk.
+    #[prost(uint32, tag = "12")]
+    pub kv_tier_blocks: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WorkerReport {

@@ -1,7 +1,7 @@
 //! What each worker is thought to hold of the prompts that it was given: which blocks of KV a sequence would find there.
 //!
 //! Nobody tells: the router notes what it sent where, as the workers' own prefix caches do, block by block under a chained
-//! hash, and forgets as they do, the longest unused first, once a worker would hold more than its pool. A guess that is
+//! hash, and forgets as they do, the longest unused first, once a worker would hold more than its pool and what lies behind it. A guess that is
 //! wrong costs a transfer or a computation, never an answer: workers look at what they really have.
 //!
 //! Entries are of a worker's incarnation; a process that starts anew holds nothing. Deliberately absent: load, clocks.
@@ -65,7 +65,7 @@ impl PrefixIndex {
         (matched * block_tokens) as u64
     }
 
-    /// `worker`, whose pool has `blocks_max` blocks, holds these tokens from now on.
+    /// `worker`, which has room for `blocks_max` blocks in its pool and behind it, holds these tokens from now on.
     pub fn note(
         &mut self,
         worker: &WorkerKey,

@@ -39,6 +39,7 @@ fn report(id: &str, role: v1::Role, incarnation: u64) -> v1::WorkerReport {
         kv_blocks_max: 10,
         kv_block_tokens: 64,
         placement_version: 0,
+        kv_tier_blocks: 0,
     };
     v1::WorkerReport { info: Some(info), incarnation, kv_blocks_free: 10, ..Default::default() }
 }

@@ -33,6 +33,12 @@ fn what_is_wrong_is_named() {
     check(&format!("{MODEL}[engine]\nblocks = 1\n"), Err("blocks"));
     check(&format!("{MODEL}[engine]\nstep_tokens_max = 4096\n"), Err("expert.dispatch_tokens_max"));
     check(&format!("{MODEL}[engine]\nstep_tokens_max = 8\n"), Err("decode.batch_max"));
+    check(&format!("{MODEL}[cache]\ndisk_bytes = 1000\n"), Err("cache.disk_path"));
+    check(&format!("{MODEL}[cache]\ndisk_path = '/tmp'\n"), Err("cache.disk_bytes"));
+    check(
+        &format!("{MODEL}[cache]\nhost_bytes = 0\ndisk_bytes = 1000\ndisk_path = '/tmp'\n"),
+        Err("cache.host_bytes"),
+    );
     check(&with_worker("threads = 0\n"), Err("worker[0].threads"));
     check(&with_worker("threads = -1\n"), Err("threads"));
     check(&with_worker("admin = 'here'\n"), Err("admin"));

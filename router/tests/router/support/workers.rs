@@ -264,6 +264,7 @@ pub fn info(id: &str, role: v1::Role, options: &WorkerOptions, address: SocketAd
         kv_blocks_max: options.kv_blocks_max,
         kv_block_tokens: 64,
         placement_version: 0,
+        kv_tier_blocks: 0,
     }
 }
 
