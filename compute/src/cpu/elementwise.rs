@@ -2,7 +2,7 @@
 
 use super::disjoint::Disjoint;
 use super::vector::{self, Operation, Vector};
-use super::{Cpu, part};
+use super::{Cpu, part, scratch};
 use crate::{RopeRows, RopeTable};
 
 /// Values of a task: some 5 µs.
@@ -22,6 +22,14 @@ impl Cpu {
             // SAFETY: tasks have different ranges.
             let out = unsafe { out.part(range.clone()) };
             vector::run(self.isa, SiluMul { gate: &gate[range.clone()], up: &up[range], out });
+        });
+    }
+
+    /// Hands one row of [`Self::silu_mul`] to `then`.
+    pub(crate) fn silu_mul_row(&self, gate: &[f32], up: &[f32], then: impl FnOnce(&[f32])) {
+        scratch::with_f32(gate.len(), |out| {
+            vector::run(self.isa, SiluMul { gate, up, out });
+            then(out);
         });
     }
 
@@ -58,7 +66,8 @@ impl Cpu {
     pub fn round_to_bf16(&self, x: &mut [f32]) {
         let len = x.len();
         let x = Disjoint::new(x);
-        self.divide(len.div_ceil(TASK_VALUES), len, &|task| {
+        // A value takes four times a copy.
+        self.divide(len.div_ceil(TASK_VALUES), 4 * len, &|task| {
             // SAFETY: tasks have different ranges.
             vector::run(self.isa, RoundToBf16 { x: unsafe { x.part(part(task, TASK_VALUES, len)) } });
         });

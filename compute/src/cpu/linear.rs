@@ -190,6 +190,8 @@ impl<'a> Product<'a> {
                 let chunks = self.m.div_ceil(panel::TASK_ROWS).max(1);
                 (self.m.div_ceil(chunks).max(1), crate::panels::PANEL)
             }
+            // A router has few outputs: something for every thread all the same.
+            _ if self.n <= 8 * TASK_OUTPUTS => (TASK_ROWS, TASK_OUTPUTS / 4),
             _ => (TASK_ROWS, TASK_OUTPUTS),
         }
     }

@@ -88,11 +88,16 @@ impl Cpu {
     }
 }
 
-/// Whole rows where they fit a task, and something to do for every thread.
+/// Whole rows where they fit a task, and something to do for every thread: two tasks each where there are so many rows,
+/// so that a slow thread delays nobody; heads of a row apart where there are not even as many rows as threads, though
+/// each task then decodes the same cache rows.
 fn queries_per_task(queries: usize, heads: usize, threads: usize) -> usize {
     let rows = QUERIES_MAX / heads;
     let most = if rows > 0 { rows * heads } else { QUERIES_MAX };
-    most.min(queries.div_ceil(threads))
+    if queries < threads * heads {
+        return most.min(queries.div_ceil(threads));
+    }
+    most.min((queries / heads).div_ceil(2 * threads) * heads)
 }
 
 /// End of the queries from `first` on, before `end`, that read the same sequence.

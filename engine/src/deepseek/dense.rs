@@ -96,7 +96,6 @@ impl GatedMlp {
 pub(crate) struct GatedMlpWorkspace {
     gate: Vec<f32>,
     up: Vec<f32>,
-    product: Vec<f32>,
     activations: Activations,
 }
 
@@ -111,7 +110,7 @@ impl GatedMlpWorkspace {
     /// `[rows, width]` of gates, and as many of what they let through.
     pub fn gate_and_up(&mut self, rows: usize, width: usize) -> (&mut [f32], &mut [f32]) {
         let size = rows * width;
-        for buffer in [&mut self.gate, &mut self.up, &mut self.product] {
+        for buffer in [&mut self.gate, &mut self.up] {
             if buffer.len() < size {
                 buffer.resize(size, 0.0);
             }
@@ -127,10 +126,9 @@ impl GatedMlpWorkspace {
         width: usize,
         format: ActivationFormat,
     ) -> &Activations {
-        let Self { gate, up, product, activations } = self;
-        let product = &mut product[..rows * width];
-        cpu.silu_mul(&gate[..rows * width], &up[..rows * width], product);
-        activations.prepare(cpu, product, rows, width, format);
+        let Self { gate, up, activations } = self;
+        let halves = [&gate[..rows * width], &up[..rows * width]];
+        activations.prepare_swiglu(cpu, halves, rows, width, format);
         activations
     }
 }
