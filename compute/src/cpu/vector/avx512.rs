@@ -222,9 +222,11 @@ impl Vector for F32x16 {
             let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
             let codes = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes.cast()));
             let zero = _mm512_setzero_si512();
+            let bf16 = e4m3_to_bf16(codes);
             let mut half = 0;
-            for bf16 in e4m3_to_bf16(codes) {
-                let values = [_mm512_unpacklo_epi16(zero, bf16), _mm512_unpackhi_epi16(zero, bf16)];
+            while half < 2 {
+                let values =
+                    [_mm512_unpacklo_epi16(zero, bf16[half]), _mm512_unpackhi_epi16(zero, bf16[half])];
                 let out = out.add(32 * half);
                 _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_castsi512_ps(values[0]), scale.0));
                 _mm512_storeu_ps(out.add(16), _mm512_mul_ps(_mm512_castsi512_ps(values[1]), scale.0));
