@@ -9,8 +9,13 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context as _, ensure};
-use engine::{DraftInput, Engine, EngineOptions, FollowedInput, LogitsWanted, SequenceInput};
-use model::{BlockId, Checkpoint, Device, KvFormat, KvLayout, ModelConfig, Numerics, TokenId};
+use engine::{
+    DraftInput, Drafter, Draw, Engine, EngineOptions, FollowedInput, LogitsWanted, SequenceInput,
+    SequenceSampler,
+};
+use model::{
+    BlockId, Checkpoint, Device, KvFormat, KvLayout, ModelConfig, Numerics, SamplingParams, TokenId,
+};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 
@@ -133,8 +138,34 @@ struct Sequence {
     state: Vec<f32>,
 }
 
+/// Greedy guesses.
+struct Guesses<'a> {
+    sampler: &'a mut SequenceSampler,
+    position: usize,
+    drafted: Vec<Vec<TokenId>>,
+}
+
+impl Drafter for Guesses<'_> {
+    fn draw(&self, index: usize) -> Option<Draw<'_>> {
+        let ahead = &self.drafted[index][..];
+        Some(Draw { sampler: &*self.sampler, position: self.position + ahead.len(), suppress: &[], ahead })
+    }
+
+    fn guess(&mut self, _: usize, logits: &mut [f32]) -> Option<TokenId> {
+        Some(self.sampler.guess(logits, self.position, &[]))
+    }
+
+    fn take(&mut self, index: usize, token: TokenId) -> bool {
+        self.drafted[index].push(token);
+        true
+    }
+}
+
 struct Bench {
     engine: Engine,
+    sampler: SequenceSampler,
+    /// One row of logits.
+    scratch: Vec<f32>,
     context: usize,
     sequences: Vec<Sequence>,
     seed: u64,
@@ -167,7 +198,9 @@ impl Bench {
             Some(checkpoint) => Engine::load_with_experts(checkpoint, &options, &mut |_, _| {})?,
             None => Engine::synthetic(&config, &options, args.seed)?,
         };
-        let mut bench = Self { engine, context, sequences: Vec::new(), seed: args.seed };
+        let sampler = SequenceSampler::new(&SamplingParams::greedy(), 0, &[]);
+        let mut bench =
+            Self { engine, sampler, scratch: Vec::new(), context, sequences: Vec::new(), seed: args.seed };
         for index in 0..batch_max {
             let first = (index * blocks) as u32;
             let sequence = bench.prefill(index, (first..first + blocks as u32).map(BlockId).collect())?;
@@ -217,8 +250,9 @@ impl Bench {
     }
 
     fn draft(&mut self, batch: usize, drafts: usize) -> anyhow::Result<()> {
-        let Self { engine, sequences, context, .. } = self;
-        let mut guesses = vec![Vec::with_capacity(drafts); batch];
+        let Self { engine, sequences, context, sampler, .. } = self;
+        let drafted = vec![Vec::with_capacity(drafts); batch];
+        let mut guesses = Guesses { sampler, position: *context + 1, drafted };
         if drafts > 0 {
             let input =
                 |sequence: &Sequence| (sequence.rows[0], sequence.blocks.clone(), sequence.state.clone());
@@ -233,22 +267,17 @@ impl Bench {
                     drafts_max: drafts,
                 })
                 .collect();
-            let isa = compute::Isa::detect();
-            engine.draft(&inputs, &mut |index, logits| {
-                let token = TokenId(isa.argmax(logits) as u32);
-                guesses[index].push(token);
-                Some(token)
-            })?;
+            engine.draft_drawing(&inputs, &mut guesses)?;
         }
-        for (sequence, guesses) in sequences.iter_mut().zip(guesses) {
+        for (sequence, drafted) in sequences.iter_mut().zip(guesses.drafted) {
             sequence.rows.truncate(1);
-            sequence.rows.extend(guesses);
+            sequence.rows.extend(drafted);
         }
         Ok(())
     }
 
     fn verify(&mut self, batch: usize, drafts: usize) -> anyhow::Result<()> {
-        let Self { engine, sequences, context, .. } = self;
+        let Self { engine, sequences, context, sampler, scratch, .. } = self;
         let inputs: Vec<SequenceInput<'_>> = sequences[..batch]
             .iter()
             .map(|sequence| SequenceInput {
@@ -258,12 +287,12 @@ impl Bench {
                 logits: LogitsWanted::All,
             })
             .collect();
-        let output = engine.step(&inputs, &mut ())?;
-        // Each row's token is chosen, as a server does.
-        let vocab = output.logits.len() / (batch * (1 + drafts));
-        let isa = compute::Isa::detect();
-        for row in output.logits.chunks_exact(vocab) {
-            std::hint::black_box(isa.argmax(row));
+        // Each row's token is drawn, as a server does.
+        let draw = Draw { sampler: &*sampler, position: *context, suppress: &[], ahead: &[] };
+        let drawn = engine.step_drawing(&inputs, &mut std::iter::repeat(Some(draw)), &mut ())?;
+        let mut sampler = SequenceSampler::new(&SamplingParams::greedy(), 0, &[]);
+        for row in 0..batch * (1 + drafts) {
+            std::hint::black_box(drawn.token(row, &mut sampler, (*context, &[]), scratch));
         }
         Ok(())
     }

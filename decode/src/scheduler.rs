@@ -292,6 +292,11 @@ impl Scheduler {
         self.finished.front().copied()
     }
 
+    /// All that ended and still hold their blocks, the oldest first.
+    pub fn finished(&self) -> impl Iterator<Item = SequenceId> {
+        self.finished.iter().copied()
+    }
+
     /// Forgets a finished sequence and frees its blocks; the findable ones stay cached until they are needed. Its ticket must be dead by now. `None` when `id` has not
     /// finished.
     pub fn release(&mut self, id: SequenceId) -> Option<End> {

@@ -28,8 +28,12 @@ const GAIN_MIN: f64 = 1.1;
 const GAIN_KEPT: f64 = 1.05;
 /// Another number of drafts must be better by this.
 const BETTER: f64 = 1.04;
-/// Pairs before a number of drafts is judged, every other step.
+/// Pairs before a number of drafts is judged, every other step while they look like a gain.
 const TRIALS: usize = 9;
+/// Where they look like a loss, so much of the time may go into finding out: a try that costs half a step comes after 50.
+const LOSS_SHARE: f64 = 0.01;
+/// Steps between such tries at most: load changes.
+const TRIAL_PAUSE_MAX: u64 = 48;
 /// Usual steps that a first pair is compared with: the first of a size may wait for memory.
 const USUAL_MIN: usize = 3;
 /// Tries of a size so close to each other; more are needed where the step has no room for what was planned.
@@ -122,6 +126,7 @@ impl Speculation {
         let index = size(sequences);
         let best = self.best(index);
         let untried = self.untried(index);
+        let pace = untried.map_or(2, |drafts| self.pace(index, drafts));
         let drafts_max = self.drafts_max;
         let size = &mut self.sizes[index];
         if best != size.chosen {
@@ -133,7 +138,7 @@ impl Speculation {
             return best;
         }
         if let Some(untried) = untried {
-            if size.since >= if size.tries < TRIALS_MAX { 2 } else { PAUSE_MAX } {
+            if size.since >= if size.tries < TRIALS_MAX { pace } else { PAUSE_MAX } {
                 size.since = 0;
                 size.tries += 1;
                 return untried;
@@ -227,6 +232,21 @@ impl Speculation {
         let before = self.gain(index, drafts - 1);
         // Where one draft is a loss, two are rarely a gain.
         (drafts == 1 || before > 1.0).then_some(drafts)
+    }
+
+    /// Steps from one try of a number of drafts that is not judged yet to the next, by the best that it has looked like: here, or
+    /// where it has not been tried, at the size nearest to this where it has.
+    fn pace(&self, index: usize, drafts: usize) -> u64 {
+        // One pair may have been interrupted.
+        let tried = |index: &usize| {
+            let costs = &self.sizes[*index].costs[drafts];
+            costs.least().filter(|_| costs.len() > 1)
+        };
+        let nearest = (0..self.sizes.len()).filter(|other| tried(other).is_some());
+        let nearest = nearest.min_by_key(|other| other.abs_diff(index));
+        let cost = nearest.as_ref().and_then(tried).unwrap_or(0.0);
+        let lost = (cost / self.tokens(drafts) - 1.0).max(0.0);
+        2 + ((lost / LOSS_SHARE) as u64).min(TRIAL_PAUSE_MAX)
     }
 
     /// Of the numbers of drafts that have been judged, the one that comes nearest to paying.

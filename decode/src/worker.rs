@@ -325,9 +325,7 @@ impl Worker {
             Ok(()) => self.deliver(now),
             Err(error) => self.fail_batch(error, now),
         }
-        while let Some(id) = self.scheduler.next_finished() {
-            self.release(id, now);
-        }
+        self.release_finished(now);
         // What they gave back may be what somebody waits for, and there may be no other reason to go round again.
         self.admit(now);
         self.publish();
@@ -362,14 +360,27 @@ impl Worker {
         }
     }
 
+    /// Gives back what ended sequences hold, all of this round's together.
+    fn release_finished(&mut self, now: Instant) {
+        let mut ended = std::mem::take(&mut self.buffers.ended);
+        ended.clear();
+        ended.extend(self.scheduler.finished());
+        // In this order: behind these lines no push can land in the blocks any more.
+        for &id in &ended {
+            if let Some(ticket) = self.scheduler.sequence(id).and_then(|sequence| sequence.ticket()) {
+                let _fenced = self.receiver.revoke(ticket);
+            }
+        }
+        // The blocks stay to be found: with all that belongs in them.
+        owed::store_owed(&mut self.engine, &self.scheduler, &mut self.seats, &ended, &mut self.buffers.owed);
+        for &id in &ended {
+            self.release(id, now);
+        }
+        self.buffers.ended = ended;
+    }
+
     /// Returns a finished sequence's blocks, then tells its stream.
     fn release(&mut self, id: SequenceId, now: Instant) {
-        // In this order: behind this line no push can land in the blocks any more.
-        if let Some(ticket) = self.scheduler.sequence(id).and_then(|sequence| sequence.ticket()) {
-            let _fenced = self.receiver.revoke(ticket);
-        }
-        // Its blocks stay to be found: with all that belongs in them.
-        owed::store_owed(&mut self.engine, &self.scheduler, &mut self.seats, &[id], &mut self.buffers.owed);
         let Some(end) = self.scheduler.release(id) else { return };
         let Some(seat) = self.seats.remove(&id) else { return };
         let _span = seat.span.enter();

@@ -17,6 +17,19 @@ pub struct Draw<'a> {
     pub ahead: &'a [TokenId],
 }
 
+/// Whoever lets a module guess: how the next token of each sequence is drawn, and what becomes of it. Sequences are named by their
+/// place among the drafts' inputs.
+pub trait Drafter {
+    /// How it is drawn, as far as the guesses so far are taken to stand.
+    fn draw(&self, index: usize) -> Option<Draw<'_>>;
+
+    /// The same from the module's `logits` `[vocab]`, which may be overwritten, where the host draws. None: no more guesses.
+    fn guess(&mut self, index: usize, logits: &mut [f32]) -> Option<TokenId>;
+
+    /// Takes a guess; whether there may be another.
+    fn take(&mut self, index: usize, token: TokenId) -> bool;
+}
+
 /// A step's wanted rows, drawn by its device or to be drawn from their logits.
 pub struct Drawn<'a> {
     rows: Rows<'a>,

@@ -4,7 +4,7 @@ use model::{Checkpoint, Device, ExecutionFingerprint, KvLayout, ModelConfig, Tok
 
 use crate::batch::SequenceInput;
 use crate::cuda::{CudaEngine, RoutedExperts};
-use crate::drawing::{Draw, Drawn};
+use crate::drawing::{Drafter, Draw, Drawn};
 use crate::error::{EngineError, StepError};
 use crate::experts::{ExpertBank, Experts, LocalExperts};
 use crate::kv_cache::KvPool;
@@ -93,7 +93,10 @@ impl Engine {
 
     /// How the cache is laid out.
     pub fn kv_layout(&self) -> &KvLayout {
-        self.kv().layout()
+        match &self.0 {
+            Backend::Cpu(engine) => engine.kv().layout(),
+            Backend::Cuda(engine) => engine.kv_layout(),
+        }
     }
 
     /// What must be equal for two workers to give the same bits.
@@ -251,6 +254,24 @@ impl Engine {
         match &mut self.0 {
             Backend::Cpu(engine) => engine.draft(inputs, choose),
             Backend::Cuda(engine) => engine.draft(inputs, choose),
+        }
+    }
+
+    /// As [`Self::draft`], with guesses drawn on the device where it can draw.
+    ///
+    /// # Errors
+    /// As [`Self::draft`].
+    pub fn draft_drawing(
+        &mut self,
+        inputs: &[DraftInput<'_>],
+        drafter: &mut dyn Drafter,
+    ) -> Result<(), StepError> {
+        match &mut self.0 {
+            Backend::Cpu(engine) => engine.draft(inputs, &mut |index, logits| {
+                let token = drafter.guess(index, logits)?;
+                drafter.take(index, token).then_some(token)
+            }),
+            Backend::Cuda(engine) => engine.draft_drawing(inputs, drafter),
         }
     }
 }

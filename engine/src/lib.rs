@@ -27,7 +27,7 @@ mod step;
 
 pub use batch::{LogitsWanted, SequenceInput};
 pub use block_pool::{BlockPool, BlockTable, Reservation, Restored};
-pub use drawing::{Draw, Drawn};
+pub use drawing::{Drafter, Draw, Drawn};
 pub use engine::Engine;
 pub use error::{EngineError, InvalidBatch, StepError};
 pub use experts::{

@@ -23,6 +23,11 @@ impl Recent {
         self.len
     }
 
+    /// The least. None of none.
+    pub fn least(&self) -> Option<f64> {
+        self.values[..self.len].iter().copied().min_by(f64::total_cmp)
+    }
+
     /// The mean of what is left without the third that is least and the third that is most. None of none.
     pub fn middle(&self) -> Option<f64> {
         let mut values = self.values;

@@ -202,3 +202,20 @@ fn without_drafts_nothing_is_drafted() {
         }
     }
 }
+
+/// Short runs at ever other sizes: what one size has shown to be a loss is tried rarely at the next.
+#[test]
+fn finding_out_at_a_new_size_costs_little() {
+    for seed in 0..20 {
+        let mut world = World::new(seed, overhead_bound, [0.5, 0.27, 0.12, 0.05]);
+        world.run(8, 600);
+        let (mut tokens, mut seconds) = (0.0, 0.0);
+        for sequences in [12, 16, 24, 32, 48, 64, 128, 256] {
+            let (planned, rate) = world.run(sequences, 100);
+            assert!(planned[0] >= 94, "{sequences} sequences: {planned:?}");
+            tokens += 100.0 / world.alone(sequences);
+            seconds += 100.0 / rate;
+        }
+        assert!(tokens > 0.97 * seconds, "{tokens} of {seconds}");
+    }
+}

@@ -10,16 +10,17 @@
 //! sequence's first step runs the prompt's last token once more for it, which changes no byte of the cache. What the module
 //! is owed ([`super::owed`]) is stored before it drafts, and otherwise every few steps.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::time::Instant;
 
-use engine::{DraftInput, Draw, Drawn, LogitsWanted, MtpInput, Sampled, SequenceInput, StepError};
+use engine::{DraftInput, Drafter, Draw, Drawn, LogitsWanted, MtpInput, Sampled, SequenceInput, StepError};
 use model::TokenId;
 
 use super::owed::{Owed, store_owed};
 use super::{Seat, Worker};
 use crate::outbox::Drafts;
-use crate::scheduler::{Sequence, SequenceId};
+use crate::scheduler::{Scheduler, Sequence, SequenceId};
 use crate::speculation::OwnAcceptance;
 
 /// What a sequence brings to a step.
@@ -41,6 +42,7 @@ pub(super) struct Buffers {
     inputs: Vec<SequenceInput<'static>>,
     pub owed: Vec<MtpInput<'static>>,
     drafting: Vec<SequenceId>,
+    pub ended: Vec<SequenceId>,
     states: Vec<Owed>,
     draft_inputs: Vec<DraftInput<'static>>,
     /// One row.
@@ -53,6 +55,7 @@ impl Buffers {
             inputs: Vec::with_capacity(batch_max),
             owed: Vec::with_capacity(batch_max),
             drafting: Vec::with_capacity(batch_max),
+            ended: Vec::with_capacity(batch_max),
             states: Vec::with_capacity(batch_max),
             draft_inputs: Vec::with_capacity(batch_max),
             logits: Vec::with_capacity(vocab_size),
@@ -150,15 +153,7 @@ impl Worker {
         let result = if inputs.is_empty() {
             Ok(())
         } else {
-            engine.draft(&inputs, &mut |index, logits| {
-                let id = drafting[index];
-                let (seat, sequence) = (seats.get_mut(&id)?, scheduler.sequence(id)?);
-                let ahead = seat.rows.tokens.len() - 1;
-                let suppressed = sequence.suppressed_after(ahead);
-                let token = seat.sampler.guess(logits, sequence.length() + ahead, suppressed);
-                seat.rows.tokens.push(token);
-                (!sequence.ends_with(token, ahead)).then_some(token)
-            })
+            engine.draft_drawing(&inputs, &mut Guesses { drafting, seats, scheduler })
         };
         *draft_inputs = recycle_drafts(inputs);
         for (id, owed) in drafting.iter().zip(states.drain(..)) {
@@ -214,6 +209,40 @@ impl Worker {
             }
         }
         Ok(drafted)
+    }
+}
+
+/// The sequences that draft, and what they have guessed.
+struct Guesses<'a> {
+    drafting: &'a [SequenceId],
+    seats: &'a mut BTreeMap<SequenceId, Seat>,
+    scheduler: &'a Scheduler,
+}
+
+impl Drafter for Guesses<'_> {
+    fn draw(&self, index: usize) -> Option<Draw<'_>> {
+        let id = self.drafting.get(index)?;
+        let (seat, sequence) = (self.seats.get(id)?, self.scheduler.sequence(*id)?);
+        let ahead = &seat.rows.tokens[1..];
+        let (position, suppress) = (sequence.length() + ahead.len(), sequence.suppressed_after(ahead.len()));
+        Some(Draw { sampler: &seat.sampler, position, suppress, ahead })
+    }
+
+    fn guess(&mut self, index: usize, logits: &mut [f32]) -> Option<TokenId> {
+        let id = self.drafting.get(index)?;
+        let (seat, sequence) = (self.seats.get_mut(id)?, self.scheduler.sequence(*id)?);
+        let ahead = seat.rows.tokens.len() - 1;
+        Some(seat.sampler.guess(logits, sequence.length() + ahead, sequence.suppressed_after(ahead)))
+    }
+
+    fn take(&mut self, index: usize, token: TokenId) -> bool {
+        let Some(id) = self.drafting.get(index) else { return false };
+        let (Some(seat), Some(sequence)) = (self.seats.get_mut(id), self.scheduler.sequence(*id)) else {
+            return false;
+        };
+        let ahead = seat.rows.tokens.len() - 1;
+        seat.rows.tokens.push(token);
+        !sequence.ends_with(token, ahead)
     }
 }
 

@@ -201,11 +201,17 @@ impl CudaEngine {
         &self.fingerprint
     }
 
+    pub fn kv_layout(&self) -> &KvLayout {
+        self.kv.layout()
+    }
+
     pub fn kv(&self) -> &KvPool {
+        self.settle();
         &self.kv
     }
 
     pub fn kv_mut(&mut self) -> &mut KvPool {
+        self.settle();
         &mut self.kv
     }
 

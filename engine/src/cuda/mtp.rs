@@ -1,18 +1,18 @@
 //! The MTP module on a GPU: keeping its cache beside the main model's, and drafting with it, as `step::mtp` has it.
 //!
 //! States come from the host, where whoever owns the sequences keeps them; a draft's own stay on the device. Rounds of drafting
-//! are recorded by size as plain steps are, and the host waits once a round: for the logits that it chooses from. Everything here
-//! ends with such a wait, so page-locked memory may be written again when the next thing begins.
+//! are recorded by size as plain steps are, and the host waits once a round: for the tokens, or the logits to choose them from.
+//! Storing rows waits for nothing; it has page-locked memory of its own, which the next storing waits for.
 
 use compute::KvSlot;
-use compute::cuda::{self, Activations, Buffer, CudaError, Device, NormHalf, NormRows, Pinned};
+use compute::cuda::{self, Activations, Buffer, CudaError, Device, Mark, NormHalf, NormRows, Pinned};
 use model::{ModelConfig, TokenId};
 
 use super::inputs::StepInputs;
 use super::weights::Norm;
 use super::{CudaEngine, Recorded, TABLE_BLOCKS, Tail, Workspace, recorded_rows, step};
 use crate::batch::{LogitsWanted, RowsOf, SequenceInput, StepBatch};
-use crate::drawing::{Draw, Drawn};
+use crate::drawing::{Drafter, Draw, Drawn};
 use crate::error::{EngineError, InvalidBatch, StepError};
 use crate::stage::Stage;
 use crate::step::{
@@ -26,23 +26,32 @@ mod module;
 /// A loaded module with its buffers.
 pub(super) struct Mtp {
     module: Module,
-    /// Of the module's own rows.
+    /// Of the module's own rows that are run, and of those that are stored.
     inputs: StepInputs,
+    storing: StepInputs,
+    /// When the last rows were stored.
+    stored: Option<Mark>,
     following: StepBatch,
     /// Sequences that go on drafting: index, last token.
-    drafting: Vec<(usize, TokenId)>,
+    drafting: Vec<(usize, Option<TokenId>)>,
+    pairing: Pairing,
+    /// `[sequences, hidden]`: states on their way in, and those of last rows on their way out. Both grow.
+    first: Buffer<f32>,
+    last: Buffer<f32>,
+    host_states: Pinned<f32>,
+    host_stored: Pinned<f32>,
+    host_last: Pinned<f32>,
+}
+
+/// What the module's projection reads.
+struct Pairing {
     /// `[rows + 1, hidden]`: the state before each row's token. One more: a step's own states are put down a row further.
     states: Buffer<f32>,
     /// `[rows, hidden]`
     embedded: Buffer<f32>,
     /// `[rows, 2 * hidden]`: embedding, then state, both normed.
     pairs: Buffer<f32>,
-    project_input: Activations,
-    /// `[sequences, hidden]`: states on their way in, and those of last rows on their way out. Both grow.
-    first: Buffer<f32>,
-    last: Buffer<f32>,
-    host_states: Pinned<f32>,
-    host_last: Pinned<f32>,
+    input: Activations,
 }
 
 impl Mtp {
@@ -52,57 +61,75 @@ impl Mtp {
         config: &ModelConfig,
         rows_max: usize,
     ) -> Result<Self, EngineError> {
-        let hidden = config.hidden_size;
-        let mut states = device.alloc((rows_max + 1) * hidden)?;
-        // Padding rows are computed too: from numbers.
-        device.fill(&mut states.view_mut(), 0)?;
         Ok(Self {
-            project_input: Activations::new(device, module.project.input, rows_max, 2 * hidden)?,
+            pairing: Pairing::new(device, &module, config.hidden_size, rows_max)?,
             module,
             inputs: StepInputs::new(device, rows_max, TABLE_BLOCKS)?,
+            storing: StepInputs::new(device, rows_max, 0)?,
+            stored: None,
             following: StepBatch::default(),
             drafting: Vec::new(),
-            states,
-            embedded: device.alloc(rows_max * hidden)?,
-            pairs: device.alloc(rows_max * 2 * hidden)?,
             first: device.alloc(0)?,
             last: device.alloc(0)?,
             host_states: device.pinned(0)?,
+            host_stored: device.pinned(0)?,
             host_last: device.pinned(0)?,
         })
     }
 
-    /// Room for `values` on their way to the device.
-    fn make_room(&mut self, device: &Device, values: usize) -> Result<(), CudaError> {
-        if self.host_states.len() < values {
-            self.host_states = device.pinned(values.next_power_of_two())?;
+    /// Waits for the last storing, and makes room for `values` that the next one sends.
+    fn begin_storing(&mut self, device: &Device, values: usize) -> Result<(), CudaError> {
+        if let Some(stored) = self.stored.take() {
+            stored.wait()?;
         }
-        Ok(())
+        make_room(&mut self.host_stored, device, values)
     }
 }
 
-/// The module's layer input from tokens and states, into `pairs` `[rows, hidden]`.
-fn pair(
-    device: &Device,
-    main_embedding: &cuda::Matrix,
-    mtp: &mut Mtp,
-    out: &mut Buffer<f32>,
-) -> Result<(), CudaError> {
-    let Mtp { module, inputs, states, embedded, pairs, project_input, .. } = mtp;
-    let rows = inputs.rows();
-    let size = rows * module.project.matrix.rows();
-    let table = module.embedding.as_ref().unwrap_or(main_embedding);
-    device.embed(table, inputs.tokens(), &mut embedded.slice_mut(0..size))?;
-    let half = |x, norm| {
-        let Norm { weight, eps }: &Norm = norm;
-        NormHalf { x, weight: weight.view(), eps: *eps }
-    };
-    // The embedding comes first in the checkpoints' eh_proj, though the paper prints the hidden state first.
-    let left = half(embedded.slice(0..size), &module.embedding_norm);
-    let right = half(states.slice(0..size), &module.hidden_norm);
-    device.norm_pair(left, right, &mut pairs.slice_mut(0..2 * size))?;
-    device.prepare(pairs.slice(0..2 * size), project_input)?;
-    device.linear(&module.project.matrix, project_input.inputs(rows), &mut out.slice_mut(0..size))
+fn make_room(states: &mut Pinned<f32>, device: &Device, values: usize) -> Result<(), CudaError> {
+    if states.len() < values {
+        *states = device.pinned(values.next_power_of_two())?;
+    }
+    Ok(())
+}
+
+impl Pairing {
+    fn new(device: &Device, module: &Module, hidden: usize, rows_max: usize) -> Result<Self, CudaError> {
+        let mut states = device.alloc((rows_max + 1) * hidden)?;
+        // Padding rows are computed too: from numbers.
+        device.fill(&mut states.view_mut(), 0)?;
+        Ok(Self {
+            states,
+            embedded: device.alloc(rows_max * hidden)?,
+            pairs: device.alloc(rows_max * 2 * hidden)?,
+            input: Activations::new(device, module.project.input, rows_max, 2 * hidden)?,
+        })
+    }
+
+    /// The module's layer input from the tokens of `inputs` and the states, into `out` `[rows, hidden]`.
+    fn run(
+        &mut self,
+        device: &Device,
+        (module, main_embedding): (&Module, &cuda::Matrix),
+        inputs: &StepInputs,
+        out: &mut Buffer<f32>,
+    ) -> Result<(), CudaError> {
+        let Self { states, embedded, pairs, input } = self;
+        let rows = inputs.rows();
+        let size = rows * module.project.matrix.rows();
+        let table = module.embedding.as_ref().unwrap_or(main_embedding);
+        device.embed(table, inputs.tokens(), &mut embedded.slice_mut(0..size))?;
+        let half = |x, norm| {
+            let Norm { weight, eps }: &Norm = norm;
+            NormHalf { x, weight: weight.view(), eps: *eps }
+        };
+        // The embedding comes first in the checkpoints' eh_proj, though the paper prints the hidden state first.
+        let left = half(embedded.slice(0..size), &module.embedding_norm);
+        let right = half(states.slice(0..size), &module.hidden_norm);
+        device.norm_pair(left, right, &mut pairs.slice_mut(0..2 * size))?;
+        device.prepare(pairs.slice(0..2 * size), input)?;
+        device.linear(&module.project.matrix, input.inputs(rows), &mut out.slice_mut(0..size))
+    }
 }
 
 impl CudaEngine {
@@ -174,38 +201,38 @@ impl CudaEngine {
             add: None,
             index: None,
         };
-        let states = &mut mtp.states.slice_mut(hidden_size..hidden_size + size);
+        let states = &mut mtp.pairing.states.slice_mut(hidden_size..hidden_size + size);
         device.norm(all, model.norm.weight.view(), model.norm.eps, Some(states), &mut [])?;
 
         let values = inputs.len() * hidden_size;
-        mtp.make_room(device, values)?;
+        mtp.begin_storing(device, values)?;
         if mtp.last.len() < values {
             let room = values.next_power_of_two();
             (mtp.first, mtp.last) = (device.alloc(room)?, device.alloc(room)?);
             mtp.host_last = device.pinned(room)?;
         }
-        for (input, state) in inputs.iter().zip(mtp.host_states.chunks_exact_mut(hidden_size)) {
+        for (input, state) in inputs.iter().zip(mtp.host_stored.chunks_exact_mut(hidden_size)) {
             // Zero before position 0, where there is none.
             state.fill(0.0);
             if input.sequence.position > 0 {
                 state[..input.before.len()].copy_from_slice(input.before);
             }
         }
-        device.copy_in_later(&mtp.host_states, &mut mtp.first.slice_mut(0..values))?;
+        device.copy_in_later(&mtp.host_stored, &mut mtp.first.slice_mut(0..values))?;
         mtp.following.start_following();
         (0..rows).for_each(|row| mtp.following.push_following(batch, row));
         // All last states are taken before any first one is put in their place.
         let mut end = 0;
         for (index, count) in batch.sequence_rows().enumerate() {
             end += count;
-            let from = mtp.states.slice(end * hidden_size..(end + 1) * hidden_size);
+            let from = mtp.pairing.states.slice(end * hidden_size..(end + 1) * hidden_size);
             let to = &mut mtp.last.slice_mut(index * hidden_size..(index + 1) * hidden_size);
             device.copy_within(from, to)?;
         }
         let mut row = 0;
         for (index, (input, count)) in inputs.iter().zip(batch.sequence_rows()).enumerate() {
             let from = mtp.first.slice(index * hidden_size..(index + 1) * hidden_size);
-            let to = &mut mtp.states.slice_mut(row * hidden_size..(row + 1) * hidden_size);
+            let to = &mut mtp.pairing.states.slice_mut(row * hidden_size..(row + 1) * hidden_size);
             device.copy_within(from, to)?;
             if input.before.is_empty() && input.sequence.position > 0 {
                 mtp.following.slots[row] = KvSlot { block: u32::MAX, row: u32::MAX };
@@ -213,7 +240,7 @@ impl CudaEngine {
             row += count;
         }
         device.copy_out_later(mtp.last.slice(0..values), &mut mtp.host_last)?;
-        mtp.inputs.take(&mtp.following, rows);
+        mtp.storing.take_without_tables(&mtp.following, rows);
         self.store(observer)
     }
 
@@ -221,13 +248,14 @@ impl CudaEngine {
     fn store(&mut self, observer: &mut dyn StepObserver) -> Result<(), StepError> {
         let Self { device, model, kv, rope, workspace, mtp, .. } = &mut *self;
         let mtp = mtp.as_mut().ok_or(InvalidBatch::NoMtp)?;
-        mtp.inputs.send(device)?;
-        pair(device, &model.embedding, mtp, &mut workspace.hidden)?;
+        let Mtp { module, pairing, storing, .. } = mtp;
+        storing.send(device)?;
+        pairing.run(device, (&*module, &model.embedding), storing, &mut workspace.hidden)?;
         let watched = observer.watched();
         let (geometry, pool) = kv.device_parts();
         let mut step = step::Step {
             device,
-            inputs: &mtp.inputs,
+            inputs: storing,
             pool,
             geometry: &geometry,
             rope,
@@ -237,8 +265,9 @@ impl CudaEngine {
             watched,
             stored: Vec::new(),
         };
-        mtp.module.layer.store(&mut step, &mut workspace.layer, &mut workspace.hidden)?;
+        module.layer.store(&mut step, &mut workspace.layer, &mut workspace.hidden)?;
         let stored = step.stored;
+        mtp.stored = Some(device.mark()?);
         for mark in stored {
             mark.wait()?;
             observer.layer_done(model.layers.len(), kv);
@@ -253,6 +282,7 @@ impl CudaEngine {
         observer: &mut dyn StepObserver,
     ) -> Result<StepOutput<'_>, StepError> {
         self.form_mtp(inputs)?;
+        self.send_states(inputs.iter().map(|input| input.hidden))?;
         self.run_mtp(observer)?;
         self.fetch(self.batch.wanted.len())
     }
@@ -260,15 +290,18 @@ impl CudaEngine {
     /// As [`crate::Engine::mtp_store`].
     pub fn mtp_store(&mut self, inputs: &[MtpInput<'_>]) -> Result<(), StepError> {
         self.form_mtp(inputs)?;
-        let mtp = self.mtp.as_mut().ok_or(InvalidBatch::NoMtp)?;
+        let Self { device, batch, mtp, config, .. } = &mut *self;
+        let mtp = mtp.as_mut().ok_or(InvalidBatch::NoMtp)?;
+        let size = batch.rows() * config.hidden_size;
+        mtp.begin_storing(device, size)?;
+        gather(inputs.iter().map(|input| input.hidden), &mut mtp.host_stored);
+        device.copy_in_later(&mtp.host_stored, &mut mtp.pairing.states.slice_mut(0..size))?;
         // Tables are not read where nothing attends.
-        mtp.inputs.take_without_tables(&self.batch, self.batch.rows());
-        self.store(&mut ())?;
-        // Whoever reads the blocks next does so beside the stream.
-        Ok(self.device.synchronize()?)
+        mtp.storing.take_without_tables(batch, batch.rows());
+        self.store(&mut ())
     }
 
-    /// Forms a batch of the module's rows and sends their states.
+    /// Forms a batch of the module's rows.
     fn form_mtp(&mut self, inputs: &[MtpInput<'_>]) -> Result<(), StepError> {
         let hidden_size = self.config.hidden_size;
         self.require_mtp()?;
@@ -279,20 +312,24 @@ impl CudaEngine {
                 return Err(InvalidBatch::Hidden { sequence, values, tokens, hidden_size }.into());
             }
         }
-        self.send_states(inputs.iter().map(|input| input.hidden))
+        Ok(())
     }
 
     /// Puts the states of a batch's rows where the module reads them.
     fn send_states<'a>(&mut self, states: impl Iterator<Item = &'a [f32]>) -> Result<(), StepError> {
         let size = self.batch.rows() * self.config.hidden_size;
         let mtp = self.mtp.as_mut().ok_or(InvalidBatch::NoMtp)?;
-        mtp.make_room(&self.device, size)?;
-        let mut taken = 0;
-        for state in states {
-            mtp.host_states[taken..taken + state.len()].copy_from_slice(state);
-            taken += state.len();
+        make_room(&mut mtp.host_states, &self.device, size)?;
+        gather(states, &mut mtp.host_states);
+        Ok(self.device.copy_in_later(&mtp.host_states, &mut mtp.pairing.states.slice_mut(0..size))?)
+    }
+
+    /// Nobody reads or writes the cache beside the stream while rows of the module's are on their way to it. An error shows at
+    /// the next call.
+    pub fn settle(&self) {
+        if let Some(stored) = self.mtp.as_ref().and_then(|mtp| mtp.stored.as_ref()) {
+            let _shown_later = stored.wait();
         }
-        Ok(self.device.copy_in_later(&mtp.host_states, &mut mtp.states.slice_mut(0..size))?)
     }
 
     /// As [`crate::Engine::draft`].
@@ -300,6 +337,41 @@ impl CudaEngine {
         &mut self,
         inputs: &[DraftInput<'_>],
         choose: &mut dyn FnMut(usize, &mut [f32]) -> Option<TokenId>,
+    ) -> Result<(), StepError> {
+        let vocab_size = self.config.vocab_size;
+        self.draft_rounds(inputs, &mut |engine, drafting| {
+            engine.fetch_logits(drafting.len())?;
+            let logits = engine.workspace.host.logits.chunks_exact_mut(vocab_size);
+            for ((index, token), logits) in drafting.iter_mut().zip(logits) {
+                *token = choose(*index, logits);
+            }
+            Ok(())
+        })
+    }
+
+    /// As [`crate::Engine::draft_drawing`].
+    pub fn draft_drawing(
+        &mut self,
+        inputs: &[DraftInput<'_>],
+        drafter: &mut dyn Drafter,
+    ) -> Result<(), StepError> {
+        self.draft_rounds(inputs, &mut |engine, drafting| {
+            let Self { draw_plan, device, workspace, config, .. } = engine;
+            draw_plan.take(drafting.len(), &mut drafting.iter().map(|(index, _)| drafter.draw(*index)));
+            let drawn = draw_plan.run(device, &mut workspace.logits, config.vocab_size)?;
+            for ((index, token), drawn) in drafting.iter_mut().zip(drawn.tokens) {
+                let guess = TokenId(drawn.token);
+                *token = drafter.take(*index, guess).then_some(guess);
+            }
+            Ok(())
+        })
+    }
+
+    /// `choose` waits for a round and puts the next token of each sequence that drafts in the place of its last one, or none.
+    fn draft_rounds(
+        &mut self,
+        inputs: &[DraftInput<'_>],
+        choose: &mut dyn FnMut(&mut Self, &mut [(usize, Option<TokenId>)]) -> Result<(), StepError>,
     ) -> Result<(), StepError> {
         let hidden_size = self.config.hidden_size;
         self.require_mtp()?;
@@ -311,71 +383,58 @@ impl CudaEngine {
         }
         let mut drafting = self.mtp.as_mut().map(|mtp| std::mem::take(&mut mtp.drafting)).unwrap_or_default();
         drafting.clear();
-        drafting.extend(inputs.iter().map(|input| input.token).enumerate());
-        let result = self.draft_rounds(inputs, &mut drafting, choose);
+        drafting.extend(inputs.iter().map(|input| Some(input.token)).enumerate());
+        let mut result = Ok(());
+        for round in 0.. {
+            if drafting.is_empty() || result.is_err() {
+                break;
+            }
+            result = self.draft_round(inputs, &mut drafting, round, choose);
+        }
         if let Some(mtp) = &mut self.mtp {
             mtp.drafting = drafting;
         }
         result
     }
 
-    fn draft_rounds(
+    /// One round: leaves those in `drafting` that go on, and their states where the next round reads them.
+    fn draft_round(
         &mut self,
         inputs: &[DraftInput<'_>],
-        drafting: &mut Vec<(usize, TokenId)>,
-        choose: &mut dyn FnMut(usize, &mut [f32]) -> Option<TokenId>,
+        drafting: &mut Vec<(usize, Option<TokenId>)>,
+        round: usize,
+        choose: &mut dyn FnMut(&mut Self, &mut [(usize, Option<TokenId>)]) -> Result<(), StepError>,
     ) -> Result<(), StepError> {
-        let (hidden_size, vocab_size) = (self.config.hidden_size, self.config.vocab_size);
-        for round in 0.. {
-            if drafting.is_empty() {
-                break;
-            }
-            let rows = drafting.iter().map(|(index, token)| SequenceInput {
-                tokens: std::slice::from_ref(token),
-                position: inputs[*index].position + round,
-                block_table: inputs[*index].block_table,
-                logits: LogitsWanted::Last,
-            });
-            self.batch.form(RowsOf::Mtp, rows, &self.limits)?;
-            if round == 0 {
-                self.send_states(inputs.iter().map(|input| input.hidden))?;
-            }
-            self.run_mtp(&mut ())?;
-            self.fetch_logits(drafting.len())?;
-            let Self { device, workspace: Workspace { normed, host, .. }, mtp: Some(mtp), .. } = &mut *self
-            else {
-                break;
-            };
-            // States of those that go on move up; neighbours move together.
-            let (mut row, mut kept, mut copied, mut failed) = (0, 0, 0, Ok(()));
-            let mut run = 0..0;
-            let mut flush = |run: &std::ops::Range<usize>, copied: &mut usize| {
-                let to = *copied..*copied + run.len();
-                *copied = to.end;
-                let from = normed.slice(run.start * hidden_size..run.end * hidden_size);
-                let to = &mut mtp.states.slice_mut(to.start * hidden_size..to.end * hidden_size);
-                device.copy_within(from, to)
-            };
-            drafting.retain_mut(|(index, token)| {
-                let logits = &mut host.logits[row * vocab_size..][..vocab_size];
-                row += 1;
-                let Some(chosen) = choose(*index, logits) else { return false };
-                *token = chosen;
-                let goes_on = round + 1 < inputs[*index].drafts_max;
-                if goes_on {
-                    kept += 1;
-                    if run.end != row - 1 && failed.is_ok() {
-                        failed = flush(&run, &mut copied);
-                        run = row - 1..row - 1;
-                    }
-                    run.end = row;
-                }
-                goes_on
-            });
-            failed?;
-            flush(&run, &mut copied)?;
-            debug_assert_eq!(copied, kept, "every kept state has moved");
+        let hidden_size = self.config.hidden_size;
+        let rows = drafting.iter().map(|(index, token)| SequenceInput {
+            tokens: token.as_slice(),
+            position: inputs[*index].position + round,
+            block_table: inputs[*index].block_table,
+            logits: LogitsWanted::Last,
+        });
+        self.batch.form(RowsOf::Mtp, rows, &self.limits)?;
+        if round == 0 {
+            self.send_states(inputs.iter().map(|input| input.hidden))?;
         }
+        self.run_mtp(&mut ())?;
+        choose(self, drafting)?;
+        let Self { device, workspace: Workspace { normed, .. }, mtp, .. } = &mut *self;
+        let mtp = mtp.as_mut().ok_or(InvalidBatch::NoMtp)?;
+        for (index, token) in drafting.iter_mut() {
+            *token = token.filter(|_| round + 1 < inputs[*index].drafts_max);
+        }
+        // States of those that go on move up; neighbours move together.
+        let (mut row, mut kept) = (0, 0);
+        for run in drafting.chunk_by(|a, b| a.1.is_some() == b.1.is_some()) {
+            if run[0].1.is_some() {
+                let from = normed.slice(row * hidden_size..(row + run.len()) * hidden_size);
+                let to = kept * hidden_size..(kept + run.len()) * hidden_size;
+                device.copy_within(from, &mut mtp.pairing.states.slice_mut(to))?;
+                kept += run.len();
+            }
+            row += run.len();
+        }
+        drafting.retain(|(_, token)| token.is_some());
         Ok(())
     }
 
@@ -430,8 +489,8 @@ impl CudaEngine {
     ) -> Result<(), StepError> {
         let Self { device, cpu, remote, model, kv, rope, workspace, config, numerics, mtp, .. } = self;
         let mtp = mtp.as_mut().ok_or(InvalidBatch::NoMtp)?;
-        pair(device, &model.embedding, mtp, &mut workspace.hidden)?;
-        let Mtp { module, inputs, .. } = mtp;
+        let Mtp { module, inputs, pairing, .. } = mtp;
+        pairing.run(device, (&*module, &model.embedding), inputs, &mut workspace.hidden)?;
         let watched = observer.watched();
         let (geometry, pool) = kv.device_parts();
         let mut step = step::Step {
@@ -467,5 +526,14 @@ impl CudaEngine {
 
     fn require_mtp(&self) -> Result<(), InvalidBatch> {
         if self.mtp.is_some() { Ok(()) } else { Err(InvalidBatch::NoMtp) }
+    }
+}
+
+/// Rows one after the other.
+fn gather<'a>(rows: impl Iterator<Item = &'a [f32]>, to: &mut [f32]) {
+    let mut taken = 0;
+    for row in rows {
+        to[taken..taken + row.len()].copy_from_slice(row);
+        taken += row.len();
     }
 }

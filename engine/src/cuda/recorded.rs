@@ -4,8 +4,9 @@ use compute::cuda::Graph;
 
 use crate::batch::RowsOf;
 
-/// Rows of a recorded step at most: more take long enough for their launches not to matter.
-pub(super) const RECORDED_ROWS_MAX: usize = 256;
+/// Rows of a recorded step at most, drafts and rows that are run again included: more take long enough for their launches
+/// not to matter.
+pub(super) const RECORDED_ROWS_MAX: usize = 512;
 
 /// A step of `rows` rows that see at most `context_max` cache rows.
 pub(super) struct Recorded {
