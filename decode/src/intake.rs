@@ -17,6 +17,7 @@ use proto::field::{FieldError, Problem};
 use proto::fingerprint;
 use proto::sequence::{self, SequenceLimits};
 use proto::ticket::KvTicket;
+use proto::trace::TraceContext;
 use proto::v1;
 
 use crate::error::{Failure, Refusal};
@@ -35,7 +36,7 @@ pub(crate) struct Intake {
 /// A checked request on its way to the device thread.
 pub(crate) struct Submission {
     pub(crate) request_id: Arc<str>,
-    pub(crate) trace_id: String,
+    pub(crate) trace: TraceContext,
     pub(crate) admission: Admission,
     pub(crate) sampler: SequenceSampler,
     pub(crate) outbox: Outbox,
@@ -44,7 +45,7 @@ pub(crate) struct Submission {
 /// A [`Submission`] that has no stream yet.
 pub(crate) struct Checked {
     pub(crate) request_id: Arc<str>,
-    pub(crate) trace_id: String,
+    pub(crate) trace: TraceContext,
     /// Whether the stream reports log-probabilities.
     pub(crate) logprobs: bool,
     admission: Admission,
@@ -54,8 +55,8 @@ pub(crate) struct Checked {
 impl Checked {
     /// Gives it the queue that its stream reads.
     pub(crate) fn submit_with(self, outbox: Outbox) -> Submission {
-        let Self { request_id, trace_id, admission, sampler, .. } = self;
-        Submission { request_id, trace_id, admission, sampler, outbox }
+        let Self { request_id, trace, admission, sampler, .. } = self;
+        Submission { request_id, trace, admission, sampler, outbox }
     }
 }
 
@@ -89,7 +90,7 @@ impl Intake {
         };
         Ok(Checked {
             request_id: Arc::from(sequence.request_id),
-            trace_id: sequence.trace.trace_id(),
+            trace: sequence.trace,
             logprobs: sequence.sampling.logprobs.is_some(),
             admission,
             sampler,
@@ -115,7 +116,8 @@ pub(crate) fn queue(
         "intake",
         hop = 5,
         request_id = %submission.request_id,
-        trace_id = %submission.trace_id
+        trace_id = %submission.trace.trace_id(),
+        parent_id = %submission.trace.span_id()
     )
     .entered();
     let admission = submission.admission.clone();

@@ -56,7 +56,8 @@ impl Decode for DecodeService {
             "stream",
             hop = 12,
             request_id = %checked.request_id,
-            trace_id = %checked.trace_id
+            trace_id = %checked.trace.trace_id(),
+            parent_id = %checked.trace.span_id()
         );
         let logprobs = checked.logprobs;
         let (outbox, mut events) = outbox::channel(self.events_queued_max, self.doorbell.clone());

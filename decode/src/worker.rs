@@ -20,6 +20,7 @@ use kvtransfer::{BlockSink, Receiver, ReceiverEvent, TransferReport};
 use model::{BlockId, TokenId};
 use proto::share::Priority;
 use proto::ticket::TicketId;
+use proto::trace::TraceContext;
 use tracing::Span;
 
 use crate::error::{Failure, Refusal};
@@ -83,7 +84,7 @@ pub(crate) struct Worker {
 /// One sequence's share of the worker, besides its blocks.
 struct Seat {
     request_id: Arc<str>,
-    trace_id: String,
+    trace: TraceContext,
     priority: Priority,
     outbox: Outbox,
     sampler: SequenceSampler,
@@ -213,12 +214,12 @@ impl Worker {
         } else {
             queue(&mut self.scheduler, &submission, self.step_time, now)
         };
-        let Submission { request_id, trace_id, admission, outbox, sampler } = submission;
+        let Submission { request_id, trace, admission, outbox, sampler } = submission;
         match queued {
             Ok(id) => {
                 let seat = Seat {
                     request_id,
-                    trace_id,
+                    trace,
                     priority: admission.share.priority,
                     outbox,
                     sampler,
@@ -292,8 +293,18 @@ impl Worker {
         self.metrics.handoff_stages.observe(report);
         seat.committed_at = Some(now);
         seat.sampler.observe(first_token);
-        seat.span =
-            tracing::info_span!("decode", hop = 11, request_id = %seat.request_id, trace_id = %seat.trace_id);
+        seat.span = tracing::info_span!(
+            "decode",
+            hop = 11,
+            request_id = %seat.request_id,
+            trace_id = %seat.trace.trace_id(),
+            parent_id = %seat.trace.span_id(),
+            handoff_bytes = report.bytes,
+            handoff_resumes = report.resumes,
+            handoff_reserved_us = micros(report.reserved),
+            handoff_arriving_us = micros(report.arriving),
+            handoff_finishing_us = micros(report.finishing),
+        );
         seat.outbox.send(SequenceEvent::HandedOff { handoff });
         self.scheduler.apply(id, Event::HandedOff(first_token), now);
     }
@@ -427,6 +438,10 @@ impl Worker {
         self.metrics.tier.store(&self.tier.stats());
         self.metrics.handoffs.store(&self.receiver.stats(), self.receiver.landing());
     }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Where arrived blocks go: into the pool, at the block that the ticket's sequence holds for that position.

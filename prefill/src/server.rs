@@ -44,7 +44,8 @@ impl Prefill for PrefillService {
             "prefill",
             hop = 6,
             request_id = %request.request_id,
-            trace_id = %request.sequence.trace.trace_id()
+            trace_id = %request.sequence.trace.trace_id(),
+            parent_id = %request.sequence.trace.span_id()
         );
         let (outbox, mut events) = outbox::channel(self.doorbell.clone());
         match self.submissions.try_send(Submission { request, outbox, arrived, span }) {

@@ -44,6 +44,11 @@ impl TraceContext {
     pub fn trace_id(&self) -> String {
         self.trace_id.iter().map(|byte| format!("{byte:02x}")).collect()
     }
+
+    /// The span's id, 16 hexadecimal digits: the parent of what is done on its behalf elsewhere.
+    pub fn span_id(&self) -> String {
+        self.span_id.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
 }
 
 /// The `traceparent` header, version 00.

@@ -116,7 +116,13 @@ impl Inference for InferenceService {
             context.tenant = tenant;
         }
         let request_id = context.request_id.clone();
-        let span = info_span!("grpc", hop = 1, %request_id, trace_id = %context.trace.trace_id());
+        let span = info_span!(
+            "grpc",
+            hop = 1,
+            %request_id,
+            trace_id = %context.trace.trace_id(),
+            span_id = %context.trace.span_id()
+        );
         let session =
             self.begin(context, request).instrument(span).await.map_err(|error| errors::status(&error))?;
         let mut response = Response::new(responses(session));

@@ -71,6 +71,7 @@ impl Session {
             hop = 4,
             request_id = %admitted.context.request_id,
             trace_id = %admitted.context.trace.trace_id(),
+            parent_id = %admitted.context.trace.span_id(),
         );
         tokio::spawn(run(context, admitted, sender).instrument(span));
         Self { request_id, prompts, n, events, ended: false }
@@ -188,6 +189,7 @@ impl Choice<'_> {
             );
             let attempt = Attempt {
                 patience,
+                trace: self.admitted.context.trace.child(),
                 registry: &self.context.registry,
                 metrics: &self.context.metrics,
                 admitted: self.admitted,

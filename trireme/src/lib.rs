@@ -14,6 +14,7 @@ pub mod generate;
 pub mod identity;
 pub mod inspect;
 pub mod node;
+pub mod otlp;
 pub mod progress;
 pub mod ready;
 pub mod supervisor;

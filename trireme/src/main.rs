@@ -12,10 +12,14 @@ use trireme::{
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    trireme::tracing_setup::install(matches!(
-        cli.command,
-        Command::Router(_) | Command::Prefill(_) | Command::Decode(_) | Command::Expert(_)
-    ));
+    // Lives until everything else has ended: then the last spans leave.
+    let _spans = trireme::tracing_setup::install(match cli.command {
+        Command::Router(_) => Some("router"),
+        Command::Prefill(_) => Some("prefill"),
+        Command::Decode(_) => Some("decode"),
+        Command::Expert(_) => Some("expert"),
+        _ => None,
+    });
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

@@ -74,6 +74,7 @@ async fn begin(
         hop = 1,
         request_id = %context.request_id,
         trace_id = %context.trace.trace_id(),
+        span_id = %context.trace.span_id(),
     );
     async {
         let (generate, options) = read(service, context, request, parse).await.inspect_err(|error| {

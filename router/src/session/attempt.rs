@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use model::TokenId;
 use proto::control::Consequence;
 use proto::sequence::{sampling_to_wire, stopping_to_wire};
+use proto::trace::TraceContext;
 use proto::v1::decode_client::DecodeClient;
 use proto::v1::prefill_client::PrefillClient;
 use proto::v1::{self, decode_event};
@@ -33,6 +34,8 @@ const MESSAGE_MAX: usize = 300;
 pub(super) struct Attempt<'a> {
     /// Until when the choice waits for KV blocks.
     pub patience: Instant,
+    /// The try's own span, which the workers' spans belong to.
+    pub trace: TraceContext,
     pub registry: &'a Registry,
     pub metrics: &'a Metrics,
     pub admitted: &'a Admitted,
@@ -84,6 +87,8 @@ impl Attempt<'_> {
         let span = info_span!(
             "attempt",
             hop = 4,
+            trace_id = %self.trace.trace_id(),
+            span_id = %self.trace.span_id(),
             request_id = %self.admitted.context.request_id,
             prefill = %prefill.worker().key,
             decode = %decode.worker().key,
@@ -231,7 +236,7 @@ impl Attempt<'_> {
         let left = u64::try_from(left.as_millis()).unwrap_or(u64::MAX);
         v1::SequenceRequest {
             request_id: self.admitted.context.request_id.clone(),
-            traceparent: self.admitted.context.trace.child().to_string(),
+            traceparent: self.trace.to_string(),
             prompt: self.prompt.tokens.iter().map(|token| token.0).collect(),
             sampling: Some(sampling_to_wire(&self.admitted.sampling)),
             stopping: Some(stopping_to_wire(&self.prompt.stopping)),
