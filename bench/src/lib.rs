@@ -4,8 +4,9 @@
 //! [`simulate`] loads the workers' schedulers in simulated time, with the same requests ([`workload`]). [`ops`] times the
 //! operators that a step is made of and holds them against what the machine can do. [`engine`] runs a model's steps in this
 //! process, without anything around them, and [`drafts`] says what drafts among them cost. [`transfer`] moves KV blocks
-//! between two processes. [`chaos`] puts the hand-off's state machines under faults. [`perplexity`] and [`niah`] ask
-//! whether what is served is still the model: how well it predicts a text, how far back it remembers.
+//! between two processes, and [`handover`] times a prompt's from one device thread to another. [`chaos`] puts the hand-off's
+//! state machines under faults. [`perplexity`] and [`niah`] ask whether what is served is still the model: how well it
+//! predicts a text, how far back it remembers.
 //! Deliberately absent: anything that a worker needs to run.
 
 pub mod chaos;
@@ -13,6 +14,7 @@ pub mod client;
 mod demo;
 pub mod drafts;
 pub mod engine;
+pub mod handover;
 mod json_file;
 pub mod niah;
 pub mod ops;
@@ -39,6 +41,8 @@ pub enum BenchCommand {
     Engine(engine::Args),
     /// What drafts of the MTP module cost, by batch size, and how often they must stand to pay.
     Drafts(drafts::Args),
+    /// What a hand-over of V3-shaped KV adds to a prompt's time, from prefill's last layer to decode's commit.
+    Handover(handover::Args),
     /// The protocols' state machines under faults, judged by an oracle.
     #[command(subcommand)]
     Chaos(chaos::Command),
@@ -61,6 +65,7 @@ pub async fn run(command: BenchCommand) -> anyhow::Result<()> {
         BenchCommand::Ops(args) => ops::run(&args),
         BenchCommand::Engine(args) => engine::run(&args),
         BenchCommand::Drafts(args) => drafts::run(&args),
+        BenchCommand::Handover(args) => tokio::task::spawn_blocking(move || handover::run(&args)).await?,
         BenchCommand::Chaos(command) => chaos::run(&command),
         // On a thread of its own: some paths bring a runtime along.
         BenchCommand::Transfer(args) => tokio::task::spawn_blocking(move || transfer::run(&args)).await?,

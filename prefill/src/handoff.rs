@@ -28,17 +28,23 @@ const RUN_BLOCKS_MAX: usize = 8;
 
 /// How a hand-off ended.
 #[derive(Debug)]
-pub(crate) enum Outcome {
+pub enum Outcome {
     /// Every block is committed; `handoff` is the time since the first token was known.
-    Committed { handoff: Duration },
+    Committed {
+        /// Since the first token.
+        handoff: Duration,
+    },
     /// Decode refused it.
-    Refused { detail: String },
+    Refused {
+        /// Why.
+        detail: String,
+    },
     /// Decode went away.
     Lost,
 }
 
 /// Every sequence's transfer.
-pub(crate) struct Handoff {
+pub struct Handoff {
     sender: Sender,
     block_tokens: usize,
     row_bytes: usize,
@@ -87,7 +93,8 @@ enum FirstToken {
 }
 
 impl Handoff {
-    pub(crate) fn new(sender: Sender, layout: &KvLayout) -> Self {
+    /// No transfers, of pools with this layout.
+    pub fn new(sender: Sender, layout: &KvLayout) -> Self {
         Self {
             sender,
             block_tokens: layout.block_tokens,
@@ -99,7 +106,10 @@ impl Handoff {
     }
 
     /// Opens the transfer that `ticket` permits. The ticket fits prompt and layout: the server has checked.
-    pub(crate) fn begin(
+    ///
+    /// # Errors
+    /// The ticket is in use here, or too many transfers are.
+    pub fn begin(
         &mut self,
         id: SequenceId,
         request_id: &str,
@@ -128,7 +138,7 @@ impl Handoff {
     }
 
     /// Notes the first token; it leaves behind the last block.
-    pub(crate) fn finish(&mut self, id: SequenceId, token: TokenId, now: Instant) {
+    pub fn finish(&mut self, id: SequenceId, token: TokenId, now: Instant) {
         if let Some(outgoing) = self.outgoing.get_mut(&id) {
             outgoing.first_token = FirstToken::Known { token, since: now, sent: false, sent_here: false };
             outgoing.backlog = true;
@@ -136,7 +146,7 @@ impl Handoff {
     }
 
     /// Gives a sequence's transfer up, telling decode. Unknown ids are ignored: the transfer may have ended first.
-    pub(crate) fn abort(&mut self, id: SequenceId, reason: &str) {
+    pub fn abort(&mut self, id: SequenceId, reason: &str) {
         if let Some(outgoing) = self.outgoing.remove(&id) {
             self.sequences.remove(&outgoing.transfer);
             self.sender.abort(outgoing.transfer, reason);
@@ -144,22 +154,17 @@ impl Handoff {
     }
 
     /// Adds decode's answers to what the device thread sleeps on.
-    pub(crate) fn wait_on<'a>(&'a self, select: &mut Select<'a>) {
+    pub fn wait_on<'a>(&'a self, select: &mut Select<'a>) {
         select.recv(self.sender.arrivals());
     }
 
     /// Whether something waits for room in the transfer.
-    pub(crate) fn has_backlog(&self) -> bool {
+    pub fn has_backlog(&self) -> bool {
         self.outgoing.values().any(|outgoing| outgoing.backlog)
     }
 
     /// Says which hand-offs have ended, and offers again what the transfers of the others had no room for.
-    pub(crate) fn poll(
-        &mut self,
-        scheduler: &Scheduler,
-        kv: &KvPool,
-        now: Instant,
-    ) -> Vec<(SequenceId, Outcome)> {
+    pub fn poll(&mut self, scheduler: &Scheduler, kv: &KvPool, now: Instant) -> Vec<(SequenceId, Outcome)> {
         let mut ended = Vec::new();
         for event in self.sender.poll(now) {
             match event {
@@ -195,7 +200,7 @@ impl Handoff {
     }
 
     /// What the transfers have counted.
-    pub(crate) fn stats(&self) -> SenderStats {
+    pub fn stats(&self) -> SenderStats {
         self.sender.stats()
     }
 
@@ -205,17 +210,13 @@ impl Handoff {
     }
 
     /// An observer for the step that runs `step`.
-    pub(crate) fn during<'a>(
-        &'a mut self,
-        scheduler: &'a Scheduler,
-        step: &'a [Chunk],
-    ) -> PushWhileComputing<'a> {
+    pub fn during<'a>(&'a mut self, scheduler: &'a Scheduler, step: &'a [Chunk]) -> PushWhileComputing<'a> {
         PushWhileComputing { handoff: self, scheduler, step }
     }
 }
 
 /// Watches a step and pushes each layer's blocks as they are done.
-pub(crate) struct PushWhileComputing<'a> {
+pub struct PushWhileComputing<'a> {
     handoff: &'a mut Handoff,
     scheduler: &'a Scheduler,
     step: &'a [Chunk],

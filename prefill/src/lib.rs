@@ -14,7 +14,7 @@
 
 pub mod config;
 pub mod error;
-mod handoff;
+pub mod handoff;
 mod health;
 mod intake;
 mod metrics;
