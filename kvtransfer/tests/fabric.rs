@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Select;
 use fabric::{Fabric, Hub, Limits, QuicOptions};
 use kvtransfer::{
-    BlockSink, Receiver, ReceiverEvent, ReceiverOptions, Reservation, Sender, SenderEvent, TicketId,
-    TransferError,
+    BlockSink, KvTicket, Receiver, ReceiverEvent, ReceiverOptions, Reservation, Sender, SenderEvent,
+    TicketId, TransferError,
 };
 use model::{ExecutionFingerprint, KvFormat, KvLayout, Numerics, TokenId};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
@@ -274,5 +274,51 @@ fn nobody_at_the_tickets_address_is_a_loss_and_not_a_wait() -> Result {
         pair.until(|pair| !pair.sent.is_empty());
         assert_eq!(pair.sent, [SenderEvent::Lost { id }]);
     }
+    Ok(())
+}
+
+#[test]
+fn a_forged_and_a_replayed_ticket_are_refused_and_counted() -> Result {
+    let hub = Hub::new();
+    let end = |worker: &str, incarnation| Fabric::in_process(&hub, worker, incarnation, Limits::default());
+    let mut pair = Pair::new(end("prefill-0", 1)?, end("decode-0", 2)?);
+    let mut other = Sender::new(end("prefill-1", 3)?);
+    let reservation = Reservation { first_block: 0, prompt_tokens: 64 };
+    let ticket = pair.receiver.issue(reservation, Instant::now())?;
+    let rows = vec![7; layout().layer_stride()];
+
+    let forged = KvTicket { ticket_id: TicketId(ticket.ticket_id.0 ^ 1), ..ticket.clone() };
+    let id = pair.sender.begin(forged, Instant::now())?;
+    pair.sender.push_blocks(id, 0, 0, &[&rows], 64)?;
+    pair.until(|pair| !pair.sent.is_empty());
+    assert!(matches!(&pair.sent[..], [SenderEvent::Refused { detail, .. }] if detail.contains("unknown")));
+    assert_eq!((pair.receiver.stats().stale, pair.pool.0.len()), (1, 0));
+
+    // The first worker that uses it is its owner; to another one it is worth nothing, then and afterwards.
+    let id = pair.sender.begin(ticket.clone(), Instant::now())?;
+    pair.sender.push_blocks(id, 0, 0, &[&rows], 64)?;
+    pair.until(|pair| pair.pool.0.len() == 1);
+    let replay = |other: &mut Sender, pair: &mut Pair| -> Result<Vec<SenderEvent>> {
+        let id = other.begin(ticket.clone(), Instant::now())?;
+        other.push_blocks(id, 1, 0, &[&rows], 64)?;
+        let started = Instant::now();
+        loop {
+            pair.poll();
+            let events = other.poll(Instant::now());
+            if !events.is_empty() {
+                return Ok(events);
+            }
+            assert!(started.elapsed() < PATIENCE, "nobody answers a replay");
+        }
+    };
+    let events = replay(&mut other, &mut pair)?;
+    assert!(
+        matches!(&events[..], [SenderEvent::Refused { detail, .. }] if detail.contains("another worker"))
+    );
+    assert_eq!((pair.receiver.stats().violations, pair.pool.0.len()), (1, 1));
+    let _ = pair.receiver.revoke(ticket.ticket_id);
+    let events = replay(&mut other, &mut pair)?;
+    assert!(matches!(&events[..], [SenderEvent::Refused { detail, .. }] if detail.contains("revoked")));
+    assert_eq!((pair.receiver.stats().stale, pair.pool.0.len()), (2, 1));
     Ok(())
 }

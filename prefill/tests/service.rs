@@ -7,7 +7,7 @@ mod support;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use prefill::Config;
 use proto::control::Consequence;
@@ -106,6 +106,29 @@ async fn a_dropped_stream_gives_its_blocks_back() {
     }
     assert_pool_is_free(&mut scene).await;
     assert!(!scene.decode.aborted.is_empty(), "decode is told");
+}
+
+/// A cancel of what waits and of what is computed: decode hears of it, by its abort, before any later prompt is through. The time
+/// is printed, not asserted.
+#[tokio::test]
+async fn a_cancel_reaches_what_waits_and_what_runs_and_frees_both_ends() {
+    let mut scene = Scene::new(chunks_of(16)).await;
+    let runs = sequence(&scene.oracle, 1, WHOLE_POOL);
+    let request = scene.request(&runs);
+    let mut running = scene.send(request).await.expect("queued");
+    scene.first_token(&mut running).await;
+    let waits = sequence(&scene.oracle, 2, WHOLE_POOL);
+    let request = scene.request(&waits);
+    let waiting = scene.send(request).await.expect("queued");
+    let cancelled = Instant::now();
+    drop(waiting);
+    drop(running);
+    while scene.decode.aborted.is_empty() {
+        scene.decode.turn().await;
+    }
+    println!("from the dropped stream to decode's end of it: {:?}", cancelled.elapsed());
+    assert_pool_is_free(&mut scene).await;
+    assert_eq!(scene.decode.committed.len(), 1, "neither of the cancelled");
 }
 
 #[tokio::test]

@@ -219,6 +219,19 @@ fn a_handed_off_batch_gives_the_bits_of_single_runs() {
     assert!(committed.iter().all(|event| matches!(event, SenderEvent::Committed { .. })), "{committed:?}");
 }
 
+/// The round in which the last block is committed is the round whose step runs the sequence: nothing is waited for.
+#[test]
+fn a_sequence_is_stepped_in_the_round_that_commits_it() {
+    let mut rig = Rig::new();
+    let sequence = request(&engine(), 1, 70, 3);
+    let (mut inbox, _first) = rig.start(&sequence);
+    assert!(next(&mut inbox).is_none(), "nothing is committed yet");
+    rig.round();
+    assert!(matches!(next(&mut inbox), Some(SequenceEvent::HandedOff { .. })));
+    assert!(matches!(next(&mut inbox), Some(SequenceEvent::Token(..))), "a step later");
+    rig.rounds_until_empty();
+}
+
 #[test]
 fn the_next_turn_takes_only_what_is_missing_and_gives_the_same_bits() {
     let mut rig = Rig::new();

@@ -65,6 +65,19 @@ async fn a_client_that_leaves_in_mid_stream_cancels_decode() {
 }
 
 #[tokio::test]
+async fn the_first_token_is_prefills_and_waits_for_no_step_of_decode() {
+    let gate = Arc::new(Semaphore::new(0));
+    let script = Script { gate: Some(Arc::clone(&gate)), ..Script::text("to the very end") };
+    let (cluster, _prefill, _decode) = Cluster::with_pair(script).await;
+    let mut response = cluster.post(CHAT, &streaming("?")).await;
+    // Decode cannot have given a token yet: it has no permit for one.
+    let first = read_until(&mut response, "\"content\":\"t").await;
+    assert!(!first.contains("end"), "{first}");
+    gate.add_permits(100);
+    read_until(&mut response, "[DONE]").await;
+}
+
+#[tokio::test]
 async fn overload_answers_429_at_once() {
     let script = Script { end: End::Hang, ..Script::text("x") };
     let config = router::Config { sequences_max: 64, queue_max: 1, ..config() };
