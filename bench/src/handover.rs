@@ -147,6 +147,7 @@ fn ends(share_memory: bool) -> anyhow::Result<[Fabric; 2]> {
             limits: Limits::default(),
             share_memory,
             datagram_bytes: None,
+            rdma: Default::default(),
         })?)
     };
     Ok([end("prefill", 1)?, end("decode", 2)?])
