@@ -22,6 +22,8 @@
 // A row's sums are scaled down only when its largest score has grown by more than this (a power of two): weights stay below
 // 2^8, far from f16's largest.
 #define GROWTH 8.0f
+// Latents are held so many times as large: f16 has more room above them than below.
+#define STRETCH 16.0f
 
 // As in mla_attention.cu; q_latent, q_rope and out are bf16.
 struct Attention {
@@ -74,31 +76,39 @@ __device__ __forceinline__ u32 to_f16(u32 bits) {
     return pack_f16(x, y);
 }
 
+// Two bf16 STRETCH times as large.
+__device__ __forceinline__ u32 stretch(u32 bits) {
+    return pack_bf16(__uint_as_float(bits << 16) * STRETCH, __uint_as_float(bits & 0xFFFF0000u) * STRETCH);
+}
+
 __device__ __forceinline__ u32 times(u32 x, u32 y) {
     u32 product;
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(x), "r"(y));
     return product;
 }
 
-// A scale as f16 twice: what lies in 1..2, and a power of two. Latents beyond 57,000 are cut off.
-struct Scale {
-    u32 fraction, power;
+// A scale as f16 twice, STRETCH times as large. Latents beyond 4,000 are cut off; where none of a group reaches 0.002, its
+// scale has fewer than 11 bits.
+__device__ __forceinline__ u32 stretched(float scale) {
+    float x = fminf(scale * STRETCH, 142.0f);
+    return pack_f16(x, x);
+}
 
-    __device__ __forceinline__ Scale(float scale) {
-        u32 bits = __float_as_uint(fminf(scale, 127.0f));
-        float f = __uint_as_float((bits & 0x7FFFFFu) | 0x3F800000u), p = __uint_as_float(bits & 0x7F800000u);
-        fraction = pack_f16(f, f), power = pack_f16(p, p);
-    }
+// Four E4M3 codes times such a scale.
+__device__ __forceinline__ uint2 decode(u32 codes, u32 scale) {
+    uint2 v;
+    asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b; }"
+        : "=r"(v.x), "=r"(v.y)
+        : "r"(codes));
+    return make_uint2(times(v.x, scale), times(v.y, scale));
+}
 
-    // Four E4M3 codes times the scale.
-    __device__ __forceinline__ uint2 decode(u32 codes) const {
-        uint2 v;
-        asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b; }"
-            : "=r"(v.x), "=r"(v.y)
-            : "r"(codes));
-        return make_uint2(times(times(v.x, fraction), power), times(times(v.y, fraction), power));
-    }
-};
+// Asked for where it stands, between what is stored before and after.
+__device__ __forceinline__ uint4 load16(const u8 *from) {
+    uint4 v;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    return v;
+}
 
 __device__ __forceinline__ void store16(u32 to, uint2 low, uint2 high) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(low.x), "r"(low.y), "r"(high.x), "r"(high.y) : "memory");
@@ -161,9 +171,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_attention_wgmma(con
 #pragma unroll
         for (u32 i = 0; i < 12; i++) {
             u32 chunk = from + 6 * i;
-            if (chunk >= LATENT / 8) continue;
             uint4 *at = (uint4 *)(queries + chunk / 8 * PIECE + swizzled(line, chunk % 8)), bits = *at;
-            *at = make_uint4(to_f16(bits.x), to_f16(bits.y), to_f16(bits.z), to_f16(bits.w));
+            *at = chunk < LATENT / 8
+                      ? make_uint4(to_f16(bits.x), to_f16(bits.y), to_f16(bits.z), to_f16(bits.w))
+                      : make_uint4(stretch(bits.x), stretch(bits.y), stretch(bits.z), stretch(bits.w));
         }
         written_for_matrix_unit();
         some_sync(1, THREADS - 128);
@@ -182,44 +193,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_attention_wgmma(con
         const u8 *pool = a.pool + a.layer_offset + 16 * part;
         uint4 codes[4][4], key[4];
         float scales[4];
-        auto fetch = [&](u32 batch, u32 position) {
-            if (position < end) {
-                u32 block = shift < 32 ? position >> shift : position / a.block_tokens;
-                u32 line = position - block * a.block_tokens;
-                const u8 *row = pool + table[block - first_block] * a.block_stride + line * a.row_bytes;
-#pragma unroll
-                for (u32 i = 0; i < 4; i++) codes[batch][i] = *(const uint4 *)(row + 128 * i);
-                key[batch] = *(const uint4 *)(row + LATENT + 16);
-                scales[batch] = *(const float *)(row + LATENT - 16 * part + 4 * (part % 4));
-            } else {
-#pragma unroll
-                for (u32 i = 0; i < 4; i++) codes[batch][i] = make_uint4(0, 0, 0, 0);
-                key[batch] = make_uint4(0, 0, 0, 0);
-                scales[batch] = 0.0f;
-            }
+        // Past the last token its row stands in: it weighs nothing there.
+        auto row_of = [&](u32 position) {
+            position = min(position, end - 1);
+            u32 block = shift < 32 ? position >> shift : position / a.block_tokens;
+            u32 line = position - block * a.block_tokens;
+            return pool + table[block - first_block] * a.block_stride + line * a.row_bytes;
         };
+        auto fetch = [&](u32 batch, const u8 *row) {
 #pragma unroll
-        for (u32 batch = 0; batch < 4; batch++) fetch(batch, at + 16 * batch);
+            for (u32 i = 0; i < 4; i++) codes[batch][i] = load16(row + 128 * i);
+            key[batch] = load16(row + LATENT + 16);
+            scales[batch] = *(const float *)(row + LATENT - 16 * part + 4 * (part % 4));
+        };
+        if (tiles > 0) {
+#pragma unroll
+            for (u32 batch = 0; batch < 4; batch++) fetch(batch, row_of(at + 16 * batch));
+        }
         for (u32 i = 0; i < tiles; i++) {
             u32 stage = i % 2, low_at = to_low + stage * PIECES * PIECE, high_at = low_at ^ 16;
             at += TOKENS;
             if (i >= 2) barrier_wait(empty + 8 * stage, (i / 2 - 1) & 1);
 #pragma unroll
             for (u32 batch = 0; batch < 4; batch++) {
-                float share[4];
+                u32 own = stretched(scales[batch]), shared[4];
 #pragma unroll
-                for (u32 i = 0; i < 4; i++) share[i] = __shfl_sync(ALL, scales[batch], (lane & ~11u) + i);
+                for (u32 i = 0; i < 4; i++) shared[i] = __shfl_sync(ALL, own, (lane & ~11u) + i);
 #pragma unroll
                 for (u32 i = 0; i < 4; i++) {
-                    Scale scale(share[i]);
                     uint4 now = codes[batch][i];
                     u32 offset = batch * 2048 + 2 * i * PIECE;
-                    store16(low_at + offset, scale.decode(now.x), scale.decode(now.y));
-                    store16(high_at + offset, scale.decode(now.z), scale.decode(now.w));
+                    store16(low_at + offset, decode(now.x, shared[i]), decode(now.y, shared[i]));
+                    store16(high_at + offset, decode(now.z, shared[i]), decode(now.w, shared[i]));
                 }
                 uint4 now = key[batch];
                 store16(to_key + stage * PIECES * PIECE + batch * 2048, make_uint2(now.x, now.y), make_uint2(now.z, now.w));
-                fetch(batch, at + 16 * batch);
+                fetch(batch, row_of(at + 16 * batch));
             }
             // The fence between these stores and the matrix unit is the readers': here it would wait for the loads under way.
             __syncwarp();
@@ -229,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_attention_wgmma(con
         registers_down<80>();
         u32 start = span[0], end = span[1], tiles = div_up(end - start, TOKENS);
         load_queries();
-        float scale = a.scale * 1.4426950408889634f;
+        float scale = a.scale * (1.4426950408889634f / STRETCH);
         float reference[2] = {-INFINITE, -INFINITE}, total[2] = {0.0f, 0.0f};
         for (u32 i = 0; i < tiles; i++) {
             u32 stage = i % 2, tile_at = cache_at + stage * PIECES * PIECE, left = end - start - i * TOKENS;
@@ -249,38 +258,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_attention_wgmma(con
             mma_commit();
             mma_wait<0>();
             // Its tokens are pairs, eight apart.
-            float most[2] = {-INFINITE, -INFINITE}, correction[2];
+            if (left < TOKENS) {
 #pragma unroll
-            for (u32 j = 0; j < 32; j++) {
-                u32 token = j / 4 * 8 + lane % 4 * 2 + j % 2;
-                scores[j] = token < left ? scores[j] * scale : -INFINITE;
-                most[j % 4 / 2] = fmaxf(most[j % 4 / 2], scores[j]);
+                for (u32 j = 0; j < 32; j++) {
+                    if (j / 4 * 8 + lane % 4 * 2 + j % 2 >= left) scores[j] = -INFINITE;
+                }
             }
+            float correction[2];
 #pragma unroll
             for (u32 j = 0; j < 2; j++) {
-                most[j] = fmaxf(most[j], __shfl_xor_sync(ALL, most[j], 1));
-                most[j] = fmaxf(most[j], __shfl_xor_sync(ALL, most[j], 2));
-                float next = most[j] > reference[j] + GROWTH ? most[j] : reference[j];
+                float most = -INFINITE;
+#pragma unroll
+                for (u32 k = 0; k < 16; k++) most = fmaxf(most, scores[k / 2 * 4 + 2 * j + k % 2]);
+                most = fmaxf(most, __shfl_xor_sync(ALL, most, 1));
+                most = fmaxf(most, __shfl_xor_sync(ALL, most, 2)) * scale;
+                float next = most > reference[j] + GROWTH ? most : reference[j];
                 correction[j] = next == reference[j] ? 1.0f : exp2_of(reference[j] - next);
                 reference[j] = next;
                 total[j] *= correction[j];
             }
+            // The weights of the tile before have been used, and its corrections.
+            if (i > 0) barrier_wait(empty + 8 * (stage ^ 1), (i - 1) / 2 & 1);
+            if (lane % 4 == 0) corrections[head] = correction[0], corrections[head + 8] = correction[1];
             u32 bits[16];
 #pragma unroll
             for (u32 j = 0; j < 16; j++) {
                 u32 which = j % 2;
-                bits[j] = pack_f16(exp2_of(scores[2 * j] - reference[which]), exp2_of(scores[2 * j + 1] - reference[which]));
-                // What is summed is what weighs: the rounded value.
-                float2 rounded = unpack_f16(bits[j]);
-                total[which] += rounded.x + rounded.y;
+                float x = exp2_of(fmaf(scores[2 * j], scale, -reference[which]));
+                float y = exp2_of(fmaf(scores[2 * j + 1], scale, -reference[which]));
+                bits[j] = pack_f16(x, y);
+                total[which] += x + y;
             }
-            // The weights of the tile before have been used.
-            if (i > 0) barrier_wait(empty + 8 * (stage ^ 1), (i - 1) / 2 & 1);
 #pragma unroll
             for (u32 j = 0; j < 16; j++) {
                 *(u32 *)(weights + swizzled(head + 8 * (j % 2), j / 2) + lane % 4 * 4) = bits[j];
             }
-            if (lane % 4 == 0) corrections[head] = correction[0], corrections[head + 8] = correction[1];
             written_for_matrix_unit();
             __syncwarp();
             if (lane == 0) barrier_arrive(weighed);
@@ -326,7 +338,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_attention_wgmma(con
         // Means, by way of shared memory: what this warpgroup alone read of the last tile.
         bool whole = seen <= SPLIT;
         u8 *staged = cache + (tiles + 1) % 2 * PIECES * PIECE + half * 4 * PIECE;
-        float low = 1.0f / totals[head], high = 1.0f / totals[head + 8];
+        float low = 1.0f / (STRETCH * totals[head]), high = 1.0f / (STRETCH * totals[head + 8]);
         if (tiles == 0) low = high = 0.0f;
 #pragma unroll
         for (u32 i = 0; i < 64; i++) {

@@ -1,5 +1,6 @@
 //! Matrix products: dense, two matrices side by side, one matrix per head, one per expert.
 
+mod heads;
 mod operands;
 mod wide;
 
@@ -7,7 +8,7 @@ pub use operands::{Inputs, Outputs};
 pub(super) use wide::WIDE_SHARED;
 
 use super::launch::{Argument, Grid, launch, size};
-use super::matrix::{ExpertMatrices, HeadMatrices, Matrix, Stack};
+use super::matrix::{ExpertMatrices, Matrix, Stack};
 use super::{CudaError, Device, Groups, View, ViewMut};
 use crate::WeightFormat;
 use crate::fp8::BLOCK;
@@ -117,6 +118,17 @@ impl Device {
         };
         let tiles = w.rows.is_multiple_of(CHANNELS) && w.cols.is_multiple_of(step);
         if self.has_wgmma && tiles { LinearKernel::Wgmma } else { LinearKernel::Plain }
+    }
+
+    /// Rows of a tile for `m` rows by `n` channels: the tile that holds them, or a smaller one where its blocks still find a
+    /// multiprocessor each. All give the same bits.
+    fn dense_tile(&self, m: usize, n: usize) -> usize {
+        let blocks = |tile: usize| n / CHANNELS * m.div_ceil(TILES[tile].0);
+        let mut tile = tile_for(m);
+        while tile > 0 && blocks(tile - 1) <= self.multiprocessors {
+            tile -= 1;
+        }
+        TILES[tile].0
     }
 
     /// Rows that a tile of grouped rows has, for `rows` rows over `experts`.
@@ -289,7 +301,7 @@ impl Device {
         let tile_rows = match (groups, kernel) {
             (Some(groups), _) => groups.tile_rows(),
             (None, LinearKernel::Plain) => PLAIN_ROWS,
-            (None, LinearKernel::Wgmma) => TILES[tile_for(m)].0,
+            (None, LinearKernel::Wgmma) => self.dense_tile(m, n),
         };
         let row_tiles = groups.map_or(m.div_ceil(tile_rows), Groups::tiles_max);
         // SAFETY: lengths checked above; row indices are checked in the kernel; null rows are all rows in order.
@@ -411,55 +423,6 @@ impl Device {
             match tile {
                 0 => launch!(self, linear_parts_wgmma_16, grid; product),
                 _ => launch!(self, linear_parts_wgmma_64, grid; product),
-            }
-        }
-    }
-
-    /// The kernel that multiplies by each head's matrix.
-    pub fn head_kernel(&self, w: &HeadMatrices) -> LinearKernel {
-        let tiles = w.out_dim.is_multiple_of(CHANNELS) && w.in_dim.is_multiple_of(64);
-        if self.has_wgmma && w.bf16 && tiles { LinearKernel::Wgmma } else { LinearKernel::Plain }
-    }
-
-    /// `y[m, h, o] = Σ_i x[m, h, i] · w[h, o, i]`: `m` rows of one vector per head. f32 inputs go to the plain kernel, bf16
-    /// ones need [`LinearKernel::Wgmma`].
-    ///
-    /// # Panics
-    /// If a length does not fit or the inputs' format does not go with the matrices.
-    pub fn head_matmul(
-        &self,
-        w: &HeadMatrices,
-        x: Inputs<'_>,
-        m: usize,
-        y: Outputs<'_, '_>,
-    ) -> Result<(), CudaError> {
-        let HeadMatrices { heads, out_dim, in_dim, .. } = *w;
-        assert_eq!(x.rows(heads * in_dim), m, "input [{m}, {heads}, {in_dim}]");
-        assert_eq!(y.len(), m * heads * out_dim, "output [{m}, {heads}, {out_dim}]");
-        if m == 0 {
-            return Ok(());
-        }
-        let product = Product {
-            x_stride: size(heads * in_dim),
-            x_head: size(in_dim),
-            heads: size(heads),
-            x_vector: u32::from(x.rows_by_four(in_dim)),
-            y_bf16: u32::from(matches!(y, Outputs::Bf16(_))),
-            ..Product::of(w.weights.view().address(), x.addresses().0, y.address(), m, out_dim, in_dim)
-        };
-        // SAFETY: lengths checked above.
-        unsafe {
-            match x {
-                Inputs::F32(_) => {
-                    let format = if w.bf16 { WeightFormat::Bf16 } else { WeightFormat::F32 };
-                    self.plain_product(format, x, product, PLAIN_ROWS, m.div_ceil(PLAIN_ROWS), heads)
-                }
-                Inputs::Bf16(_) => {
-                    assert_eq!(self.head_kernel(w), LinearKernel::Wgmma, "bf16 inputs");
-                    let tile = TILES[tile_for(m)].0;
-                    self.wgmma_product(WeightFormat::Bf16, product, tile, m.div_ceil(tile), heads)
-                }
-                Inputs::Fp8 { .. } => panic!("heads take f32 or bf16"),
             }
         }
     }
