@@ -332,6 +332,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_attention_wgmma(con
             }
             mma_commit();
             mma_wait<0>();
+            // All lanes have read the corrections.
+            __syncwarp();
             if (lane == 0) barrier_arrive(empty + 8 * stage);
         }
         some_sync(1, THREADS - 128);
