@@ -1,7 +1,7 @@
 //! Matrix products: dense, by expert, by head, bf16.
 
 use compute::cuda::{
-    Activations, CudaError, ExpertMatrices, Groups, HeadMatrices, InputFormat, Matrix, Outputs,
+    Activations, CudaError, ExpertMatrices, Groups, HeadMatrices, InputFormat, Matrix, NormRows, Outputs,
 };
 use compute::{ScaleFormat, WeightFormat};
 
@@ -50,7 +50,15 @@ fn inputs(
     let mut plain = device.alloc(rows * k)?;
     device.fill_normal(&mut plain.view_mut(), seed, 0.0, 1.0)?;
     let mut rounded = Activations::new(device, format, rows, k)?;
-    device.prepare(plain.view(), &mut rounded)?;
+    if format == InputFormat::Parts {
+        // Only a norm makes parts.
+        let mut w = device.alloc(k)?;
+        device.fill_normal(&mut w.view_mut(), seed, 1.0, 0.0)?;
+        let x = NormRows { x: &mut plain.view_mut(), stride: k, add: None, index: None };
+        device.norm(x, w.view(), 1e-6, None, &mut [&mut rounded])?;
+    } else {
+        device.prepare(plain.view(), &mut rounded)?;
+    }
     device.synchronize()?;
     Ok(rounded)
 }
