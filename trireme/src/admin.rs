@@ -81,6 +81,7 @@ pub fn with_fabric(role: &str, fabric: &Fabric) -> String {
     for (name, help, value) in [
         ("peers", "Live connections", stats.peers),
         ("peers_shared", "Live connections through shared memory", stats.peers_shared),
+        ("peers_rdma", "Live connections over RDMA", stats.peers_rdma),
         ("mtu_bytes_min", "Smallest datagram payload among live connections", stats.mtu_bytes_min),
     ] {
         registry.register(name, help, ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX)));

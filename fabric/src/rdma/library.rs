@@ -42,6 +42,7 @@ macro_rules! functions {
             /// and handlers of its own may run until then.
             pub fn open(path: &Path) -> Result<Self, LibraryError> {
                 let opened = open(path)?;
+                exit_without_destructors();
                 Ok(Self {
                     $($name: {
                         let found = symbol(opened, concat!("nixl_capi_", stringify!($name), "\0"))?;
@@ -108,6 +109,34 @@ fn open(path: &Path) -> Result<Handle, LibraryError> {
         return Err(absent(detail.to_string_lossy().into_owned()));
     }
     Ok(opened)
+}
+
+/// Ends the process before the destructors of what the library has brought along: where a system's libnl meets the one of
+/// NIXL's wheel they fail, and a worker that has done its work would be reported as crashed.
+fn exit_without_destructors() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        unsafe extern "C" {
+            /// glibc's: as `atexit`, and tells the handler with which status.
+            fn on_exit(handler: extern "C" fn(c_int, *mut c_void), argument: *mut c_void) -> c_int;
+        }
+        extern "C" fn exit_now(status: c_int, _: *mut c_void) {
+            // SAFETY: flushes C's streams, then leaves without returning. Rust's are flushed before handlers run.
+            unsafe {
+                libc::fflush(std::ptr::null_mut());
+                libc::_exit(status)
+            }
+        }
+        static ONCE: std::sync::Once = std::sync::Once::new();
+        ONCE.call_once(|| {
+            // SAFETY: the handler takes no argument and lives as long as the process. Registered behind all of the
+            // library's own, it runs before them.
+            let registered = unsafe { on_exit(exit_now, std::ptr::null_mut()) };
+            if registered != 0 {
+                tracing::debug!("no handler for the process' exit");
+            }
+        });
+    }
 }
 
 fn symbol(library: Handle, name: &'static str) -> Result<*mut c_void, LibraryError> {
