@@ -1,9 +1,9 @@
 //! `trireme bench transfer`: what it costs to bring KV blocks from one process into another's pool.
 //!
 //! A sending and a receiving process on this host, as prefill and decode are: random blocks of a 256 MiB pool are gathered
-//! into messages, and every block must lie at its own place of another 256 MiB pool, which is looked at afterwards ([`pool`]).
-//! Our transports run under the whole hand-off, ticket, checksums and commit included ([`push`]); beside them stand what a
-//! copy costs at all ([`copies`]), TCP ([`tcp`]), and our shared memory without fence and checksums ([`bare`]), which exists
+//! into messages, and every block must lie at its own place of another 256 MiB pool, which is looked at afterwards (`pool`).
+//! Our transports run under the whole hand-off, ticket, checksums and commit included (`push`); beside them stand what a
+//! copy costs at all (`copies`), TCP (`tcp`), and our shared memory without fence and checksums (`bare`), which exists
 //! nowhere else. `--mode` runs one of them once and prints one line of JSON, with the options and fields of the harness that
 //! the peers are driven by; without it all of them take turns.
 
