@@ -360,7 +360,7 @@ impl Worker {
     /// A failed step left unusable KV rows behind, for its own sequences only. The worker goes on with the others.
     fn fail_batch(&mut self, error: StepError, now: Instant) {
         tracing::warn!(%error, sequences = self.batch.len(), "a decode step failed");
-        if let StepError::Device(error) = &error {
+        if let Some(error) = error.device_failure() {
             // Nothing that it is asked from now on would be answered: the worker ends, and is started anew.
             tracing::error!(%error, cause = ?std::error::Error::source(error), "the device failed");
             self.drain_by = Some(now);

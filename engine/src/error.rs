@@ -107,6 +107,16 @@ pub enum StepError {
     Invalid(#[from] InvalidBatch),
 }
 
+impl StepError {
+    /// What failed, if it was the device, the engine's own or that of experts beside it: it gives nothing any more.
+    pub fn device_failure(&self) -> Option<&compute::cuda::CudaError> {
+        match self {
+            Self::Device(error) | Self::Experts(ExpertsError::Device(error)) => Some(error),
+            _ => None,
+        }
+    }
+}
+
 /// What is wrong with a batch. `sequence` is an index into it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidBatch {

@@ -341,7 +341,7 @@ impl Worker {
     /// The rows of a failed step are unusable, those of its own sequences only: they go, the worker stays.
     fn fail_step(&mut self, error: StepError) {
         tracing::warn!(%error, sequences = self.step.len(), "a prefill step failed");
-        if let StepError::Device(error) = &error {
+        if let Some(error) = error.device_failure() {
             // Nothing that it is asked from now on would be answered: the worker ends, and is started anew.
             tracing::error!(%error, cause = ?std::error::Error::source(error), "the device failed");
             self.drain_by = Some(Instant::now());

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use engine::{ExpertBatch, Experts, ExpertsError};
 use prefill::Config;
 use proto::control::Consequence;
 use proto::v1;
@@ -146,6 +147,32 @@ async fn a_failed_step_ends_its_requests_and_not_the_worker() {
     assert!(status.message().contains("expert-1"), "{}", status.message());
     failing.store(false, Ordering::Relaxed);
     assert_pool_is_free(&mut scene).await;
+}
+
+/// Experts whose device has failed.
+struct BrokenExperts;
+
+impl Experts for BrokenExperts {
+    fn dispatch(&mut self, _: &compute::Cpu, _: &ExpertBatch<'_>) -> Result<(), ExpertsError> {
+        let detail = "it fell off the bus".to_owned();
+        Err(ExpertsError::Device(compute::cuda::CudaError::NoDriver { detail }))
+    }
+
+    fn combine(&mut self, _: &compute::Cpu, _: &mut [f32]) -> Result<(), ExpertsError> {
+        unreachable!("nothing was dispatched")
+    }
+}
+
+#[tokio::test]
+async fn a_failed_device_ends_the_worker() {
+    let mut scene = Scene::with_engine(Config::default(), engine_with(|_| Box::new(BrokenExperts))).await;
+    let sequence = sequence(&scene.oracle, 1, 100);
+    let request = scene.request(&sequence);
+    let mut stream = scene.send(request).await.expect("queued");
+    let status = scene.next(&mut stream).await.expect_err("no device");
+    // Another worker may answer; this one is gone, so that it is started anew or left out.
+    assert_eq!(Consequence::of(&status), Consequence::Unavailable);
+    scene.handle.wait().await;
 }
 
 #[tokio::test]

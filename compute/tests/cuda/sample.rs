@@ -201,3 +201,37 @@ fn rows_are_drawn_alone() {
         assert_eq!(alone, together[3 * index..3 * index + 3], "row {index}");
     }
 }
+
+/// What a draw takes of V3's vocabulary, for the record: nothing is asserted of it.
+#[test]
+fn what_a_draw_takes() {
+    let Some(device) = device() else { return };
+    let mut rng = fresh();
+    let vocab = 129_280;
+    let sampled = DrawRow { temperature: Some(0.8), seed: 3, ..GREEDY };
+    let kinds = [
+        ("greedy", GREEDY),
+        ("temperature", sampled),
+        ("top-k 40", DrawRow { top_k: 40, ..sampled }),
+        ("top-p 0.9", DrawRow { top_p: 0.9, ..sampled }),
+        ("top-k 40, top-p 0.9", DrawRow { top_k: 40, top_p: 0.9, ..sampled }),
+    ];
+    for rows in [1, 64, 256] {
+        let mut logits = device.upload(&floats(&mut rng, rows * vocab)).expect("logits");
+        for (name, row) in kinds {
+            let words: Vec<u32> = (0..rows).flat_map(|_| row.words()).collect();
+            let plan = device.upload(&words).expect("a plan");
+            let mut drawn = device.alloc(rows * DRAWN_WORDS).expect("room");
+            let mut run = |times: usize| {
+                device.time_ms(|| {
+                    (0..times).try_for_each(|_| {
+                        device.sample(&mut logits.view_mut(), vocab, plan.view(), &mut drawn.view_mut())
+                    })
+                })
+            };
+            run(3).expect("warm");
+            let ms = run(20).expect("timed") / 20.0;
+            println!("draw {rows} x {vocab}, {name}: {:.1} µs", ms * 1e3);
+        }
+    }
+}
