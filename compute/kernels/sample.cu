@@ -12,6 +12,8 @@
 #define CLUSTER
 #endif
 #define THREADS 512u
+// Tokens that a thread can hold.
+#define HELD 32u
 // No noise is as large.
 #define NOISE_MAX 23.0f
 #define UNIT 1099511627776.0f
@@ -184,12 +186,36 @@ __device__ __forceinline__ u64 units(float weight) { return __float2ull_rn(weigh
 template <bool MASS>
 __device__ __forceinline__ u32 threshold(const Part &part, const Kept &kept, u64 target, Shared &shared, u32 &turn) {
     u32 found = 0;
+    // Every thread keeps its tokens' keys where it has room for all of them (a vocabulary of 131,072): the search then reads
+    // nothing but registers.
+    bool fits = part.end - part.first <= THREADS * HELD / 4;
+    u32 keys[HELD];
+    if (fits) {
+#pragma unroll
+        for (u32 i = 0; i < HELD; i++) {
+            u32 group = part.first + threadIdx.x + i / 4 * THREADS, token = group / 16 * 64 + group % 16 + i % 4 * 16;
+            keys[i] = 0;
+            if (group < part.end && token < part.vocab && kept.has(token, part.logits[token])) {
+                keys[i] = key_of(part.logits[token]);
+            }
+        }
+    }
     for (u32 bit = 0x80000000u; bit > 0; bit /= 2) {
         u32 tried = found | bit;
         u64 sum = 0;
-        part.each([&](u32 token, float x) {
-            if (key_of(x) >= tried && kept.has(token, x)) sum += MASS ? units(kept.weight(x)) : 1;
-        });
+        if (fits) {
+            u32 count = 0;
+#pragma unroll
+            for (u32 i = 0; i < HELD; i++) {
+                if (MASS && keys[i] >= tried) sum += units(kept.weight(number_of(keys[i])));
+                if (!MASS) count += keys[i] >= tried;
+            }
+            sum += count;
+        } else {
+            part.each([&](u32 token, float x) {
+                if (key_of(x) >= tried && kept.has(token, x)) sum += MASS ? units(kept.weight(x)) : 1;
+            });
+        }
         if (over_cluster<false>(sum, shared, turn) >= target) found = tried;
     }
     return found;

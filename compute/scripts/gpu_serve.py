@@ -91,6 +91,8 @@ for name, flags in [
     status |= not same
     print(f"up {name}: first token after {first:.2f} s; answers {'the same' if same else 'DIFFER'}", flush=True)
     if not same:
-        print(json.dumps([expected, one_by_one, together], indent=1)[:3000])
+        for index, row in enumerate(zip(expected, one_by_one, together)):
+            if len(set(row)) > 1:
+                print(f"request {index}: " + " | ".join(text[:100] + (logprobs or "")[:200] for text, logprobs in row))
     down(process)
 sys.exit(status)

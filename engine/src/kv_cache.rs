@@ -198,6 +198,13 @@ impl KvPool {
         KvViewMut { geometry: geometry(&self.layout), bytes }
     }
 
+    /// Sends what was last written in place to where it belongs: before a step that is replayed, which asks for nothing.
+    pub(crate) fn settle(&mut self) {
+        if let Memory::Device(memory) = &mut self.memory {
+            memory.settle();
+        }
+    }
+
     /// The pool as a device's operators take it.
     ///
     /// # Panics

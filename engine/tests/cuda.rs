@@ -218,3 +218,32 @@ fn drafts_and_their_rows_have_the_bits_of_single_ones() {
         assert_same_bits(&format!("row {at} of {index}"), alone.logits, expected);
     }
 }
+
+/// What arrives from another worker is written in place, and the step behind it may be one that is replayed.
+#[test]
+fn rows_written_in_place_are_there_for_a_replayed_step() {
+    let Some(mut engine) = engine() else { return };
+    let sequence = tokens(5, 101);
+    let (prompt, last) = sequence.split_at(100);
+    prefill(&mut engine, prompt, 100, 3);
+    let blocks = [BlockId(3), BlockId(4)];
+    let input = SequenceInput {
+        tokens: last,
+        position: prompt.len(),
+        block_table: &blocks,
+        logits: LogitsWanted::Last,
+    };
+    let expected = engine.step(&[input], &mut ()).expect("a step").logits.to_vec();
+    let layer = engine.config().num_hidden_layers - 1;
+    for block in blocks {
+        let rows = engine.kv().block_layer(block, layer).to_vec();
+        let mut write = |rows: &[u8]| {
+            let place = engine.kv_mut().block_layer_mut(block, layer, rows.len()).expect("a block's layer");
+            place.copy_from_slice(rows);
+        };
+        write(&vec![0; rows.len()]);
+        write(&rows);
+        let found = engine.step(&[input], &mut ()).expect("a step").logits.to_vec();
+        assert_same_bits(&format!("{block:?} written again"), &found, &expected);
+    }
+}

@@ -15,7 +15,7 @@ use std::path::PathBuf;
 
 use engine::{Draw, Engine, EngineOptions, LogitsWanted, SequenceInput, SequenceSampler};
 use futures::future::join_all;
-use model::{BlockId, Checkpoint, Device, KvFormat, Numerics, SamplingParams, TokenId};
+use model::{BlockId, Checkpoint, KvFormat, Numerics, SamplingParams, TokenId};
 use proto::v1::{GeneratedToken, Sampling, TokenLogprob};
 use support::{Ask, TokenBits, ask, bits, demo, device, fixture, grpc, in_process_with};
 use trireme::cluster::{Carrier, Cluster};
@@ -198,10 +198,9 @@ async fn check(case: &Case, requests: &[Ask], expected: &[Vec<TokenBits>]) {
     let hits = metric(&cluster, "decode_prefix_hit_tokens_total")
         + metric(&cluster, "prefill_prefix_hit_tokens_total");
     println!("{what}: {accepted} of {drafted} first drafts accepted, {hits} prefix tokens found");
-    // Engines on a GPU do not draft yet.
-    assert_eq!(drafted > 0, MTP[mtp] == "auto" && device() == Device::Cpu, "{what}: drafts");
+    assert_eq!(drafted > 0, MTP[mtp] == "auto", "{what}: drafts");
     // The fixture's weights are random, and so is what its module drafts.
-    assert!(accepted > 0 || drafted == 0 || MODELS[name] != "demo", "{what}: no draft stood");
+    assert!(accepted > 0 || MTP[mtp] == "off" || MODELS[name] != "demo", "{what}: no draft stood");
     assert!(hits > 0, "{what}: no prefix was found");
     cluster.shutdown().await;
 }

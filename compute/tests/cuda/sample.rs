@@ -143,7 +143,7 @@ fn run(device: &Device, logits: &[f32], vocab: usize, cases: &[Case]) -> (Vec<u3
 fn tokens_are_those_of_the_definition() {
     let Some(device) = device() else { return };
     let mut rng = fresh();
-    for vocab in [1, 2, 63, 64, 65, 1000, 4099, 129_280] {
+    for vocab in [1, 2, 63, 64, 65, 1000, 4099, 129_280, 140_003] {
         let rows = if vocab > 10_000 { 12 } else { 40 };
         let mut logits: Vec<f32> =
             floats(&mut rng, rows * vocab).iter().map(|x| (x * 4.0).min(30.0)).collect();

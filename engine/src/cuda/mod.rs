@@ -277,6 +277,7 @@ impl CudaEngine {
         )?;
         self.inputs.take(&self.batch, rows);
         self.inputs.send(&self.device)?;
+        self.kv.settle();
         if !record {
             let context_max = self.inputs.context_max();
             let wanted = self.inputs.wanted();

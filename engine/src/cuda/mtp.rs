@@ -458,6 +458,7 @@ impl CudaEngine {
         self.workspace.make_room(&self.device, room, &mut self.recorded)?;
         mtp.inputs.take(&self.batch, rows);
         mtp.inputs.send(&self.device)?;
+        self.kv.settle();
         let context_max = mtp.inputs.context_max();
         if !record {
             return self.launch_mtp(context_max, wanted, observer);
