@@ -5,11 +5,10 @@
 //! Storing rows waits for nothing; it has page-locked memory of its own, which the next storing waits for.
 
 use compute::KvSlot;
-use compute::cuda::{self, Activations, Buffer, CudaError, Device, Mark, NormHalf, NormRows, Pinned};
+use compute::cuda::{Buffer, CudaError, Device, Mark, NormRows, Pinned};
 use model::{ModelConfig, TokenId};
 
 use super::inputs::StepInputs;
-use super::weights::Norm;
 use super::{CudaEngine, Recorded, TABLE_BLOCKS, Tail, Workspace, recorded_rows, step};
 use crate::batch::{LogitsWanted, RowsOf, SequenceInput, StepBatch};
 use crate::drawing::{Drafter, Draw, Drawn};
@@ -20,8 +19,13 @@ use crate::step::{
 };
 
 pub(super) use module::Module;
+use pairing::Pairing;
 
 mod module;
+mod pairing;
+
+/// Waits for a round and puts the next token of each sequence that drafts in the place of its last one, or none.
+type Choose<'a> = dyn FnMut(&mut CudaEngine, &mut [(usize, Option<TokenId>)]) -> Result<(), StepError> + 'a;
 
 /// A loaded module with its buffers.
 pub(super) struct Mtp {
@@ -41,17 +45,6 @@ pub(super) struct Mtp {
     host_states: Pinned<f32>,
     host_stored: Pinned<f32>,
     host_last: Pinned<f32>,
-}
-
-/// What the module's projection reads.
-struct Pairing {
-    /// `[rows + 1, hidden]`: the state before each row's token. One more: a step's own states are put down a row further.
-    states: Buffer<f32>,
-    /// `[rows, hidden]`
-    embedded: Buffer<f32>,
-    /// `[rows, 2 * hidden]`: embedding, then state, both normed.
-    pairs: Buffer<f32>,
-    input: Activations,
 }
 
 impl Mtp {
@@ -91,45 +84,6 @@ fn make_room(states: &mut Pinned<f32>, device: &Device, values: usize) -> Result
         *states = device.pinned(values.next_power_of_two())?;
     }
     Ok(())
-}
-
-impl Pairing {
-    fn new(device: &Device, module: &Module, hidden: usize, rows_max: usize) -> Result<Self, CudaError> {
-        let mut states = device.alloc((rows_max + 1) * hidden)?;
-        // Padding rows are computed too: from numbers.
-        device.fill(&mut states.view_mut(), 0)?;
-        Ok(Self {
-            states,
-            embedded: device.alloc(rows_max * hidden)?,
-            pairs: device.alloc(rows_max * 2 * hidden)?,
-            input: Activations::new(device, module.project.input, rows_max, 2 * hidden)?,
-        })
-    }
-
-    /// The module's layer input from the tokens of `inputs` and the states, into `out` `[rows, hidden]`.
-    fn run(
-        &mut self,
-        device: &Device,
-        (module, main_embedding): (&Module, &cuda::Matrix),
-        inputs: &StepInputs,
-        out: &mut Buffer<f32>,
-    ) -> Result<(), CudaError> {
-        let Self { states, embedded, pairs, input } = self;
-        let rows = inputs.rows();
-        let size = rows * module.project.matrix.rows();
-        let table = module.embedding.as_ref().unwrap_or(main_embedding);
-        device.embed(table, inputs.tokens(), &mut embedded.slice_mut(0..size))?;
-        let half = |x, norm| {
-            let Norm { weight, eps }: &Norm = norm;
-            NormHalf { x, weight: weight.view(), eps: *eps }
-        };
-        // The embedding comes first in the checkpoints' eh_proj, though the paper prints the hidden state first.
-        let left = half(embedded.slice(0..size), &module.embedding_norm);
-        let right = half(states.slice(0..size), &module.hidden_norm);
-        device.norm_pair(left, right, &mut pairs.slice_mut(0..2 * size))?;
-        device.prepare(pairs.slice(0..2 * size), input)?;
-        device.linear(&module.project.matrix, input.inputs(rows), &mut out.slice_mut(0..size))
-    }
 }
 
 impl CudaEngine {
@@ -367,12 +321,8 @@ impl CudaEngine {
         })
     }
 
-    /// `choose` waits for a round and puts the next token of each sequence that drafts in the place of its last one, or none.
-    fn draft_rounds(
-        &mut self,
-        inputs: &[DraftInput<'_>],
-        choose: &mut dyn FnMut(&mut Self, &mut [(usize, Option<TokenId>)]) -> Result<(), StepError>,
-    ) -> Result<(), StepError> {
+    /// Rounds until nobody drafts.
+    fn draft_rounds(&mut self, inputs: &[DraftInput<'_>], choose: &mut Choose<'_>) -> Result<(), StepError> {
         let hidden_size = self.config.hidden_size;
         self.require_mtp()?;
         for (sequence, input) in inputs.iter().enumerate() {
@@ -403,7 +353,7 @@ impl CudaEngine {
         inputs: &[DraftInput<'_>],
         drafting: &mut Vec<(usize, Option<TokenId>)>,
         round: usize,
-        choose: &mut dyn FnMut(&mut Self, &mut [(usize, Option<TokenId>)]) -> Result<(), StepError>,
+        choose: &mut Choose<'_>,
     ) -> Result<(), StepError> {
         let hidden_size = self.config.hidden_size;
         let rows = drafting.iter().map(|(index, token)| SequenceInput {
