@@ -7,9 +7,9 @@
 //! Not simulated: faults, slow readers, and the network between router and workers.
 
 mod decode_worker;
+mod door;
 mod prefill_worker;
 mod report;
-mod router;
 mod step_time;
 mod world;
 
@@ -25,7 +25,6 @@ use crate::serve::args::positive;
 use crate::serve::load::Load;
 use crate::serve::summary::{Slo, Summary};
 use crate::workload;
-pub use router::RouterLimits;
 pub use step_time::{HandoffTime, StepTime};
 pub use world::{Counts, Shape, World};
 
@@ -72,9 +71,9 @@ pub struct Args {
     /// Requests that wait at the router.
     #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(0..=1 << 20))]
     pub queue_max: u32,
-    /// Milliseconds that they wait before they get 429.
-    #[arg(long, default_value_t = 30_000, value_parser = clap::value_parser!(u64).range(0..=3_600_000))]
-    pub queue_wait_ms_max: u64,
+    /// The router's objective, milliseconds to the first token: requests that cannot be expected to meet it get 429.
+    #[arg(long, default_value_t = 5000, value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
+    pub ttft_ms_max: u64,
     /// A prefill step: microseconds of its own, of each token, and nanoseconds of each pair of token and context token.
     #[arg(long, default_value = "1500,230,10", value_name = "STEP,ROW,CONTEXT")]
     pub prefill_step: StepTime,
@@ -187,11 +186,9 @@ impl Args {
             kv_blocks: self.kv_blocks_max as usize,
             batch_max: self.batch_max.into(),
             declare_max_tokens: self.declare_max_tokens,
-            router: RouterLimits {
-                sequences_max: self.sequences_max as usize,
-                queue_max: self.queue_max as usize,
-                queue_wait_max: Duration::from_millis(self.queue_wait_ms_max),
-            },
+            sequences_max: self.sequences_max as usize,
+            queue_max: self.queue_max as usize,
+            ttft_ms_max: self.ttft_ms_max,
             prefill_step: self.prefill_step,
             decode_step: self.decode_step,
             handoff: self.handoff,

@@ -256,6 +256,10 @@ impl Report {
             waiting: count(self.metrics.waiting.get().saturating_add(self.metrics.queued_total())),
             queued: count(self.metrics.queued_total()),
             waiting_tokens: 0,
+            prompt_tokens_per_s: 0,
+            step_us: 0,
+            batch_max: 0,
+            step_prompt_tokens_max: 0,
             runnable: count(self.metrics.runnable.get()),
             kv_blocks_free: count(self.metrics.blocks_free.get()),
             // A worker that does not move must get no more requests either.

@@ -54,7 +54,7 @@ impl Cluster {
     }
 
     async fn generate(&mut self, sequence: &Sequence) -> Result<Streaming<v1::DecodeEvent>, Status> {
-        let request = v1::DecodeRequest { sequence: Some(sequence.to_wire()) };
+        let request = v1::DecodeRequest { sequence: Some(sequence.to_wire()), prefill_here: false };
         self.client.generate(request).await.map(tonic::Response::into_inner)
     }
 
@@ -164,7 +164,8 @@ async fn malformed_requests_name_their_field_and_harm_nobody() {
     for (spoil, field) in check {
         let mut wire = sound.to_wire();
         spoil(&mut wire);
-        let answer = cluster.client.generate(v1::DecodeRequest { sequence: Some(wire) }).await;
+        let answer =
+            cluster.client.generate(v1::DecodeRequest { sequence: Some(wire), prefill_here: false }).await;
         let status = answer.expect_err(field);
         assert_eq!(status.code(), Code::InvalidArgument, "{field}: {status}");
         assert!(status.message().contains(field), "{field}: {status}");

@@ -45,6 +45,8 @@ pub struct Metrics {
     pub(crate) active: Gauge,
     /// Prompt tokens queued and not yet computed.
     pub(crate) waiting_tokens: Gauge,
+    /// Prompt tokens computed per second of the time that steps took, of late.
+    pub(crate) tokens_per_s: Gauge,
     /// Blocks that no sequence holds, cached ones included.
     pub(crate) blocks_free: Gauge,
     /// Blocks that no sequence holds and whose KV can still be found.
@@ -116,6 +118,8 @@ impl Metrics {
         ];
         let active = gauge("active", "Prompts that hold blocks");
         let waiting_tokens = gauge("waiting_tokens", "Prompt tokens queued and not yet computed");
+        let tokens_per_s =
+            gauge("tokens_per_second", "Prompt tokens computed per second of the time with any, of late");
         let blocks_free = gauge("kv_blocks_free", "KV blocks that no sequence holds, cached ones included");
         let blocks_cached =
             gauge("kv_blocks_cached", "KV blocks that no sequence holds and that can be found");
@@ -145,6 +149,7 @@ impl Metrics {
             waiting_of,
             active,
             waiting_tokens,
+            tokens_per_s,
             blocks_free,
             blocks_cached,
             prefix_tokens,

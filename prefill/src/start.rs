@@ -237,6 +237,11 @@ impl Report {
             queued: 0,
             waiting: count(self.metrics.waiting.get()),
             waiting_tokens: u64::try_from(self.metrics.waiting_tokens.get()).unwrap_or(0),
+            prompt_tokens_per_s: u64::try_from(self.metrics.tokens_per_s.get()).unwrap_or(0),
+            // Decode's alone.
+            step_us: 0,
+            batch_max: 0,
+            step_prompt_tokens_max: 0,
             // Every prompt that is here can be computed.
             runnable: count(self.metrics.active.get() + self.metrics.waiting.get()),
             kv_blocks_free: count(self.metrics.blocks_free.get()),

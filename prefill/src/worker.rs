@@ -16,6 +16,7 @@ use engine::{
     Draw, Engine, FollowedInput, KvTier, LogitsWanted, Sampled, SequenceInput, SequenceSampler, StepError,
 };
 use model::BlockId;
+use proto::pace::Pace;
 use proto::share::Priority;
 use tracing::Span;
 
@@ -66,6 +67,9 @@ pub(crate) struct Worker {
     step: Vec<Chunk>,
     /// One row, reused.
     logits: Vec<f32>,
+    /// Prompt tokens by the time of the rounds that computed them, and the end of the last such round.
+    pace: Pace,
+    stepped_at: Option<Instant>,
 }
 
 /// A queued request, besides its blocks.
@@ -104,6 +108,8 @@ impl Worker {
             next_id: 0,
             drain_by: None,
             step: Vec::new(),
+            pace: Pace::default(),
+            stepped_at: None,
         }
     }
 
@@ -126,8 +132,10 @@ impl Worker {
     fn receive(&mut self) -> bool {
         if self.step.is_empty() {
             self.wait();
+            self.stepped_at = None;
         }
         let now = Instant::now();
+        self.stepped_at.get_or_insert(now);
         self.metrics.rounds.inc();
         match self.inputs.drain.try_recv() {
             Ok(by) => self.drain_by = Some(by),
@@ -314,15 +322,25 @@ impl Worker {
         match outcome {
             Ok(first_tokens) => {
                 self.metrics.steps.inc();
-                self.metrics.tokens.inc_by(self.step.iter().map(|chunk| chunk.tokens as u64).sum());
+                let tokens = self.step.iter().map(|chunk| chunk.tokens as u64).sum();
+                self.metrics.tokens.inc_by(tokens);
                 self.scheduler.complete(&self.step);
                 let now = Instant::now();
+                self.keep_pace(tokens, now);
                 for (id, sampled) in first_tokens {
                     self.deliver(id, sampled, now);
                 }
             }
             Err(error) => self.fail_step(error),
         }
+    }
+
+    /// From the end of the round before on, or from the end of idling: what the next prompt in the queue waits for.
+    fn keep_pace(&mut self, tokens: u64, now: Instant) {
+        let since = self.stepped_at.replace(now).unwrap_or(now);
+        self.pace.add(tokens, now.saturating_duration_since(since));
+        let per_s = self.pace.per_s().unwrap_or(0.0);
+        self.metrics.tokens_per_s.set(per_s as i64);
     }
 
     fn deliver(&mut self, id: SequenceId, sampled: Sampled, now: Instant) {

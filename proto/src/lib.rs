@@ -12,6 +12,7 @@ pub mod control;
 pub mod field;
 pub mod fingerprint;
 pub mod membership;
+pub mod pace;
 pub mod security;
 pub mod sequence;
 pub mod setting;

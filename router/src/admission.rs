@@ -1,10 +1,12 @@
 //! Hop 2: from a parsed request to sequences that may run, or an answer within milliseconds.
 //!
-//! A request takes a permit for each of its sequences. When none is free it waits in a bounded queue for a
-//! bounded time, tenants by their weights and interactive before batch ([`places`]); when the queue is full it gets 429
-//! at once. Permits come before the tokenizer, so that
+//! A request takes a place for each of its sequences. Where there is none, or enough work ahead, it waits in a bounded
+//! queue, tenants by their weights and interactive before batch, as long as its first token can still come in time; where
+//! it cannot be expected to, it gets 429 at once ([`door`]). Places come before the tokenizer, so that
 //! overload costs nothing; everything that can be refused without the tokenizer is refused before both.
 
+pub mod door;
+pub mod estimate;
 mod places;
 
 use std::sync::Arc;
@@ -12,9 +14,10 @@ use std::time::{Duration, Instant};
 
 use model::{SamplingParams, Stopping, TokenId};
 use proto::sequence::{sampling_from_wire, stopping_from_wire};
-use proto::share::Share;
 use tracing::{Instrument, info_span};
 
+use self::door::{Ask, PrefillPace};
+pub(crate) use self::places::Ahead;
 use self::places::{Permit, Places};
 use crate::config::{CHOICES_MAX, Config};
 use crate::detokenise::TextOptions;
@@ -29,8 +32,6 @@ const INLINE_TEXT_BYTES_MAX: usize = 8 << 10;
 /// Log-probabilities of a prompt's tokens and their alternatives: each takes some 12 bytes of a gRPC message, of which 4 MiB
 /// are taken.
 const PROMPT_LOGPROBS_MAX: usize = 250_000;
-/// What an overloaded server asks clients to wait: about the time in which a place becomes free.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// A request that may run.
 pub(crate) struct Admitted {
@@ -48,10 +49,12 @@ pub(crate) struct Admitted {
     pub text: TextOptions,
     /// When the request is given up.
     pub deadline: Instant,
+    /// Until when a sequence may wait for memory on decode: its first token would come too late.
+    pub patience: Instant,
     /// Time spent here.
     pub admission: Duration,
-    /// Held, not read.
-    pub _permit: Permit,
+    /// Its places.
+    pub permit: Permit,
 }
 
 /// One prompt, tokenised and checked against the model.
@@ -78,41 +81,42 @@ pub(crate) struct Admission {
     metrics: Arc<Metrics>,
     places: Arc<Places>,
     sequences_per_request_max: usize,
-    queue_wait_max: Duration,
+    ttft_max: [Duration; 2],
     deadline_max: Duration,
+}
+
+/// What the door needs to know of the cluster.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Cluster {
+    /// The longest sequence that the live workers could hold, tokens; a request that names no `max_tokens` is fitted into it.
+    pub lifetime_tokens_max: Option<u64>,
+    /// How fast they compute prompts.
+    pub pace: PrefillPace,
 }
 
 impl Admission {
     pub fn new(config: &Config, model: Arc<ServedModel>, metrics: Arc<Metrics>) -> Self {
+        let limits = config.door();
         Self {
             model,
-            places: Places::new(config.sequences_max, config.queue_max, Arc::clone(&metrics)),
+            places: Places::new(limits, Arc::clone(&metrics)),
             metrics,
             sequences_per_request_max: config.sequences_per_request_max,
-            queue_wait_max: config.queue_wait_max(),
+            ttft_max: limits.ttft_max,
             deadline_max: config.deadline_max(),
         }
     }
 
-    /// Checks, waits for places, tokenises. `lifetime_tokens_max`: the longest sequence that the live
-    /// workers could hold; a request that names no `max_tokens` is fitted into it.
+    /// Checks, waits for places, tokenises.
     ///
     /// # Errors
     /// What is wrong with the request; [`RequestError::Overloaded`]; [`RequestError::Deadline`].
-    pub async fn admit(
-        &self,
-        generate: Generate,
-        lifetime_tokens_max: Option<u64>,
-    ) -> Result<Admitted, RequestError> {
+    pub async fn admit(&self, generate: Generate, cluster: Cluster) -> Result<Admitted, RequestError> {
         let span = info_span!("admission", hop = 2, request_id = %generate.context.request_id);
-        self.admit_within(generate, lifetime_tokens_max).instrument(span).await
+        self.admit_within(generate, cluster).instrument(span).await
     }
 
-    async fn admit_within(
-        &self,
-        generate: Generate,
-        lifetime_tokens_max: Option<u64>,
-    ) -> Result<Admitted, RequestError> {
+    async fn admit_within(&self, generate: Generate, cluster: Cluster) -> Result<Admitted, RequestError> {
         let Generate {
             context,
             model,
@@ -133,11 +137,23 @@ impl Admission {
         let sampling = sampling_from_wire(&sampling, &self.model.sampling_defaults())?;
         self.check_token_ids(&sampling, &stopping)?;
 
-        let permit = self.places(context.tenant.share, sequences, deadline, deadline_after).await?;
+        let share = context.tenant.share;
+        let received = context.received;
+        let size = size(&prompts);
+        let ask = Ask { share, sequences, tokens: 0, received, deadline: Some(deadline) };
+        let taken = self.places.take(ask, size, cluster.pace).await;
+        let permit = taken.map_err(|refusal| match deadline <= Instant::now() {
+            true => RequestError::Deadline { deadline: deadline_after },
+            false => RequestError::Overloaded { retry_after: refusal.retry_after },
+        })?;
+        // From here on it is served as well as it can be: what prefill takes for its own prompt is not counted.
+        let patience = deadline.min(Instant::now().max(received) + self.ttft_max[share.priority as usize]);
         let mut admitted = Vec::with_capacity(prompts.len());
         for prompt in prompts {
+            let bytes = text_bytes(&prompt);
             let (tokens, reasoning) = self.tokenise(prompt).await?;
-            let room = self.room(&tokens, &stopping, max_tokens_default, lifetime_tokens_max)?;
+            self.places.observe_text(bytes, tokens.len());
+            let room = self.room(&tokens, &stopping, max_tokens_default, cluster.lifetime_tokens_max)?;
             let stopping = stopping_from_wire(&stopping, room)?;
             check_prompt_logprobs(prompt_logprobs, tokens.len())?;
             admitted.push(AdmittedPrompt { tokens: tokens.into(), stopping, reasoning });
@@ -153,8 +169,9 @@ impl Admission {
             stop,
             text,
             deadline,
+            patience,
             admission,
-            _permit: permit,
+            permit,
         })
     }
 
@@ -196,31 +213,12 @@ impl Admission {
         Ok(())
     }
 
-    async fn places(
-        &self,
-        share: Share,
-        sequences: usize,
-        deadline: Instant,
-        deadline_after: Duration,
-    ) -> Result<Permit, RequestError> {
-        let patience = (Instant::now() + self.queue_wait_max).min(deadline);
-        let taken = self.places.take(share, sequences, patience).await;
-        taken.map_err(|_none| match deadline <= Instant::now() {
-            true => RequestError::Deadline { deadline: deadline_after },
-            false => RequestError::Overloaded { retry_after: RETRY_AFTER },
-        })
-    }
-
     /// Prompt to tokens, on a blocking thread when long.
     ///
     /// # Errors
     /// The template refuses the messages, or a token id lies outside of the vocabulary.
     pub async fn tokenise(&self, prompt: Prompt) -> Result<(Vec<TokenId>, Reasoning), RequestError> {
-        let bytes = match &prompt {
-            Prompt::Text(text) => text.len(),
-            Prompt::Chat(chat) => chat.messages.iter().map(|message| message.content.len()).sum(),
-            Prompt::Tokens(_) => 0,
-        };
+        let bytes = text_bytes(&prompt);
         let model = Arc::clone(&self.model);
         if bytes <= INLINE_TEXT_BYTES_MAX {
             return tokenise(&model, prompt);
@@ -251,6 +249,20 @@ impl Admission {
         let room = context.min(pool).saturating_sub(prompt.len()).max(1);
         Ok(max_tokens_default.unwrap_or(u32::MAX).min(u32::try_from(room).unwrap_or(u32::MAX)))
     }
+}
+
+fn text_bytes(prompt: &Prompt) -> usize {
+    match prompt {
+        Prompt::Text(text) => text.len(),
+        Prompt::Chat(chat) => chat.messages.iter().map(|message| message.content.len()).sum(),
+        Prompt::Tokens(_) => 0,
+    }
+}
+
+/// Bytes of text and tokens in all prompts together: the choices of one share what is computed.
+fn size(prompts: &[Prompt]) -> (usize, usize) {
+    let tokens = |prompt: &Prompt| if let Prompt::Tokens(tokens) = prompt { tokens.len() } else { 0 };
+    (prompts.iter().map(text_bytes).sum(), prompts.iter().map(tokens).sum())
 }
 
 /// The log-probabilities of a whole prompt come in one message, whose size is bounded.

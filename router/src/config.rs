@@ -10,8 +10,13 @@ use std::time::Duration;
 use proto::share::WEIGHT_MAX;
 use serde::{Deserialize, Serialize};
 
+use crate::admission::door::Limits;
+
 /// The most choices of one prompt (`n`): the public protocol states it.
 pub const CHOICES_MAX: u32 = 16;
+
+/// The longest objective, milliseconds: what waits for longer is a job, not a request.
+const TTFT_MS_LONGEST: u64 = 3_600_000;
 
 /// `[router]` of a cluster's configuration file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,8 +46,11 @@ pub struct Config {
     pub sequences_per_request_max: usize,
     /// Requests that may wait for their sequences to be admitted; the next one gets 429.
     pub queue_max: usize,
-    /// Milliseconds a request may wait for admission or for KV blocks before it gets 429.
-    pub queue_wait_ms_max: u64,
+    /// The objective of interactive requests, milliseconds from receipt to the first token: one that cannot be expected to
+    /// meet it gets 429 at once, one that waits gets it when its turn would come too late. 1 to an hour.
+    pub ttft_ms_max: u64,
+    /// That of batch requests (`service_tier = "flex"`), at least `ttft_ms_max`.
+    pub batch_ttft_ms_max: u64,
     /// Milliseconds from receipt to the last token; a client may ask for less.
     pub deadline_ms_max: u64,
     /// Milliseconds without a report after which a worker is dead. Workers report every 250.
@@ -71,7 +79,9 @@ impl Default for Config {
             sequences_max: 1024,
             sequences_per_request_max: 64,
             queue_max: 1024,
-            queue_wait_ms_max: 30_000,
+            // Behind it most people have given up; and prefill's queue in front of a first token costs nothing but time.
+            ttft_ms_max: 5000,
+            batch_ttft_ms_max: 60_000,
             deadline_ms_max: 600_000,
             lease_ms: 1500,
             stall_ms_max: 10_000,
@@ -140,6 +150,16 @@ impl Config {
         )?;
         check(self.sequences_max <= u32::MAX as usize / 2, "sequences_max", "must fit 31 bits")?;
         check(self.queue_max <= u32::MAX as usize, "queue_max", "must fit 32 bits")?;
+        check(
+            (1..=TTFT_MS_LONGEST).contains(&self.ttft_ms_max),
+            "ttft_ms_max",
+            "must lie between 1 ms and one hour",
+        )?;
+        check(
+            (self.ttft_ms_max..=TTFT_MS_LONGEST).contains(&self.batch_ttft_ms_max),
+            "batch_ttft_ms_max",
+            "must lie between ttft_ms_max and one hour",
+        )?;
         check(self.deadline_ms_max > 0, "deadline_ms_max", "must be at least 1 ms")?;
         // Two lost reports must not cost a lease.
         check(self.lease_ms >= 750, "lease_ms", "must cover three reports: at least 750")?;
@@ -160,8 +180,10 @@ impl Config {
         Duration::from_millis(self.stall_ms_max)
     }
 
-    pub(crate) fn queue_wait_max(&self) -> Duration {
-        Duration::from_millis(self.queue_wait_ms_max)
+    /// What the door goes by.
+    pub(crate) fn door(&self) -> Limits {
+        let ttft_max = [self.ttft_ms_max, self.batch_ttft_ms_max].map(Duration::from_millis);
+        Limits { sequences_max: self.sequences_max, queue_max: self.queue_max, ttft_max }
     }
 
     pub(crate) fn deadline_max(&self) -> Duration {

@@ -185,8 +185,17 @@ fn context(metadata: &MetadataMap, request_id: &str) -> RequestContext {
 }
 
 fn parse(mut context: RequestContext, request: v1::GenerateRequest) -> Result<Generate, RequestError> {
-    let v1::GenerateRequest { model, prompt, sampling, stopping, n, deadline_ms, request_id, priority } =
-        request;
+    let v1::GenerateRequest {
+        model,
+        prompt,
+        sampling,
+        stopping,
+        n,
+        deadline_ms,
+        request_id,
+        priority,
+        skip_special_tokens,
+    } = request;
     context.tenant.share.priority = Priority::from_wire(priority)?;
     if request_id.len() > REQUEST_ID_MAX {
         let allowed = format!("at most {REQUEST_ID_MAX} characters are allowed");
@@ -212,8 +221,11 @@ fn parse(mut context: RequestContext, request: v1::GenerateRequest) -> Result<Ge
         sampling: sampling.unwrap_or_default(),
         stopping: stopping.unwrap_or_default(),
         max_tokens_default: None,
+        text: TextOptions {
+            skip_special_tokens: skip_special_tokens.unwrap_or(true),
+            ..TextOptions::default()
+        },
         // protobuf cannot tell 0 from absent.
-        text: TextOptions::default(),
         n: n.max(1),
         deadline: deadline_ms.map(Duration::from_millis),
     })

@@ -28,6 +28,7 @@ mod session;
 mod stop;
 mod worker;
 
+pub use admission::{door, estimate};
 pub use config::{CHOICES_MAX, Config, ConfigError};
 pub use error::{FieldProblem, RequestError, StartError};
 pub use placement::{Disagreement, PlacementError};

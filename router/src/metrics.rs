@@ -25,6 +25,10 @@ pub(crate) struct Metrics {
     /// Announcements that got no lease.
     pub workers_refused: Counter,
     queued: Family<Labels<1>, Gauge>,
+    turned_away: Family<Labels<2>, Counter>,
+    expected_ttft: Family<Labels<1>, Histogram, fn() -> Histogram>,
+    /// Prompt tokens let in whose request has no first token yet.
+    pub ahead: Gauge,
     queue: Family<Labels<1>, Histogram, fn() -> Histogram>,
     /// Sequences admitted and unfinished.
     pub sequences: Gauge,
@@ -53,6 +57,9 @@ impl Metrics {
             workers_lost: Family::default(),
             workers_refused: Counter::default(),
             queued: Family::default(),
+            turned_away: Family::default(),
+            expected_ttft: Family::new_with_constructor(seconds as fn() -> Histogram),
+            ahead: Gauge::default(),
             queue: Family::new_with_constructor(seconds as fn() -> Histogram),
             sequences: Gauge::default(),
             ttft: seconds(),
@@ -80,6 +87,22 @@ impl Metrics {
             metrics.workers_refused.clone(),
         );
         registry.register("queue_depth", "Requests waiting for admission, by class", metrics.queued.clone());
+        registry.register(
+            "turned_away",
+            "Requests that got 429 at the door, by class and reason",
+            metrics.turned_away.clone(),
+        );
+        registry.register_with_unit(
+            "expected_ttft",
+            "Receipt to first token as expected when a request came, by class",
+            Unit::Seconds,
+            metrics.expected_ttft.clone(),
+        );
+        registry.register(
+            "ahead_tokens",
+            "Prompt tokens let in whose sequence has no first token yet",
+            metrics.ahead.clone(),
+        );
         registry.register_with_unit(
             "queue",
             "Time that requests without a free place waited for one, by class",
@@ -113,6 +136,18 @@ impl Metrics {
     pub fn queued(&self, priority: Priority, count: usize) {
         let labels = [("class", priority.name())];
         self.queued.get_or_create(&labels).set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+
+    /// Counts a request that got 429 at the door.
+    pub fn turned_away(&self, priority: Priority, reason: &'static str) {
+        self.turned_away.get_or_create(&[("class", priority.name()), ("reason", reason)]).inc();
+    }
+
+    /// Notes when a request's first token was expected, as far as that was known.
+    pub fn expect(&self, priority: Priority, ttft: Option<Duration>) {
+        if let Some(ttft) = ttft {
+            self.expected_ttft.get_or_create(&[("class", priority.name())]).observe(ttft.as_secs_f64());
+        }
     }
 
     /// Notes how long a request waited for admission, whatever came of it.

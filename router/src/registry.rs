@@ -23,6 +23,7 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::{info, warn};
 
 use self::silence::Silence;
+use crate::admission::Cluster;
 use crate::config::Config;
 use crate::metrics::Metrics;
 use crate::placement::{self, Need, PlacementError, PrefixIndex, Prefixes, Tier, WorkerLoad};
@@ -58,6 +59,8 @@ pub(crate) enum Refusal {
 pub(crate) struct Placed {
     pub prefill: Assignment,
     pub decode: Assignment,
+    /// Prompt tokens that are thought to be nowhere.
+    pub computed: u64,
 }
 
 /// The table of live workers.
@@ -126,9 +129,11 @@ impl Registry {
         // The sum of what is waited for is what is computed, not what is found.
         let matched =
             loads.iter().find(|load| load.key == pair.prefill).map_or(0, |load| load.matched_tokens);
+        let computed = need.prompt_tokens.saturating_sub(matched).max(1);
         Ok(Placed {
-            prefill: prefill.assign(need.prompt_tokens.saturating_sub(matched).max(1), need.prompt_tokens),
+            prefill: prefill.assign(computed, need.prompt_tokens),
             decode: decode.assign(0, need.prompt_tokens),
+            computed,
         })
     }
 
@@ -139,10 +144,13 @@ impl Registry {
         note(&mut held, worker, tokens);
     }
 
-    /// The longest sequence that some live decode worker could ever hold, tokens.
-    pub fn lifetime_tokens_max(&self) -> Option<u64> {
-        let loads: Vec<WorkerLoad> = self.workers().iter().map(|worker| worker.load()).collect();
-        placement::lifetime_tokens_max(&loads)
+    /// What the door needs to know of the live workers.
+    pub fn cluster(&self) -> Cluster {
+        let loads: Vec<WorkerLoad> = self.workers.iter().map(|lease| lease.worker.load()).collect();
+        Cluster {
+            lifetime_tokens_max: placement::lifetime_tokens_max(&loads),
+            pace: placement::prefill_pace(&loads),
+        }
     }
 
     /// Resolves at the next report, arrival or departure: a reason to try placing again.

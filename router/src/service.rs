@@ -61,7 +61,7 @@ impl Service {
         if self.draining() {
             return Err(RequestError::Draining);
         }
-        self.admission.admit(generate, self.registry.lifetime_tokens_max()).await
+        self.admission.admit(generate, self.registry.cluster()).await
     }
 
     fn session_context(&self) -> SessionContext {
@@ -69,7 +69,6 @@ impl Service {
             model: Arc::clone(&self.model),
             registry: Arc::clone(&self.registry),
             metrics: Arc::clone(&self.metrics),
-            room_wait_max: self.config.queue_wait_max(),
         }
     }
 

@@ -43,8 +43,6 @@ pub(crate) struct SessionContext {
     pub model: Arc<ServedModel>,
     pub registry: Arc<Registry>,
     pub metrics: Arc<Metrics>,
-    /// How long a choice may wait for KV blocks.
-    pub room_wait_max: Duration,
 }
 
 /// A running request, as its door holds it. Dropping it cancels.
@@ -171,7 +169,7 @@ struct Choice<'a> {
 
 impl Choice<'_> {
     async fn run(self) -> Result<ChoiceReport, RequestError> {
-        let patience = Instant::now() + self.context.room_wait_max;
+        let patience = self.admitted.patience;
         let mut failed: Option<Failure> = None;
         loop {
             let excluded = failed.as_ref().map(|failure| failure.worker.clone());

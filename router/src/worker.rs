@@ -121,6 +121,7 @@ impl Worker {
             kv_blocks_max,
             kv_block_tokens: u64::from(self.info.kv_block_tokens).max(1),
             queued: report.queued.into(),
+            prompt_tokens_per_s: report.prompt_tokens_per_s,
             matched_tokens: 0,
         }
     }

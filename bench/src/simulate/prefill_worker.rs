@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use model::TokenId;
 use prefill::scheduler::{Arrival, Chunk, Limits, Refusal, Scheduler, SequenceId};
+use proto::pace::Pace;
 use proto::share::Share;
 
 use super::step_time::StepTime;
@@ -30,13 +31,22 @@ pub struct PrefillWorker {
     scheduler: Scheduler,
     time: StepTime,
     step: Vec<Chunk>,
+    took: Duration,
+    pace: Pace,
     waiting_max: usize,
 }
 
 impl PrefillWorker {
     pub fn new(kv_blocks: usize, block_tokens: usize, time: StepTime) -> Self {
         let scheduler = Scheduler::new(limits(kv_blocks, block_tokens));
-        Self { scheduler, time, step: Vec::new(), waiting_max: 0 }
+        Self {
+            scheduler,
+            time,
+            step: Vec::new(),
+            took: Duration::ZERO,
+            pace: Pace::default(),
+            waiting_max: 0,
+        }
     }
 
     /// What placement looks at.
@@ -62,6 +72,11 @@ impl PrefillWorker {
         Ok(())
     }
 
+    /// What it reports: prompt tokens a second.
+    pub fn tokens_per_s(&self) -> Option<f64> {
+        self.pace.per_s()
+    }
+
     /// Starts the next step where none runs; returns how long it takes.
     pub fn start(&mut self, now: Instant) -> Option<Duration> {
         if !self.step.is_empty() {
@@ -70,13 +85,15 @@ impl PrefillWorker {
         self.scheduler.schedule(&mut self.step, &mut (), now);
         let rows: usize = self.step.iter().map(|chunk| chunk.tokens).sum();
         let context = self.step.iter().map(|c| c.tokens * (2 * c.start + c.tokens + 1) / 2).sum();
-        (rows > 0).then(|| self.time.of(rows, context))
+        self.took = self.time.of(rows, context);
+        (rows > 0).then_some(self.took)
     }
 
     /// Ends the step; returns the requests whose prompts are computed, each with its tokens found in the cache.
     pub fn end_step(&mut self) -> Vec<(usize, usize)> {
         let step = std::mem::take(&mut self.step);
         self.scheduler.complete(&step);
+        self.pace.add(step.iter().map(|chunk| chunk.tokens as u64).sum(), self.took);
         let last = step.iter().filter(|chunk| chunk.last);
         last.map(|chunk| (chunk.id.0 as usize, self.scheduler.cached_tokens(chunk.id))).collect()
     }

@@ -18,10 +18,10 @@ fn report(flags: &str) -> Report {
 /// The short form of what `trireme bench simulate` shows for ten minutes.
 #[test]
 fn twice_the_peak_costs_no_goodput_and_no_running_sequence() {
-    for lengths in ["azure-conv", "mooncake"] {
+    for lengths in ["azure-conv", "azure-code", "mooncake"] {
         let report = report(&format!(
-            "--lengths {lengths} --duration-s 60 --check-every 1997 --declare-max-tokens 512 --kv-blocks-max 512 \
-             --sequences-max 40 --queue-wait-ms-max 1000 --slo-ttft-ms 6000 --slo-itl-ms 150 --load 200 --seed {SEED}"
+            "--lengths {lengths} --duration-s 60 --check-every 1997 --declare-max-tokens 512 \
+             --slo-ttft-ms 6000 --slo-itl-ms 150 --load 200 --seed {SEED}"
         ));
         let peak = report.peak.as_ref().expect("a ramp").goodput;
         let Point { summary, counts } = &report.points[0];

@@ -6,12 +6,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use model::TokenId;
+use router::door::{Limits, PrefillPace};
 use serde::Serialize;
 use serde_json::json;
 
 use super::decode_worker::{DecodeWorker, END, Wanted};
+use super::door::{Fate, Router};
 use super::prefill_worker::PrefillWorker;
-use super::router::{Door, Router, RouterLimits};
 use super::step_time::{HandoffTime, StepTime};
 use crate::client::Streamed;
 use crate::serve::conversation::{Outcome, Reuse};
@@ -34,8 +35,12 @@ pub struct Shape {
     pub batch_max: usize,
     /// `max_tokens` of every request, where it is not the answer's length.
     pub declare_max_tokens: Option<u32>,
-    /// The door's bounds.
-    pub router: RouterLimits,
+    /// Sequences that the router lets in.
+    pub sequences_max: usize,
+    /// Requests that wait there.
+    pub queue_max: usize,
+    /// Its objective.
+    pub ttft_ms_max: u64,
     /// A prefill step's time.
     pub prefill_step: StepTime,
     /// A decode step's time.
@@ -116,6 +121,13 @@ pub struct World<'a> {
     counts: Counts,
 }
 
+impl Shape {
+    fn door(&self) -> Limits {
+        let ttft_max = [Duration::from_millis(self.ttft_ms_max); 2];
+        Limits { sequences_max: self.sequences_max, queue_max: self.queue_max, ttft_max }
+    }
+}
+
 impl<'a> World<'a> {
     /// An idle cluster. `point` tells its requests from other points'.
     pub fn new(shape: &'a Shape, workload: &'a Workload, point: u32) -> Self {
@@ -130,7 +142,7 @@ impl<'a> World<'a> {
             events: BinaryHeap::new(),
             planned: 0,
             requests: Vec::new(),
-            router: Router::new(shape.router),
+            router: Router::new(shape.door()),
             prefills: (0..shape.prefill_workers).map(prefill).collect(),
             decodes: (0..shape.decode_workers).map(decode).collect(),
             outcomes: Vec::new(),
@@ -163,6 +175,7 @@ impl<'a> World<'a> {
             if check_every > 0 && self.counts.events.is_multiple_of(check_every) {
                 self.prefills.iter().for_each(PrefillWorker::check);
                 self.decodes.iter().for_each(DecodeWorker::check);
+                self.router.check();
             }
         }
         let start = self.epoch.into();
@@ -224,15 +237,24 @@ impl<'a> World<'a> {
 
     fn happen(&mut self, what: What) {
         match what {
-            What::Arrival(request) => match self.router.arrive(request, self.now) {
-                Door::Open => self.place(request),
-                Door::Waits(until) => self.at(until, What::Impatient(request)),
-                Door::Shut => self.lose(request, "http_429"),
-            },
+            What::Arrival(request) => {
+                self.router.set_pace(self.pace());
+                let tokens = self.requests[request].prompt.len();
+                match self.router.arrive(request, tokens, self.clock()) {
+                    Fate::In => self.place(request),
+                    Fate::Waits(until) => {
+                        let until = until.saturating_duration_since(self.epoch);
+                        self.at(until.max(self.now), What::Impatient(request));
+                    }
+                    Fate::Refused => self.lose(request, "http_429"),
+                }
+                self.let_in();
+            }
             What::Impatient(request) => {
-                if self.router.give_up(request) {
+                if self.router.give_up(request, self.clock()) {
                     self.lose(request, "http_429");
                 }
+                self.let_in();
             }
             What::PrefillStep(worker) => {
                 for (request, cached_tokens) in self.prefills[worker].end_step() {
@@ -257,6 +279,24 @@ impl<'a> World<'a> {
         }
     }
 
+    /// What prefill workers report; the simulated router hears it at once.
+    fn pace(&self) -> PrefillPace {
+        let known: Vec<f64> = self.prefills.iter().filter_map(PrefillWorker::tokens_per_s).collect();
+        let mean = known.iter().sum::<f64>() / known.len().max(1) as f64;
+        let workers = self.prefills.len();
+        PrefillPace { tokens_per_s: mean * workers as f64, workers }
+    }
+
+    fn let_in(&mut self) {
+        while let Some((request, in_time)) = self.router.next(self.clock()) {
+            if in_time {
+                self.place(request);
+            } else {
+                self.lose(request, "http_429");
+            }
+        }
+    }
+
     /// Placement's two keys, each tier's least loaded worker.
     fn place(&mut self, request: usize) {
         let prefill =
@@ -266,13 +306,17 @@ impl<'a> World<'a> {
         let now = self.clock();
         let Request { prompt, .. } = &self.requests[request];
         let wanted = Wanted { request, prompt: Arc::clone(prompt), tokens_max };
+        // Earlier turns were computed by some prefill worker, all but their answers.
+        let computed =
+            prompt.len() - self.requests[request].earlier.map_or(0, |(earlier, _)| earlier as usize);
+        self.router.placed(request, prompt.len(), computed);
         (self.requests[request].prefill, self.requests[request].decode) = (prefill, decode);
         if self.decodes[decode].submit(wanted, now) {
             self.go_round(decode);
         } else {
             self.counts.refused_by_workers += 1;
             self.lose(request, "http_429");
-            self.leave();
+            self.leave(request);
         }
     }
 
@@ -315,8 +359,11 @@ impl<'a> World<'a> {
         let request = &mut self.requests[number];
         request.cached_tokens = cached_tokens;
         request.sample(now);
+        self.router.answered(number, self.epoch + now);
+        let request = &self.requests[number];
         let blocks = request.prompt.len().div_ceil(BLOCK_TOKENS) - request.shared_blocks;
         self.at(now + self.shape.handoff.of(blocks), What::HandedOff(number));
+        self.let_in();
     }
 
     /// Tells the client, starts the next turn, and lets the next request in.
@@ -336,13 +383,12 @@ impl<'a> World<'a> {
         } else {
             self.lose(number, "failed");
         }
-        self.leave();
+        self.leave(number);
     }
 
-    fn leave(&mut self) {
-        if let Some(next) = self.router.leave() {
-            self.place(next);
-        }
+    fn leave(&mut self, request: usize) {
+        self.router.leave(request, self.clock());
+        self.let_in();
     }
 
     fn lose(&mut self, request: usize, kind: &'static str) {

@@ -160,6 +160,9 @@ pub struct GenerateRequest {
     /// Class of service.
     #[prost(enumeration = "Priority", tag = "10")]
     pub priority: i32,
+    /// Leave marks such as the end of the sequence out of the text. Absent: true.
+    #[prost(bool, optional, tag = "11")]
+    pub skip_special_tokens: ::core::option::Option<bool>,
     #[prost(oneof = "generate_request::Prompt", tags = "2, 3, 4")]
     pub prompt: ::core::option::Option<generate_request::Prompt>,
 }
@@ -269,6 +272,9 @@ pub struct Timings {
     /// From receipt to the end.
     #[prost(uint64, tag = "9")]
     pub total_us: u64,
+    /// The prompt was computed on decode: its queue and prefill are decode's, and there was no hand-off.
+    #[prost(bool, tag = "10")]
+    pub prefill_on_decode: bool,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ListModelsRequest {}
@@ -852,6 +858,19 @@ pub struct WorkerReport {
     /// Decode: sequences that wait for memory or a seat; part of `waiting`.
     #[prost(uint32, tag = "10")]
     pub queued: u32,
+    /// Prompt tokens computed per second of the time that they took, of late; on decode of the time that steps took longer
+    /// for them. 0: none yet.
+    #[prost(uint64, tag = "11")]
+    pub prompt_tokens_per_s: u64,
+    /// Decode: microseconds of a step without prompt tokens, of late. 0: none yet.
+    #[prost(uint64, tag = "12")]
+    pub step_us: u64,
+    /// Decode: sequences in a step at most.
+    #[prost(uint32, tag = "13")]
+    pub batch_max: u32,
+    /// Decode: prompt tokens in a step at most; 0: it computes no prompts.
+    #[prost(uint32, tag = "14")]
+    pub step_prompt_tokens_max: u32,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct RouterReport {
@@ -991,10 +1010,14 @@ pub struct PrefillDone {
 pub struct DecodeRequest {
     #[prost(message, optional, tag = "1")]
     pub sequence: ::core::option::Option<SequenceRequest>,
+    /// Compute the prompt here instead of waiting for a hand-off: the first event is `reserved`. A worker that does not
+    /// compute prompts answers with a ticket.
+    #[prost(bool, tag = "2")]
+    pub prefill_here: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct DecodeEvent {
-    #[prost(oneof = "decode_event::Event", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "decode_event::Event", tags = "1, 5, 6, 2, 3, 4")]
     pub event: ::core::option::Option<decode_event::Event>,
 }
 /// Nested message and enum types in `DecodeEvent`.
@@ -1003,6 +1026,12 @@ pub mod decode_event {
     pub enum Event {
         #[prost(message, tag = "1")]
         Ticket(super::KvTicket),
+        /// Blocks are reserved for a prompt that is computed here.
+        #[prost(message, tag = "5")]
+        Reserved(super::Reserved),
+        /// Of a prompt that was computed here.
+        #[prost(message, tag = "6")]
+        FirstToken(super::FirstToken),
         /// All blocks are committed, the sequence joins the batch.
         #[prost(message, tag = "2")]
         Handoff(super::HandoffDone),
@@ -1013,8 +1042,16 @@ pub mod decode_event {
     }
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Reserved {
+    /// Names of the sequence for FinishRequest.
+    #[prost(fixed64, tag = "1")]
+    pub incarnation: u64,
+    #[prost(fixed64, tag = "2")]
+    pub ticket_id: u64,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct FinishRequest {
-    /// Both from the sequence's ticket.
+    /// Both from the sequence's ticket, or from `reserved`.
     #[prost(fixed64, tag = "1")]
     pub incarnation: u64,
     #[prost(fixed64, tag = "2")]

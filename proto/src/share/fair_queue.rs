@@ -122,6 +122,18 @@ impl<T> FairQueue<T> {
         class.drop_newest(own + 1)
     }
 
+    /// Cost that goes before another item of `share` that costs `cost`, as it looks now: at most everything in its class,
+    /// and no more than its tenant's part of it lets pass. For batch, interactive goes before.
+    pub fn cost_before(&self, share: Share, cost: u64) -> u64 {
+        let class = self.classes[share.priority as usize].cost_before(share, cost);
+        match share.priority {
+            Priority::Interactive => class,
+            Priority::Batch => {
+                class.saturating_add(self.classes[Priority::Interactive as usize].costs().sum())
+            }
+        }
+    }
+
     /// Everything queued, in no particular order.
     pub fn iter(&self) -> impl Iterator<Item = &T> {
         let tenants = self.classes.iter().flat_map(|class| class.tenants.values());
@@ -183,6 +195,26 @@ impl<T> Class<T> {
             Some((tenant.start, head.number, id))
         });
         heads.min().map(|(_, _, id)| id)
+    }
+
+    fn costs(&self) -> impl Iterator<Item = u64> {
+        self.tenants.values().flat_map(|tenant| tenant.items.iter().map(|item| item.cost))
+    }
+
+    fn cost_before(&self, share: Share, cost: u64) -> u64 {
+        let all = self.costs().sum();
+        let weight = u64::from(share.weight.clamp(1, WEIGHT_MAX));
+        let (mut own, mut weights) = (0u64, weight);
+        for (&id, tenant) in &self.tenants {
+            if id == share.tenant {
+                own = tenant.items.iter().map(|item| item.cost).sum();
+            } else if let Some(item) = tenant.items.front() {
+                weights += u64::from(item.weight.min(WEIGHT_MAX));
+            }
+        }
+        // While it and what its tenant has before it are served, everybody gets a part by weight.
+        let served = (own + cost).saturating_mul(weights) / weight;
+        served.saturating_sub(cost).min(all)
     }
 
     fn oldest(&self) -> Option<Instant> {

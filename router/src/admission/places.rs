@@ -1,133 +1,152 @@
-//! The places that sequences take on this router, and the bounded queue of those that wait for one.
-//!
-//! Who is next is [`FairQueue`]'s: tenants by their weights, interactive before batch until batch has aged. The head
-//! waits until all the places that it needs are free at once, and nobody behind it takes them. A full queue makes room
-//! for a newcomer at the cost of whoever has the most waiting, if that is fairer; so no tenant locks another one out.
-//!
-//! Invariant: free places, held ones and those just granted add up to what there are, whoever gives up when.
+//! The [`Door`] among threads: requests wait for their turn here, and give back what they hold by being dropped.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use proto::share::{FairQueue, Priority, Share};
+use proto::share::Priority;
 use tokio::sync::oneshot;
 
+use super::door::{Arrival, Ask, Door, EntryId, Limits, PrefillPace, Reason, Refusal, Turn, Work};
+use super::estimate::Estimate;
 use crate::metrics::Metrics;
 
-/// How long a batch request may wait behind every interactive one.
-const BATCH_AGING_MAX: Duration = Duration::from_secs(5);
-
-/// Why there is no place.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum NoPlace {
-    /// As many wait as may, and nobody of them should make room.
-    QueueFull,
-    /// A newcomer took its waiting place, or it waited for as long as it would.
-    GivenUp,
-}
-
-/// All places and who waits for them.
+/// The door, and who waits before it.
 pub(super) struct Places {
     state: Mutex<State>,
-    queue_max: usize,
     metrics: Arc<Metrics>,
 }
 
 struct State {
-    free: usize,
-    queue: FairQueue<Waiter>,
-    next_id: u64,
+    door: Door<oneshot::Sender<Result<EntryId, Refusal>>>,
+    estimate: Estimate,
 }
 
-struct Waiter {
-    id: u64,
-    places: usize,
-    /// Dropped unsent when it is displaced.
-    granted: oneshot::Sender<()>,
-}
-
-/// Held places; given back when dropped.
+/// A request's places; given back when dropped.
 pub(crate) struct Permit {
     places: Arc<Places>,
-    count: usize,
+    id: EntryId,
+    sequences: usize,
+}
+
+/// A placed sequence without its first token. Dropped when it has one, or gets none.
+pub(crate) struct Ahead {
+    places: Arc<Places>,
+    work: Work,
+}
+
+impl Permit {
+    /// A sequence of `prompt_tokens` was placed, of which `computed` are thought to be nowhere.
+    pub fn placed(&self, prompt_tokens: u64, computed: u64) -> Ahead {
+        let mut state = self.places.state();
+        state.estimate.observe_placed(prompt_tokens, computed);
+        Ahead { work: state.door.placed(self.id, computed), places: Arc::clone(&self.places) }
+    }
+}
+
+impl Drop for Ahead {
+    fn drop(&mut self) {
+        self.places.change(|door, now| door.answered(self.work, now));
+    }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.places.metrics.sequences.dec_by(gauge(self.count));
-        self.places.give_back(self.count);
+        self.places.metrics.sequences.dec_by(gauge(self.sequences));
+        self.places.change(|door, now| door.leave(self.id, now));
     }
 }
 
 impl Places {
-    pub fn new(places: usize, queue_max: usize, metrics: Arc<Metrics>) -> Arc<Self> {
-        let state = State { free: places, queue: FairQueue::new(BATCH_AGING_MAX), next_id: 0 };
-        Arc::new(Self { state: Mutex::new(state), queue_max, metrics })
+    pub fn new(limits: Limits, metrics: Arc<Metrics>) -> Arc<Self> {
+        let state = State { door: Door::new(limits), estimate: Estimate::default() };
+        Arc::new(Self { state: Mutex::new(state), metrics })
     }
 
-    /// Takes `count` places at once, at most as many as there are in all, waiting until `patience` ends.
+    /// A text of `bytes` became `tokens`.
+    pub fn observe_text(&self, bytes: usize, tokens: usize) {
+        self.state().estimate.observe_text(bytes, tokens);
+    }
+
+    /// Takes the places that `ask` needs, waiting for them as long as that is of use. Its tokens are estimated from `bytes`
+    /// of text and `tokens`.
     pub async fn take(
         self: &Arc<Self>,
-        share: Share,
-        count: usize,
-        patience: Instant,
-    ) -> Result<Permit, NoPlace> {
+        ask: Ask,
+        (bytes, tokens): (usize, usize),
+        pace: PrefillPace,
+    ) -> Result<Permit, Refusal> {
         let asked = Instant::now();
-        let Some(mut waiting) = self.enter(share, count, asked)? else { return Ok(self.permit(count)) };
-        let granted = tokio::time::timeout_at(patience.into(), &mut waiting.granted).await;
-        self.metrics.queued_for(share.priority, asked.elapsed());
-        match granted {
-            Ok(Ok(())) => {
-                waiting.taken = true;
-                Ok(self.permit(count))
-            }
-            Ok(Err(_displaced)) => Err(NoPlace::GivenUp),
-            Err(_elapsed) => Err(NoPlace::GivenUp),
-        }
+        let (granting, granted) = oneshot::channel();
+        let arrival = {
+            let mut state = self.state();
+            let ask = Ask { tokens: state.estimate.computed(bytes, tokens), ..ask };
+            state.door.set_pace(pace);
+            let expected = state.door.expected_ttft(&ask, asked);
+            self.metrics.expect(ask.share.priority, expected);
+            let arrival = state.door.arrive(ask, granting, asked);
+            self.dispense(&mut state, asked);
+            arrival
+        };
+        let priority = ask.share.priority;
+        let (id, until) = match arrival {
+            Arrival::In(id) => return Ok(self.permit(id, ask.sequences)),
+            Arrival::Refused(refusal) => return Err(self.refuse(priority, refusal)),
+            Arrival::Waits { id, until } => (id, until),
+        };
+        let mut waiting = Waiting { places: Arc::clone(self), id, granted };
+        let granted = tokio::time::timeout_at(until.into(), &mut waiting.granted).await;
+        self.metrics.queued_for(priority, asked.elapsed());
+        let refusal = match granted {
+            Ok(Ok(Ok(id))) => return Ok(self.permit(id, ask.sequences)),
+            Ok(Ok(Err(refusal))) => refusal,
+            // The sender lives in the door until it has said something.
+            Ok(Err(_)) => Refusal { reason: Reason::Late, retry_after: Duration::ZERO },
+            Err(_elapsed) => match waiting.give_up() {
+                Ok(id) => return Ok(self.permit(id, ask.sequences)),
+                Err(refusal) => refusal,
+            },
+        };
+        Err(self.refuse(priority, refusal))
     }
 
-    /// Takes places, `None`, or a waiting place.
-    fn enter(self: &Arc<Self>, share: Share, count: usize, now: Instant) -> Result<Option<Waiting>, NoPlace> {
+    fn refuse(&self, priority: Priority, refusal: Refusal) -> Refusal {
+        self.metrics.turned_away(priority, refusal.reason.name());
+        refusal
+    }
+
+    fn permit(self: &Arc<Self>, id: EntryId, sequences: usize) -> Permit {
+        self.metrics.sequences.inc_by(gauge(sequences));
+        Permit { places: Arc::clone(self), id, sequences }
+    }
+
+    /// Tells the door what happened, and those whose turn it is then.
+    fn change<R>(
+        &self,
+        event: impl FnOnce(&mut Door<oneshot::Sender<Result<EntryId, Refusal>>>, Instant) -> R,
+    ) -> R {
         let mut state = self.state();
-        if state.queue.is_empty() && state.free >= count {
-            state.free -= count;
-            return Ok(None);
-        }
-        if state.queue.len() >= self.queue_max {
-            // Dropping it tells the one that it was.
-            state.queue.displace(share).ok_or(NoPlace::QueueFull)?;
-        }
-        let id = state.next_id;
-        state.next_id += 1;
-        let (sender, granted) = oneshot::channel();
-        state.queue.push(share, count as u64, Waiter { id, places: count, granted: sender }, now);
+        let now = Instant::now();
+        let result = event(&mut state.door, now);
         self.dispense(&mut state, now);
-        Ok(Some(Waiting { places: Arc::clone(self), id, count, granted, taken: false }))
+        result
     }
 
-    fn permit(self: &Arc<Self>, count: usize) -> Permit {
-        self.metrics.sequences.inc_by(gauge(count));
-        Permit { places: Arc::clone(self), count }
-    }
-
-    fn give_back(&self, count: usize) {
-        let mut state = self.state();
-        state.free += count;
-        self.dispense(&mut state, Instant::now());
-    }
-
-    /// Gives free places to the queue's head for as long as they are enough for it.
     fn dispense(&self, state: &mut State, now: Instant) {
-        while state.queue.peek(now).is_some_and(|head| head.places <= state.free) {
-            let Some(head) = state.queue.pop(now) else { break };
-            // Fails when it has given up meanwhile; then it needs none.
-            if head.granted.send(()).is_ok() {
-                state.free -= head.places;
+        while let Some(turn) = state.door.next(now) {
+            match turn {
+                // Fails when it has given up meanwhile; then it needs none.
+                Turn::In(id, granted) => {
+                    if granted.send(Ok(id)).is_err() {
+                        state.door.leave(id, now);
+                    }
+                }
+                Turn::Refused(granted, refusal) => drop(granted.send(Err(refusal))),
             }
         }
         for priority in Priority::ALL {
-            self.metrics.queued(priority, state.queue.len_of(priority));
+            self.metrics.queued(priority, state.door.queued(priority));
         }
+        self.metrics.ahead.set(i64::try_from(state.door.ahead()).unwrap_or(i64::MAX));
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -139,24 +158,30 @@ impl Places {
 /// A place in the queue; given up when dropped.
 struct Waiting {
     places: Arc<Places>,
-    id: u64,
-    count: usize,
-    granted: oneshot::Receiver<()>,
-    taken: bool,
+    id: EntryId,
+    granted: oneshot::Receiver<Result<EntryId, Refusal>>,
+}
+
+impl Waiting {
+    /// Leaves the queue, unless a turn came between the end of the wait and now.
+    fn give_up(&mut self) -> Result<EntryId, Refusal> {
+        let gone = self.places.change(|door, now| door.give_up(self.id, now));
+        match (gone, self.granted.try_recv()) {
+            (None, Ok(told)) => told,
+            (gone, _) => Err(gone.unwrap_or(Refusal { reason: Reason::Late, retry_after: Duration::ZERO })),
+        }
+    }
 }
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        if self.taken {
+        if self.places.change(|door, now| door.give_up(self.id, now)).is_some() {
             return;
         }
-        let mut state = self.places.state();
-        // Granted between the end of its patience and now: others can have them.
-        if self.granted.try_recv().is_ok() {
-            state.free += self.count;
+        // Granted and not taken: others can have it.
+        if let Ok(Ok(id)) = self.granted.try_recv() {
+            self.places.change(|door, now| door.leave(id, now));
         }
-        state.queue.remove(|waiter| waiter.id == self.id);
-        self.places.dispense(&mut state, Instant::now());
     }
 }
 
@@ -166,26 +191,30 @@ fn gauge(count: usize) -> i64 {
 
 #[cfg(test)]
 mod tests {
+    use proto::share::Share;
+
     use super::*;
 
-    fn share(tenant: u64) -> Share {
-        Share { tenant, ..Share::default() }
+    fn places(sequences_max: usize, queue_max: usize) -> Arc<Places> {
+        let ttft_max = [Duration::from_secs(30); 2];
+        Places::new(Limits { sequences_max, queue_max, ttft_max }, Arc::new(Metrics::new()))
     }
 
-    fn places(count: usize, queue_max: usize) -> Arc<Places> {
-        Places::new(count, queue_max, Arc::new(Metrics::new()))
+    fn ask(tenant: u64, sequences: usize) -> Ask {
+        let share = Share { tenant, ..Share::default() };
+        Ask { share, sequences, tokens: 0, received: Instant::now(), deadline: None }
     }
 
-    fn soon() -> Instant {
-        Instant::now() + Duration::from_secs(30)
+    async fn take(places: &Arc<Places>, ask: Ask) -> Result<Permit, Refusal> {
+        places.take(ask, (0, 10), PrefillPace::default()).await
     }
 
     /// Asks in a task of its own; returns once it waits.
-    async fn ask(places: &Arc<Places>, share: Share, count: usize) -> tokio::task::JoinHandle<bool> {
-        let before = places.state().queue.len();
+    async fn ask_later(places: &Arc<Places>, ask: Ask) -> tokio::task::JoinHandle<bool> {
+        let before = places.state().door.queue_len();
         let asking = Arc::clone(places);
-        let task = tokio::spawn(async move { asking.take(share, count, soon()).await.is_ok() });
-        while places.state().queue.len() == before {
+        let task = tokio::spawn(async move { take(&asking, ask).await.is_ok() });
+        while places.state().door.queue_len() == before {
             tokio::task::yield_now().await;
         }
         task
@@ -194,48 +223,41 @@ mod tests {
     #[tokio::test]
     async fn the_head_gets_all_its_places_at_once_and_nobody_overtakes_it() {
         let places = places(4, 8);
-        let held = [1, 3].map(|count| places.enter(share(1), count, Instant::now()).map(|_| count));
-        assert_eq!(held, [Ok(1), Ok(3)]);
-        let large = ask(&places, share(1), 4).await;
-        let small = ask(&places, share(1), 1).await;
-        places.give_back(1);
-        assert_eq!(places.state().queue.len(), 2, "one is not enough for the head");
-        places.give_back(3);
+        let one = take(&places, ask(1, 1)).await.expect("a place");
+        let three = take(&places, ask(1, 3)).await.expect("places");
+        let large = ask_later(&places, ask(1, 4)).await;
+        let small = ask_later(&places, ask(1, 1)).await;
+        drop(one);
+        assert_eq!(places.state().door.queue_len(), 2, "one is not enough for the head");
+        drop(three);
         assert!(large.await.expect("ends") && small.await.expect("ends"));
-        assert_eq!(places.state().free, 4, "all came back");
+        assert_eq!(places.state().door.sequences(), 0, "all came back");
     }
 
     #[tokio::test]
     async fn who_gives_up_leaves_nothing_behind() {
         let places = places(1, 8);
-        let held = places.take(share(1), 1, soon()).await.ok();
-        let late = places.take(share(1), 1, Instant::now()).await;
-        assert_eq!(late.err(), Some(NoPlace::GivenUp));
-        let gone = ask(&places, share(1), 1).await;
+        let held = take(&places, ask(1, 1)).await.expect("a place");
+        let impatient = Ask { deadline: Some(Instant::now()), ..ask(1, 1) };
+        let late = take(&places, impatient).await;
+        assert_eq!(late.err().map(|refusal| refusal.reason), Some(Reason::Late));
+        let gone = ask_later(&places, ask(1, 1)).await;
         gone.abort();
         assert!(gone.await.is_err());
-        assert!(places.state().queue.is_empty());
+        assert_eq!(places.state().door.queue_len(), 0);
         drop(held);
-        assert_eq!(places.state().free, 1);
+        assert_eq!(places.state().door.sequences(), 0);
     }
 
     #[tokio::test]
-    async fn a_full_queue_refuses_at_once_or_makes_room_for_a_tenant_that_has_less() {
-        let places = places(1, 3);
-        let held = places.take(share(1), 1, soon()).await.ok();
-        let first = ask(&places, share(1), 1).await;
-        let second = ask(&places, share(1), 1).await;
-        let third = ask(&places, share(1), 1).await;
-        let more = places.take(share(1), 1, soon()).await;
-        assert_eq!(more.err(), Some(NoPlace::QueueFull));
-        let other = {
-            let places = Arc::clone(&places);
-            tokio::spawn(async move { places.take(share(2), 1, soon()).await.is_ok() })
-        };
-        assert!(!third.await.expect("ends"), "the newest of the largest made room");
-        drop(held);
-        for waiting in [first, second, other] {
-            assert!(waiting.await.expect("ends"));
-        }
+    async fn what_is_placed_is_ahead_until_it_is_answered() {
+        let places = places(4, 8);
+        let permit = take(&places, ask(1, 1)).await.expect("a place");
+        let ahead = permit.placed(1000, 100);
+        assert_eq!(places.state().door.ahead(), 116);
+        drop(permit);
+        drop(ahead);
+        assert_eq!(places.state().door.ahead(), 0);
+        assert!(places.state().estimate.computed(0, 1000) < 1000, "what is found is learnt");
     }
 }

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use model::ExecutionFingerprint;
 
 pub(crate) use self::prefix_index::{PrefixIndex, Prefixes};
+use crate::admission::door::PrefillPace;
 use crate::worker::WorkerKey;
 
 /// Tokens of KV that must be brought to decode which weigh as much as one more sequence in its batch. In V3's layout they are
@@ -72,6 +73,8 @@ pub(crate) struct WorkerLoad {
     pub kv_block_tokens: u64,
     /// Sequences that wait for KV blocks there.
     pub queued: u64,
+    /// Prompt tokens that it computes in a second; 0: not known yet.
+    pub prompt_tokens_per_s: u64,
     /// Tokens at the start of this sequence's prompt whose KV it is thought to hold.
     pub matched_tokens: u64,
 }
@@ -176,6 +179,16 @@ pub(crate) fn place(workers: &[WorkerLoad], need: &Need<'_>) -> Result<Pair, Pla
 pub(crate) fn lifetime_tokens_max(workers: &[WorkerLoad]) -> Option<u64> {
     let decodes = workers.iter().filter(|worker| worker.tier == Tier::Decode && !worker.draining);
     decodes.map(|worker| worker.kv_blocks_max * worker.kv_block_tokens).max()
+}
+
+/// How fast the live prefill workers compute prompts, all together. One that has not computed any yet is taken for one of the
+/// others.
+pub(crate) fn prefill_pace(workers: &[WorkerLoad]) -> PrefillPace {
+    let open = || workers.iter().filter(|worker| worker.tier == Tier::Prefill && !worker.draining);
+    let known = || open().map(|worker| worker.prompt_tokens_per_s).filter(|&rate| rate > 0);
+    let (workers, of) = (open().count(), known().count());
+    let sum = known().sum::<u64>() as f64;
+    PrefillPace { tokens_per_s: if of > 0 { sum * workers as f64 / of as f64 } else { 0.0 }, workers }
 }
 
 /// The best of one fingerprint's workers.

@@ -32,6 +32,7 @@ fn worker(id: &str, tier: Tier) -> WorkerLoad {
         kv_blocks_max: 100,
         kv_block_tokens: 64,
         queued: 0,
+        prompt_tokens_per_s: 0,
         matched_tokens: 0,
     }
 }

@@ -20,7 +20,7 @@ use super::merge::{Drafts, Merge};
 use super::output::{ChoiceOutput, Flow};
 use super::streams::Streams;
 use super::{micros, overloaded};
-use crate::admission::{Admitted, AdmittedPrompt};
+use crate::admission::{Admitted, AdmittedPrompt, Ahead};
 use crate::error::RequestError;
 use crate::metrics::Metrics;
 use crate::placement::{Prefixes, Tier};
@@ -83,7 +83,8 @@ impl Failure {
 impl Attempt<'_> {
     /// Runs the choice to its end on `placed`. Dropping the future cancels on both workers.
     pub async fn run(&self, placed: Placed, output: &mut ChoiceOutput<'_>) -> Result<ChoiceReport, Failure> {
-        let Placed { prefill, decode } = placed;
+        let Placed { prefill, decode, computed } = placed;
+        let ahead = self.admitted.permit.placed(self.prompt.tokens.len() as u64, computed);
         let span = info_span!(
             "attempt",
             hop = 4,
@@ -93,12 +94,12 @@ impl Attempt<'_> {
             prefill = %prefill.worker().key,
             decode = %decode.worker().key,
         );
-        self.run_within(prefill, decode, output).instrument(span).await
+        self.run_within((prefill, ahead), decode, output).instrument(span).await
     }
 
     async fn run_within(
         &self,
-        prefill: Assignment,
+        (prefill, ahead): (Assignment, Ahead),
         decode: Assignment,
         output: &mut ChoiceOutput<'_>,
     ) -> Result<ChoiceReport, Failure> {
@@ -116,7 +117,7 @@ impl Attempt<'_> {
             tokens,
             merge: Merge::new(self.prompt.stopping.max_tokens),
         };
-        let decode_here = self.pass_on(&mut streams, prefill, output).await?;
+        let decode_here = self.pass_on(&mut streams, (prefill, ahead), output).await?;
         let mut timings = streams.merge.timings();
         let (cached_tokens, drafts) = (streams.merge.cached_tokens(), streams.merge.drafts());
         timings.reserve_us = micros(reserve);
@@ -140,7 +141,7 @@ impl Attempt<'_> {
     async fn pass_on(
         &self,
         streams: &mut Streams<'_>,
-        queued: Assignment,
+        queued: (Assignment, Ahead),
         output: &mut ChoiceOutput<'_>,
     ) -> Result<Option<Duration>, Failure> {
         let mut queued = Some(queued);
@@ -156,7 +157,7 @@ impl Attempt<'_> {
                 return Ok(Some(first_decoded.map_or(Duration::ZERO, |first| first.elapsed())));
             }
             if output.started() {
-                // Prefill's queue is what placement looks at, and the prompt is through it.
+                // Prefill's queue is what placement and the door look at, and the prompt is through it.
                 drop(queued.take());
             }
             if let Some(end) = streams.merge.end() {
@@ -170,7 +171,7 @@ impl Attempt<'_> {
     /// Asks decode for blocks; returns its stream behind the ticket.
     async fn reserve(&self, worker: &Worker) -> Result<(Streaming<v1::DecodeEvent>, v1::KvTicket), Failure> {
         let channel = worker.channel.clone().ok_or_else(|| Failure::gone(worker))?;
-        let request = v1::DecodeRequest { sequence: Some(self.sequence(worker)) };
+        let request = v1::DecodeRequest { sequence: Some(self.sequence(worker)), prefill_here: false };
         let opening = async {
             let mut events = DecodeClient::new(channel).generate(request).await?.into_inner();
             let first = events.message().await?;

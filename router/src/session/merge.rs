@@ -62,20 +62,7 @@ impl Merge {
     /// How the worker broke the protocol.
     pub fn prefill(&mut self, event: v1::PrefillEvent) -> Result<Vec<v1::GeneratedToken>, &'static str> {
         match event.event.ok_or("it sent an empty event")? {
-            prefill_event::Event::FirstToken(first) => {
-                if self.first_token {
-                    return Err("it sent two first tokens");
-                }
-                let mut tokens = vec![first.token.ok_or("its first token is missing")?];
-                self.count(1)?;
-                self.first_token = true;
-                self.cached_tokens = first.cached_tokens;
-                self.prompt = first.prompt;
-                self.timings.prefill_queue_us = first.queue_us;
-                self.timings.prefill_us = first.compute_us;
-                tokens.append(&mut self.early);
-                Ok(tokens)
-            }
+            prefill_event::Event::FirstToken(first) => self.first(first),
             prefill_event::Event::Done(done) => {
                 self.handed_over = true;
                 self.timings.handoff_us = done.handoff_us;
@@ -90,7 +77,12 @@ impl Merge {
     /// How the worker broke the protocol.
     pub fn decode(&mut self, event: v1::DecodeEvent) -> Result<Vec<v1::GeneratedToken>, &'static str> {
         match event.event.ok_or("it sent an empty event")? {
-            decode_event::Event::Ticket(_) => Err("it sent two tickets"),
+            decode_event::Event::Ticket(_) | decode_event::Event::Reserved(_) => Err("it reserved twice"),
+            decode_event::Event::FirstToken(first) => {
+                self.handed_over = true;
+                self.timings.prefill_on_decode = true;
+                self.first(first)
+            }
             decode_event::Event::Handoff(handoff) => {
                 // Prefill's own measure, from its last layer on, is the better one where it comes.
                 if !self.handed_over {
@@ -125,6 +117,22 @@ impl Merge {
                 Ok(Vec::new())
             }
         }
+    }
+
+    /// The token behind the prompt, from whoever computed that.
+    fn first(&mut self, first: v1::FirstToken) -> Result<Vec<v1::GeneratedToken>, &'static str> {
+        if self.first_token {
+            return Err("it sent two first tokens");
+        }
+        let mut tokens = vec![first.token.ok_or("its first token is missing")?];
+        self.count(1)?;
+        self.first_token = true;
+        self.cached_tokens = first.cached_tokens;
+        self.prompt = first.prompt;
+        self.timings.prefill_queue_us = first.queue_us;
+        self.timings.prefill_us = first.compute_us;
+        tokens.append(&mut self.early);
+        Ok(tokens)
     }
 
     /// Whether the sequence still depends on the prefill worker.

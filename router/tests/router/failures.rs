@@ -111,12 +111,8 @@ async fn overload_answers_429_at_once() {
 #[tokio::test]
 async fn a_request_that_waits_too_long_gets_429() {
     let script = Script { end: End::Hang, ..Script::text("x") };
-    let config = router::Config {
-        sequences_max: 16,
-        sequences_per_request_max: 16,
-        queue_wait_ms_max: 20,
-        ..config()
-    };
+    let config =
+        router::Config { sequences_max: 16, sequences_per_request_max: 16, ttft_ms_max: 20, ..config() };
     let (cluster, _prefill, decode) = Cluster::with_pair_and(config, script).await;
     let mut body = streaming("?");
     body["n"] = json!(16);
@@ -129,7 +125,7 @@ async fn a_request_that_waits_too_long_gets_429() {
 async fn decode_that_has_no_room_is_waited_for_and_then_given_up() {
     let no_room = Consequence::Unavailable.status_with_code(tonic::Code::ResourceExhausted, "no room");
     let script = Script { reserve: Err(no_room), ..Script::text("x") };
-    let config = router::Config { queue_wait_ms_max: 600, ..config() };
+    let config = router::Config { ttft_ms_max: 600, ..config() };
     let (cluster, _prefill, decode) = Cluster::with_pair_and(config, script).await;
     let response = cluster.post(CHAT, &chat("?")).await;
     assert!(response.headers().contains_key("retry-after"));

@@ -38,6 +38,23 @@ fn a_flood_of_one_tenant_does_not_delay_another() {
 }
 
 #[test]
+fn what_goes_before_a_newcomer_is_what_its_tenants_part_lets_pass() {
+    let now = Instant::now();
+    let mut queue = FairQueue::new(AGING);
+    assert_eq!(queue.cost_before(interactive(1), 10), 0);
+    for number in 0..100 {
+        queue.push(interactive(1), 10, number, now);
+    }
+    assert_eq!(queue.cost_before(interactive(1), 10), 1000, "behind all of its own");
+    assert_eq!(queue.cost_before(interactive(2), 10), 10, "another tenant takes turns");
+    assert_eq!(queue.cost_before(share(2, 5, Priority::Interactive), 10), 2);
+    assert_eq!(queue.cost_before(share(2, 1, Priority::Batch), 10), 1000);
+    queue.push(share(2, 1, Priority::Batch), 7, 1000, now);
+    assert_eq!(queue.cost_before(share(2, 1, Priority::Batch), 10), 1007);
+    assert_eq!(queue.cost_before(interactive(2), 10), 10, "batch is behind it");
+}
+
+#[test]
 fn a_stream_of_short_ones_does_not_hold_a_long_one_off() {
     let now = Instant::now();
     let mut queue = FairQueue::new(AGING);

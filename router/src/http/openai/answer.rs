@@ -112,6 +112,7 @@ struct Timings {
     decode_us: u64,
     ttft_us: u64,
     total_us: u64,
+    prefill_on_decode: bool,
 }
 
 impl Answer {
@@ -212,6 +213,7 @@ impl From<&v1::Timings> for Timings {
             decode_us,
             ttft_us,
             total_us,
+            prefill_on_decode,
         } = timings;
         Self {
             admission_us,
@@ -223,6 +225,7 @@ impl From<&v1::Timings> for Timings {
             decode_us,
             ttft_us,
             total_us,
+            prefill_on_decode,
         }
     }
 }
