@@ -25,6 +25,7 @@ use crate::serve::args::positive;
 use crate::serve::load::Load;
 use crate::serve::summary::{Slo, Summary};
 use crate::workload;
+use router::PrefillOnDecode;
 pub use step_time::{HandoffTime, StepTime};
 pub use world::{Counts, Shape, World};
 
@@ -83,6 +84,9 @@ pub struct Args {
     /// A hand-off: microseconds of its own, and of each block.
     #[arg(long, default_value = "800,30", value_name = "HANDOFF,BLOCK")]
     pub handoff: HandoffTime,
+    /// Which prompts decode computes itself: auto, never or always.
+    #[arg(long, default_value = "auto")]
+    pub prefill_on_decode: PrefillOnDecode,
     /// Goodput counts requests with a TTFT of at most this.
     #[arg(long, value_parser = positive)]
     pub slo_ttft_ms: Option<f64>,
@@ -192,6 +196,7 @@ impl Args {
             prefill_step: self.prefill_step,
             decode_step: self.decode_step,
             handoff: self.handoff,
+            prefill_on_decode: self.prefill_on_decode,
         }
     }
 }

@@ -29,6 +29,9 @@ pub struct Config {
     /// Tokens drafted for a sequence in one step at most, with the checkpoint's MTP module; how many it is follows from what
     /// they have been worth. Range 0..=8, 0 drafts none.
     pub draft_tokens_max: usize,
+    /// Prompt tokens computed between two steps at most, of prompts that the router leaves to this worker: a step of the
+    /// running sequences comes later by what these take. Range 0..=4096; 0 computes no prompts.
+    pub prefill_tokens_max: usize,
     /// Submissions between the gRPC service and the device thread. Range 1..=4096.
     pub submissions_queued_max: usize,
     /// Events queued for one stream. When it has room for fewer than two, the sequence pauses. Range 4..=4096:
@@ -53,6 +56,8 @@ impl Default for Config {
             batch_max: 64,
             // DeepSeek trained the module for one; fed with its own states it is right about the next two often enough.
             draft_tokens_max: 3,
+            // Two blocks: about what as many rows of a full batch take, twice.
+            prefill_tokens_max: 128,
             submissions_queued_max: 256,
             // At 50 tokens a second, a reader may sleep for over a second before its sequence feels it.
             events_queued_max: 64,
@@ -73,6 +78,7 @@ impl Config {
         within("queue_max", self.queue_max as u64, 1, 1 << 16)?;
         within("batch_max", self.batch_max as u64, 1, self.sequences_max.min(512) as u64)?;
         within("draft_tokens_max", self.draft_tokens_max as u64, 0, DRAFTS_MAX as u64)?;
+        within("prefill_tokens_max", self.prefill_tokens_max as u64, 0, 4096)?;
         within("submissions_queued_max", self.submissions_queued_max as u64, 1, 4096)?;
         within("events_queued_max", self.events_queued_max as u64, 4, 4096)?;
         within("reader_stall_ms_max", self.reader_stall_ms_max, 100, 600_000)?;
@@ -133,6 +139,7 @@ mod tests {
         check(|c| c.batch_max = c.sequences_max + 1, "batch_max");
         check(|c| c.batch_max = 0, "batch_max");
         check(|c| c.draft_tokens_max = 9, "draft_tokens_max");
+        check(|c| c.prefill_tokens_max = 4097, "prefill_tokens_max");
         check(|c| c.submissions_queued_max = 0, "submissions_queued_max");
         check(|c| c.events_queued_max = 3, "events_queued_max");
         check(|c| c.reader_stall_ms_max = 0, "reader_stall_ms_max");

@@ -16,7 +16,7 @@ use model::{ExecutionFingerprint, ModelConfig, TokenId};
 use proto::field::{FieldError, Problem};
 use proto::fingerprint;
 use proto::sequence::{self, SequenceLimits};
-use proto::ticket::KvTicket;
+use proto::ticket::{KvTicket, TicketId};
 use proto::trace::TraceContext;
 use proto::v1;
 
@@ -53,6 +53,12 @@ pub(crate) struct Checked {
 }
 
 impl Checked {
+    /// Whether its prompt is computed here.
+    pub(crate) fn prefill_here(mut self, here: bool) -> Self {
+        self.admission.prefill_here = here;
+        self
+    }
+
     /// Gives it the queue that its stream reads.
     pub(crate) fn submit_with(self, outbox: Outbox) -> Submission {
         let Self { request_id, trace, admission, sampler, .. } = self;
@@ -87,6 +93,7 @@ impl Intake {
             deadline: sequence.deadline.map(|left| now + left),
             // The prompt's share of the penalties was counted here, off the device thread.
             prompt: Arc::from(sequence.prompt),
+            prefill_here: false,
         };
         Ok(Checked {
             request_id: Arc::from(sequence.request_id),
@@ -132,6 +139,17 @@ pub(crate) fn queue(
             retry_after: retry_after(scheduler.steps_until_room(), step_time),
         },
     })
+}
+
+/// Names an admitted sequence whose prompt is computed here: nobody gets a ticket to push, but its router may say that its text
+/// has ended.
+pub(crate) fn name(scheduler: &mut Scheduler, id: SequenceId, now: Instant) -> TicketId {
+    let mut name = TicketId(rand::random());
+    while scheduler.by_ticket(name).is_some() {
+        name = TicketId(rand::random());
+    }
+    scheduler.apply(id, Event::Armed(name), now);
+    name
 }
 
 /// Arms a ticket for the blocks of an admitted sequence's prompt. Where there is none to be had, the sequence is gone.

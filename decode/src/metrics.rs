@@ -44,6 +44,13 @@ pub struct Metrics {
     pub(crate) runnable: Gauge,
     /// Sequences whose KV is on the way.
     pub(crate) waiting: Gauge,
+    /// Prompt tokens that are to be computed here, and how many a second are.
+    pub(crate) waiting_tokens: Gauge,
+    pub(crate) prompt_tokens_per_s: Gauge,
+    /// Mean of the last steps, microseconds.
+    pub(crate) step_us: Gauge,
+    /// Prompt tokens computed here.
+    pub(crate) prompt_tokens: Counter,
     /// Sequences that wait for blocks, by class.
     pub(crate) queued: [Gauge; 2],
     /// Running sequences that are short of a block.
@@ -101,6 +108,12 @@ impl Metrics {
         let running = gauge("running", "Sequences that take part in steps");
         let runnable = gauge("runnable", "Running sequences whose reader keeps up");
         let waiting = gauge("waiting", "Sequences whose KV is on the way");
+        let waiting_tokens = gauge("waiting_tokens", "Prompt tokens that are to be computed here");
+        let prompt_tokens_per_s = gauge(
+            "prompt_tokens_per_second",
+            "Prompt tokens computed per second of the time with any, of late",
+        );
+        let step_us = gauge("step_mean_microseconds", "Mean time of a step, of late");
         let short = gauge("short", "Running sequences whose next KV block is not safe to give at the moment");
         let queued = [
             gauge("queued_interactive", "Interactive sequences that wait for KV blocks"),
@@ -120,6 +133,7 @@ impl Metrics {
         };
         let steps = counter("steps", "Steps that gave tokens");
         let tokens = counter("tokens", "Tokens sampled here");
+        let prompt_tokens = counter("prompt_tokens", "Prompt tokens computed here");
         let rounds = counter("rounds", "Rounds of the device thread's loop");
         let admitted = counter("admitted", "Sequences admitted");
         let finished = counter("finished", "Sequences that ended by their own rule");
@@ -191,6 +205,10 @@ impl Metrics {
             running,
             runnable,
             waiting,
+            waiting_tokens,
+            prompt_tokens_per_s,
+            step_us,
+            prompt_tokens,
             queued,
             short,
             plan,

@@ -13,18 +13,24 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, TrySendError};
 use engine::Sampled;
-use proto::ticket::KvTicket;
+use proto::ticket::{KvTicket, TicketId};
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
 
 use crate::error::{Failure, Refusal};
 use crate::finish::Finish;
 
-/// What a stream is told, in this order: a ticket, the hand-off, tokens, and one end; or a refusal alone.
+/// What a stream is told, in this order: a ticket and the hand-off, or the reservation and the first token; tokens, and one
+/// end. Or a refusal alone.
 #[derive(Debug)]
 pub(crate) enum SequenceEvent {
     /// Blocks are reserved.
     Ticket(Box<KvTicket>),
+    /// Blocks are reserved, and the prompt is computed here. `name` finds the sequence as a ticket would.
+    Reserved { incarnation: u64, name: TicketId },
+    /// The token behind a prompt that was computed here, with the time it waited for its first chunk and that from there on,
+    /// and the tokens that were found.
+    FirstToken { sampled: Sampled, queue: Duration, compute: Duration, cached_tokens: usize },
     /// Nothing is reserved and nothing follows.
     Refused(Refusal),
     /// All KV is committed. `handoff` is the time since the ticket was issued.

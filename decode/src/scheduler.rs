@@ -9,6 +9,9 @@
 //!                    └────────────────────┴── Cancelled, Failed, deadline, stalled reader ──────┘ (from running too)
 //! ```
 //!
+//! A sequence whose prompt is computed here is *prefilling* where others wait: its chunks, in order of admission, share a
+//! budget of tokens between two steps ([`Scheduler::schedule_chunks`]), so that no step waits for a whole prompt.
+//!
 //! Blocks are taken as a sequence grows: those of its prompt when it is admitted, one more each time that its tokens fill
 //! the last. **No sequence is ever evicted, and none ever needs a block that cannot be had**: every admission and every
 //! growth must leave a state from which all can reach their worst case, prompt and `max_tokens`, one after another
@@ -31,6 +34,7 @@ mod banker;
 mod forecast;
 mod invariants;
 mod length_estimate;
+mod prefilling;
 mod restore;
 mod room;
 mod sequence;
@@ -48,7 +52,7 @@ use self::banker::Banker;
 use self::forecast::Outlook;
 use self::length_estimate::LengthEstimate;
 use self::sequence::State;
-pub use self::sequence::{Admission, End, Event, Sequence, SequenceId};
+pub use self::sequence::{Admission, Chunk, End, Event, Sequence, SequenceId};
 use self::turns::Turns;
 use crate::error::Failure;
 use crate::finish::Finish;
@@ -73,6 +77,9 @@ pub struct Limits {
     pub block_tokens: usize,
     /// How long a running sequence may wait for its reader.
     pub reader_stall_max: Duration,
+    /// Tokens before the end of a found prefix that are run again where a prompt is computed here: 1 where an MTP module's
+    /// cache is kept, whose rows behind the prefix begin with the hidden state before them; otherwise 0.
+    pub rerun_tokens: usize,
 }
 
 /// Why a request was not admitted.
@@ -133,6 +140,8 @@ pub struct Scheduler {
     /// The head that was found to have no room, until something gives blocks back.
     refused: Option<SequenceId>,
     turns: Turns,
+    /// Sequences whose prompts are computed here, in order of admission.
+    prefilling: VecDeque<SequenceId>,
     /// Ended sequences that are not released yet, in order of their end.
     finished: VecDeque<SequenceId>,
     /// Running sequences whose reader is behind.
@@ -166,6 +175,7 @@ impl Scheduler {
             restoring: BTreeSet::new(),
             refused: None,
             turns: Turns::new(),
+            prefilling: VecDeque::new(),
             finished: VecDeque::with_capacity(limits.sequences_max),
             paused: 0,
             short: 0,
@@ -192,11 +202,18 @@ impl Scheduler {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         match (&mut sequence.state, event) {
             (State::Finished(_), _) => {}
-            (State::Waiting, Event::Armed(ticket)) => {
+            (State::Waiting | State::Prefilling { .. }, Event::Armed(ticket)) => {
                 sequence.ticket = Some(ticket);
                 self.tickets.insert(ticket, id);
             }
-            (State::Waiting, Event::HandedOff(first)) => {
+            (State::Prefilling { computed }, Event::Computed(tokens)) => {
+                *computed += tokens;
+                if let Some(table) = &mut sequence.table {
+                    self.blocks.commit(table, &sequence.tokens[..*computed]);
+                }
+            }
+            (State::Waiting | State::Prefilling { .. }, Event::HandedOff(first)) => {
+                self.prefilling.retain(|&prefilling| prefilling != id);
                 sequence.state = State::Running { last: first, paused: None };
                 if let Some(table) = &mut sequence.table {
                     self.blocks.commit(table, &sequence.tokens);
@@ -222,11 +239,15 @@ impl Scheduler {
                 self.paused -= 1;
             }
             (_, Event::Failed(failure)) => self.end(id, End::Failed(failure)),
-            (State::Waiting | State::Running { .. }, Event::Stopped) => {
+            (State::Waiting | State::Prefilling { .. } | State::Running { .. }, Event::Stopped) => {
                 self.end(id, End::Finished(Finish::StopString))
             }
             (State::Queued { .. }, _)
-            | (State::Waiting, Event::Sampled(_) | Event::ReaderFull | Event::ReaderReady)
+            | (
+                State::Waiting | State::Prefilling { .. },
+                Event::Sampled(_) | Event::ReaderFull | Event::ReaderReady,
+            )
+            | (State::Waiting | State::Running { .. }, Event::Computed(_))
             | (
                 State::Running { .. },
                 Event::Armed(_) | Event::HandedOff(_) | Event::ReaderFull | Event::ReaderReady,
@@ -316,7 +337,7 @@ impl Scheduler {
         }
         match sequence.state {
             State::Finished(end) => Some(end),
-            State::Queued { .. } | State::Waiting | State::Running { .. } => None,
+            State::Queued { .. } | State::Waiting | State::Prefilling { .. } | State::Running { .. } => None,
         }
     }
 
@@ -340,7 +361,7 @@ impl Scheduler {
         self.queue.len_of(priority)
     }
 
-    /// Sequences whose KV is on the way.
+    /// Sequences whose KV is on the way, or is computed here.
     pub fn waiting(&self) -> usize {
         let queued = self.queue.len() + self.restoring.len();
         self.sequences.len() - queued - self.turns.len() - self.finished.len()
@@ -351,10 +372,10 @@ impl Scheduler {
         self.turns.len()
     }
 
-    /// Sequences that the next step could run. None while all that read are short of a block: they wait for a hand-off's
+    /// Sequences that the next round could advance, by a token or a chunk of their prompt. None of those that run while all that read are short of a block: they wait for a hand-off's
     /// or a reader's end and owe no step.
     pub fn runnable(&self) -> usize {
-        if self.starved { 0 } else { self.turns.len() - self.paused }
+        self.prefilling.len() + if self.starved { 0 } else { self.turns.len() - self.paused }
     }
 
     /// Running sequences that are short of a block.
@@ -426,6 +447,7 @@ impl Scheduler {
                 self.turns.leave(id, sequence.share);
             }
             State::Waiting => {}
+            State::Prefilling { .. } => self.prefilling.retain(|&prefilling| prefilling != id),
             State::Queued { .. } => {
                 self.restoring.remove(&id);
                 self.queue.remove(|&queued| queued == id);
@@ -461,7 +483,10 @@ impl Scheduler {
             State::Running { paused: Some(since), .. } => {
                 Some((since + stall_max, Failure::ReaderStalled(stall_max)))
             }
-            State::Queued { .. } | State::Waiting | State::Running { paused: None, .. } => None,
+            State::Queued { .. }
+            | State::Waiting
+            | State::Prefilling { .. }
+            | State::Running { paused: None, .. } => None,
         };
         let deadline = sequence.deadline.map(|at| (at, Failure::DeadlineExceeded));
         deadline.into_iter().chain(stalled).min_by_key(|(at, _)| *at)

@@ -41,6 +41,8 @@ pub(crate) struct DecodeService {
     pub(crate) doorbell: Doorbell,
     pub(crate) metrics: Metrics,
     pub(crate) events_queued_max: usize,
+    /// Whether prompts are computed here at all.
+    pub(crate) prefills: bool,
 }
 
 #[tonic::async_trait]
@@ -52,6 +54,7 @@ impl Decode for DecodeService {
         let request = request.into_inner();
         let checked =
             self.intake.check(request.sequence.as_ref(), received).map_err(|refusal| self.refuse(refusal))?;
+        let checked = checked.prefill_here(request.prefill_here && self.prefills);
         let span = tracing::info_span!(
             "stream",
             hop = 12,
@@ -127,10 +130,10 @@ impl Stream for EventStream {
             || Err(Consequence::Lost.status("the decode worker's device thread has ended")),
             |event| this.encode(event, context),
         );
-        let ends = !matches!(
-            item,
-            Ok(v1::DecodeEvent { event: Some(Event::Ticket(_) | Event::Handoff(_) | Event::Tokens(_)) })
-        );
+        let ends = match &item {
+            Ok(v1::DecodeEvent { event }) => matches!(event, Some(Event::Finished(_)) | None),
+            Err(_) => true,
+        };
         if ends {
             this.open = false;
             tracing::debug!(?item, "stream ends");
@@ -165,6 +168,18 @@ impl EventStream {
     fn encode(&mut self, event: SequenceEvent, context: &mut Context<'_>) -> Result<v1::DecodeEvent, Status> {
         let event = match event {
             SequenceEvent::Ticket(ticket) => Event::Ticket(ticket.to_wire()),
+            SequenceEvent::Reserved { incarnation, name } => {
+                Event::Reserved(v1::Reserved { incarnation, ticket_id: name.0 })
+            }
+            SequenceEvent::FirstToken { sampled, queue, compute, cached_tokens } => {
+                Event::FirstToken(v1::FirstToken {
+                    token: Some(token(sampled, self.logprobs)),
+                    queue_us: micros(queue),
+                    compute_us: micros(compute),
+                    cached_tokens: u32::try_from(cached_tokens).unwrap_or(u32::MAX),
+                    prompt: Vec::new(),
+                })
+            }
             SequenceEvent::HandedOff { handoff } => {
                 Event::Handoff(v1::HandoffDone { handoff_us: micros(handoff) })
             }

@@ -86,6 +86,7 @@ pub async fn start(config: Config, node: Node) -> Result<Handle, Error> {
 
     let metrics = Metrics::new(node.engine.kv().blocks());
     let intake = Arc::new(Intake::new(node.engine.config(), node.engine.fingerprint().clone()));
+    let prefill_tokens_max = config.prefill_tokens_max.min(node.engine.step_tokens_max());
     let device =
         start_device(&config, (node.engine, node.tier), node.receiver, Arc::clone(&intake), metrics.clone())?;
     let service = DecodeService {
@@ -96,6 +97,7 @@ pub async fn start(config: Config, node: Node) -> Result<Handle, Error> {
         incarnation: node.incarnation,
         metrics: metrics.clone(),
         events_queued_max: config.events_queued_max,
+        prefills: config.prefill_tokens_max > 0,
     };
 
     let (health, health_service) = tonic_health::server::health_reporter();
@@ -116,7 +118,15 @@ pub async fn start(config: Config, node: Node) -> Result<Handle, Error> {
     let unwell = Arc::new(AtomicBool::new(false));
     let watch = Watch::new(config.progress_stall_max(), Progress::of(&metrics), Instant::now());
     tasks.spawn(watch.report(metrics.clone(), device.ended.clone(), health, Arc::clone(&unwell)));
-    let report = Report { info, metrics: metrics.clone(), draining: Arc::clone(&draining), unwell };
+    let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+    let report = Report {
+        info,
+        batch_max: count(config.batch_max),
+        step_prompt_tokens_max: count(prefill_tokens_max),
+        metrics: metrics.clone(),
+        draining: Arc::clone(&draining),
+        unwell,
+    };
     let announcement = announce(node.routers, node.identity, move || report.now());
     tracing::info!(%control_address, "decode worker serves");
     Ok(Handle {
@@ -195,11 +205,22 @@ fn start_device(
         kv_blocks: engine.kv().blocks(),
         block_tokens: engine.kv_layout().block_tokens,
         reader_stall_max: config.reader_stall_max(),
+        rerun_tokens: usize::from(config.drafts_with(&engine)),
     });
     let inputs = Inputs { submissions: submitted, finishes: finished, doorbell: heard, drain: drain_by };
     let speculation = config.drafts_with(&engine).then(|| Speculation::new(config.draft_tokens_max));
-    let worker =
-        Worker::new(Parts { engine, tier, scheduler, receiver, intake, inputs, metrics, speculation });
+    let prefill_tokens_max = config.prefill_tokens_max.min(engine.step_tokens_max());
+    let worker = Worker::new(Parts {
+        engine,
+        tier,
+        scheduler,
+        receiver,
+        intake,
+        inputs,
+        metrics,
+        speculation,
+        prefill_tokens_max,
+    });
     let run = move || {
         let _alive = alive;
         worker.run();
@@ -240,6 +261,8 @@ impl Handle {
 /// What the routers are told.
 struct Report {
     info: v1::WorkerInfo,
+    batch_max: u32,
+    step_prompt_tokens_max: u32,
     metrics: Metrics,
     draining: Arc<AtomicBool>,
     unwell: Arc<AtomicBool>,
@@ -255,11 +278,11 @@ impl Report {
             running: count(self.metrics.running.get()),
             waiting: count(self.metrics.waiting.get().saturating_add(self.metrics.queued_total())),
             queued: count(self.metrics.queued_total()),
-            waiting_tokens: 0,
-            prompt_tokens_per_s: 0,
-            step_us: 0,
-            batch_max: 0,
-            step_prompt_tokens_max: 0,
+            waiting_tokens: u64::try_from(self.metrics.waiting_tokens.get()).unwrap_or(0),
+            prompt_tokens_per_s: u64::try_from(self.metrics.prompt_tokens_per_s.get()).unwrap_or(0),
+            step_us: u64::try_from(self.metrics.step_us.get()).unwrap_or(0),
+            batch_max: self.batch_max,
+            step_prompt_tokens_max: self.step_prompt_tokens_max,
             runnable: count(self.metrics.runnable.get()),
             kv_blocks_free: count(self.metrics.blocks_free.get()),
             // A worker that does not move must get no more requests either.

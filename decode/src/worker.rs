@@ -1,6 +1,6 @@
 //! Hop 11: the device thread. It owns engine, KV pool, scheduler, receiver and samplers; nobody else touches them.
 //!
-//! One round is `receive → schedule → step → postprocess`. Everything that reaches the thread does so in `receive`, over
+//! One round is `receive → schedule → step → postprocess → prefill`, the last for prompts that are left to this worker. Everything that reaches the thread does so in `receive`, over
 //! bounded channels that it never waits on while it has work; everything that leaves does so in `postprocess`, into
 //! queues that it never waits on at all. Without work it sleeps until something arrives or falls due.
 //!
@@ -8,6 +8,7 @@
 //! `Receiver::poll` here, so once a ticket is revoked here no write to its blocks is left anywhere.
 
 mod owed;
+mod prompt;
 mod step;
 
 use std::collections::BTreeMap;
@@ -24,10 +25,10 @@ use proto::trace::TraceContext;
 use tracing::Span;
 
 use crate::error::{Failure, Refusal};
-use crate::intake::{Intake, Submission, arm, queue};
+use crate::intake::{Intake, Submission, arm, name, queue};
 use crate::metrics::{Metrics, as_gauge};
 use crate::outbox::{Outbox, SequenceEvent};
-use crate::scheduler::{End, Event, Limits, Scheduler, SequenceId};
+use crate::scheduler::{End, Event, Limits, Scheduler, Sequence, SequenceId};
 use crate::speculation::Speculation;
 
 /// An idle thread still goes round this often, so that health can tell idle from dead.
@@ -56,6 +57,8 @@ pub(crate) struct Parts {
     pub(crate) metrics: Metrics,
     /// With an MTP module in the engine, if drafts are wanted.
     pub(crate) speculation: Option<Speculation>,
+    /// Prompt tokens between two steps.
+    pub(crate) prefill_tokens_max: usize,
 }
 
 /// The device thread's state.
@@ -79,6 +82,9 @@ pub(crate) struct Worker {
     buffers: step::Buffers,
     sampled: Vec<step::Token>,
     speculation: Option<Speculation>,
+    prompts: prompt::Prompts,
+    /// One row of logits, reused.
+    sampled_row: Vec<f32>,
 }
 
 /// One sequence's share of the worker, besides its blocks.
@@ -89,6 +95,7 @@ struct Seat {
     outbox: Outbox,
     sampler: SequenceSampler,
     rows: step::Rows,
+    prompt: prompt::Prompt,
     /// When it was submitted, and from its ticket on when that was issued.
     issued_at: Instant,
     committed_at: Option<Instant>,
@@ -99,7 +106,17 @@ struct Seat {
 
 impl Worker {
     pub(crate) fn new(parts: Parts) -> Self {
-        let Parts { engine, tier, scheduler, receiver, intake, inputs, metrics, speculation } = parts;
+        let Parts {
+            engine,
+            tier,
+            scheduler,
+            receiver,
+            intake,
+            inputs,
+            metrics,
+            speculation,
+            prefill_tokens_max,
+        } = parts;
         let vocab_size = engine.config().vocab_size;
         let Limits { batch_max, step_rows_max, .. } = *scheduler.limits();
         Self {
@@ -117,6 +134,8 @@ impl Worker {
             buffers: step::Buffers::new(batch_max, vocab_size),
             sampled: Vec::with_capacity(batch_max * step_rows_max),
             speculation,
+            prompts: prompt::Prompts::new(prefill_tokens_max),
+            sampled_row: Vec::new(),
         }
     }
 
@@ -126,6 +145,7 @@ impl Worker {
             self.schedule();
             let outcome = self.step();
             self.postprocess(outcome);
+            self.prefill();
         }
         if self.tier.has_disk() {
             self.scheduler.keep_cached(&mut self.tier.behind(self.engine.kv_mut()));
@@ -224,6 +244,7 @@ impl Worker {
                     outbox,
                     sampler,
                     rows: step::Rows::default(),
+                    prompt: prompt::Prompt::default(),
                     issued_at: now,
                     committed_at: None,
                     first_step_at: None,
@@ -246,14 +267,20 @@ impl Worker {
         loop {
             let mut tier = self.tier.behind(self.engine.kv_mut());
             let Some((id, queued)) = self.scheduler.admit_next(&mut tier, now) else { break };
-            let armed = arm(&mut self.scheduler, &mut self.receiver, id, now);
+            let reserved = if self.scheduler.sequence(id).is_some_and(Sequence::prefills_here) {
+                let name = name(&mut self.scheduler, id, now);
+                Ok(SequenceEvent::Reserved { incarnation: self.receiver.incarnation(), name })
+            } else {
+                let ticket = arm(&mut self.scheduler, &mut self.receiver, id, now);
+                ticket.map(|ticket| SequenceEvent::Ticket(Box::new(ticket)))
+            };
             let Some(seat) = self.seats.get_mut(&id) else { continue };
-            match armed {
-                Ok(ticket) => {
+            match reserved {
+                Ok(reserved) => {
                     self.metrics.admitted.inc();
                     self.metrics.queued_for(seat.priority, queued);
                     seat.issued_at = now;
-                    seat.outbox.send(SequenceEvent::Ticket(Box::new(ticket)));
+                    seat.outbox.send(reserved);
                 }
                 Err(refusal) => {
                     self.metrics.refused(refusal.kind());
@@ -334,8 +361,17 @@ impl Worker {
         let now = Instant::now();
         match outcome {
             Ok(()) => self.deliver(now),
-            Err(error) => self.fail_batch(error, now),
+            Err(error) => {
+                let ids = std::mem::take(&mut self.batch);
+                self.fail_step(&ids, error, now);
+                self.batch = ids;
+            }
         }
+        self.settle(now);
+    }
+
+    /// Gives back what ended sequences hold, to those that wait for it.
+    fn settle(&mut self, now: Instant) {
         self.release_finished(now);
         // What they gave back may be what somebody waits for, and there may be no other reason to go round again.
         self.admit(now);
@@ -358,15 +394,15 @@ impl Worker {
     }
 
     /// A failed step left unusable KV rows behind, for its own sequences only. The worker goes on with the others.
-    fn fail_batch(&mut self, error: StepError, now: Instant) {
-        tracing::warn!(%error, sequences = self.batch.len(), "a decode step failed");
+    fn fail_step(&mut self, ids: &[SequenceId], error: StepError, now: Instant) {
+        tracing::warn!(%error, sequences = ids.len(), "a step failed");
         if let Some(error) = error.device_failure() {
             // Nothing that it is asked from now on would be answered: the worker ends, and is started anew.
             tracing::error!(%error, cause = ?std::error::Error::source(error), "the device failed");
             self.drain_by = Some(now);
         }
         let error = Arc::new(error);
-        for &id in &self.batch {
+        for &id in ids {
             self.scheduler.apply(id, Event::Failed(Failure::Step(Arc::clone(&error))), now);
         }
     }
@@ -427,6 +463,8 @@ impl Worker {
         self.metrics.running.set(as_gauge(self.scheduler.running()));
         self.metrics.runnable.set(as_gauge(self.scheduler.runnable()));
         self.metrics.waiting.set(as_gauge(self.scheduler.waiting()));
+        self.metrics.waiting_tokens.set(as_gauge(self.scheduler.uncomputed_tokens()));
+        self.metrics.step_us.set(i64::try_from(self.step_time.as_micros()).unwrap_or(i64::MAX));
         for priority in Priority::ALL {
             self.metrics.queued[priority as usize].set(as_gauge(self.scheduler.queued(priority)));
         }

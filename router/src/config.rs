@@ -11,6 +11,7 @@ use proto::share::WEIGHT_MAX;
 use serde::{Deserialize, Serialize};
 
 use crate::admission::door::Limits;
+use crate::placement::disaggregation::PrefillOnDecode;
 
 /// The most choices of one prompt (`n`): the public protocol states it.
 pub const CHOICES_MAX: u32 = 16;
@@ -51,6 +52,9 @@ pub struct Config {
     pub ttft_ms_max: u64,
     /// That of batch requests (`service_tier = "flex"`), at least `ttft_ms_max`.
     pub batch_ttft_ms_max: u64,
+    /// Which prompts decode computes instead of having them handed over: `auto`, those that cost less there by what was measured;
+    /// `never`; `always`.
+    pub prefill_on_decode: PrefillOnDecode,
     /// Milliseconds from receipt to the last token; a client may ask for less.
     pub deadline_ms_max: u64,
     /// Milliseconds without a report after which a worker is dead. Workers report every 250.
@@ -82,6 +86,7 @@ impl Default for Config {
             // Behind it most people have given up; and prefill's queue in front of a first token costs nothing but time.
             ttft_ms_max: 5000,
             batch_ttft_ms_max: 60_000,
+            prefill_on_decode: PrefillOnDecode::Auto,
             deadline_ms_max: 600_000,
             lease_ms: 1500,
             stall_ms_max: 10_000,

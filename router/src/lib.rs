@@ -31,6 +31,7 @@ mod worker;
 pub use admission::{door, estimate};
 pub use config::{CHOICES_MAX, Config, ConfigError};
 pub use error::{FieldProblem, RequestError, StartError};
+pub use placement::disaggregation::{self, PrefillOnDecode};
 pub use placement::{Disagreement, PlacementError};
 pub use served_model::ServedModel;
 pub use server::{Handle, Node, start};

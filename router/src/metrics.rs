@@ -26,6 +26,7 @@ pub(crate) struct Metrics {
     pub workers_refused: Counter,
     queued: Family<Labels<1>, Gauge>,
     turned_away: Family<Labels<2>, Counter>,
+    prefills: Family<Labels<1>, Counter>,
     expected_ttft: Family<Labels<1>, Histogram, fn() -> Histogram>,
     /// Prompt tokens let in whose request has no first token yet.
     pub ahead: Gauge,
@@ -58,6 +59,7 @@ impl Metrics {
             workers_refused: Counter::default(),
             queued: Family::default(),
             turned_away: Family::default(),
+            prefills: Family::default(),
             expected_ttft: Family::new_with_constructor(seconds as fn() -> Histogram),
             ahead: Gauge::default(),
             queue: Family::new_with_constructor(seconds as fn() -> Histogram),
@@ -91,6 +93,11 @@ impl Metrics {
             "turned_away",
             "Requests that got 429 at the door, by class and reason",
             metrics.turned_away.clone(),
+        );
+        registry.register(
+            "prefills",
+            "Prompts by the tier that was to compute them",
+            metrics.prefills.clone(),
         );
         registry.register_with_unit(
             "expected_ttft",
@@ -153,6 +160,11 @@ impl Metrics {
     /// Notes how long a request waited for admission, whatever came of it.
     pub fn queued_for(&self, priority: Priority, time: Duration) {
         self.queue.get_or_create(&[("class", priority.name())]).observe(time.as_secs_f64());
+    }
+
+    /// Counts a prompt that `tier` is to compute.
+    pub fn prefilled_on(&self, tier: &'static str) {
+        self.prefills.get_or_create(&[("tier", tier)]).inc();
     }
 
     /// Counts the tokens of a request.

@@ -8,8 +8,9 @@
 mod silence;
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
@@ -26,6 +27,7 @@ use self::silence::Silence;
 use crate::admission::Cluster;
 use crate::config::Config;
 use crate::metrics::Metrics;
+use crate::placement::disaggregation::{Decision, PrefillOnDecode};
 use crate::placement::{self, Need, PlacementError, PrefixIndex, Prefixes, Tier, WorkerLoad};
 use crate::worker::{Assignment, Worker, WorkerKey};
 
@@ -59,8 +61,10 @@ pub(crate) enum Refusal {
 pub(crate) struct Placed {
     pub prefill: Assignment,
     pub decode: Assignment,
-    /// Prompt tokens that are thought to be nowhere.
+    /// Prompt tokens that must be computed, where that is.
     pub computed: u64,
+    /// Where.
+    pub decision: Decision,
 }
 
 /// The table of live workers.
@@ -75,7 +79,10 @@ pub(crate) struct Registry {
     identity: Identity,
     metrics: Arc<Metrics>,
     workers_max: usize,
-    lease: std::time::Duration,
+    lease: Duration,
+    policy: PrefillOnDecode,
+    /// Mean of the last hand-overs, microseconds; 0 before the first.
+    handover_us: AtomicU64,
 }
 
 /// A table entry: the worker, and which of its connections speaks for it.
@@ -96,6 +103,8 @@ impl Registry {
             metrics,
             workers_max: config.workers_max,
             lease: config.lease(),
+            policy: config.prefill_on_decode,
+            handover_us: AtomicU64::new(0),
         }
     }
 
@@ -120,21 +129,37 @@ impl Registry {
             load.matched_tokens = held.matched_tokens(&load.key, prompt, block_tokens);
         }
         let pair = placement::place(&loads, need)?;
+        let load = |key: &WorkerKey| loads.iter().find(|load| load.key == *key);
+        let prefill_load = load(&pair.prefill).ok_or(PlacementError::NoPrefill)?;
+        let decode_load = load(&pair.decode).ok_or(PlacementError::NoDecode)?;
+        let handover = Duration::from_micros(self.handover_us.load(Ordering::Relaxed));
+        let decision = placement::decide(self.policy, (prefill_load, decode_load), need, handover);
         let find = |key: &WorkerKey| workers.iter().find(|worker| worker.key == *key);
         let prefill = find(&pair.prefill).ok_or(PlacementError::NoPrefill)?;
         let decode = find(&pair.decode).ok_or(PlacementError::NoDecode)?;
-        for worker in [prefill, decode] {
-            note(&mut held, worker, prompt);
+        note(&mut held, decode, prompt);
+        if !decision.on_decode {
+            note(&mut held, prefill, prompt);
         }
         // The sum of what is waited for is what is computed, not what is found.
-        let matched =
-            loads.iter().find(|load| load.key == pair.prefill).map_or(0, |load| load.matched_tokens);
-        let computed = need.prompt_tokens.saturating_sub(matched).max(1);
+        let computes = if decision.on_decode { decode_load } else { prefill_load };
+        let computed = need.prompt_tokens.saturating_sub(computes.matched_tokens).max(1);
+        let (on_prefill, on_decode) = if decision.on_decode { (0, computed) } else { (computed, 0) };
+        let prompt_tokens = if decision.on_decode { 0 } else { need.prompt_tokens };
         Ok(Placed {
-            prefill: prefill.assign(computed, need.prompt_tokens),
-            decode: decode.assign(0, need.prompt_tokens),
+            prefill: prefill.assign(on_prefill, prompt_tokens),
+            decode: decode.assign(on_decode, need.prompt_tokens),
             computed,
+            decision,
         })
+    }
+
+    /// A hand-over took so long, from the first token to a sequence that runs.
+    pub fn observe_handover(&self, took: Duration) {
+        let took = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        let smoothed = |mean: u64| Some(if mean == 0 { took } else { mean - mean / 16 + took / 16 });
+        // Never fails: there is always a next value.
+        let _ = self.handover_us.fetch_update(Ordering::Relaxed, Ordering::Relaxed, smoothed);
     }
 
     /// A sequence has ended on `worker`, which holds all of its `tokens` now.
@@ -149,7 +174,7 @@ impl Registry {
         let loads: Vec<WorkerLoad> = self.workers.iter().map(|lease| lease.worker.load()).collect();
         Cluster {
             lifetime_tokens_max: placement::lifetime_tokens_max(&loads),
-            pace: placement::prefill_pace(&loads),
+            pace: placement::prefill_pace(&loads, self.policy),
         }
     }
 

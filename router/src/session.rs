@@ -20,7 +20,7 @@ use model::TokenId;
 use proto::control::Consequence;
 use proto::v1;
 use tokio::sync::mpsc;
-use tracing::{Instrument, debug, info, info_span};
+use tracing::{Instrument, debug, field, info, info_span};
 
 use self::attempt::{Attempt, ChoiceReport, Failure};
 pub(crate) use self::event::{Delta, Event, Finish, FinishReason, StopCause};
@@ -29,6 +29,7 @@ use crate::admission::{Admitted, AdmittedPrompt, Reasoning};
 use crate::detokenise::ChoiceText;
 use crate::error::{FieldProblem, RequestError};
 use crate::metrics::Metrics;
+use crate::placement::disaggregation::Decision;
 use crate::placement::{Need, PlacementError, Prefixes};
 use crate::reasoning::ReasoningSplitter;
 use crate::registry::{Placed, Registry};
@@ -215,15 +216,32 @@ impl Choice<'_> {
     fn place(&self, excluded: &[crate::worker::WorkerKey]) -> Result<Placed, RequestError> {
         let prompt_tokens = self.prompt.tokens.len() as u64;
         let lifetime_tokens = prompt_tokens + u64::from(self.prompt.stopping.max_tokens);
-        let need = Need { prompt_tokens, lifetime_tokens, excluded };
+        let only_prefill = self.admitted.prompt_logprobs.is_some();
+        let need = Need { prompt_tokens, lifetime_tokens, only_prefill, excluded };
         let mut prompt = Prefixes::new(self.admitted.context.tenant.cache_salt, &self.prompt.tokens);
-        let span = info_span!("placement", hop = 3, request_id = %self.admitted.context.request_id);
-        span.in_scope(|| self.context.registry.place(&need, &mut prompt)).map_err(|error| match error {
+        let span = info_span!(
+            "placement",
+            hop = 3,
+            request_id = %self.admitted.context.request_id,
+            prefill_on = field::Empty,
+            computed_tokens = field::Empty,
+            local_us = field::Empty,
+            remote_us = field::Empty,
+        );
+        let placed = span.in_scope(|| self.context.registry.place(&need, &mut prompt));
+        let placed = placed.map_err(|error| match error {
             PlacementError::TooLong { .. } => {
                 RequestError::field("max_tokens", FieldProblem::Unplaceable(error))
             }
             error => RequestError::NoWorker(error),
-        })
+        })?;
+        let Decision { local, remote, .. } = placed.decision;
+        span.record("prefill_on", placed.decision.name());
+        span.record("computed_tokens", placed.computed);
+        span.record("local_us", micros(local));
+        span.record("remote_us", micros(remote));
+        self.context.metrics.prefilled_on(placed.decision.name());
+        Ok(placed)
     }
 
     async fn wait_for_change(&self, patience: Instant) -> Result<(), RequestError> {

@@ -11,7 +11,7 @@ use proto::v1;
 use tokio::sync::watch;
 use tonic::transport::Channel;
 
-use crate::placement::{Tier, WorkerLoad};
+use crate::placement::{StepLoad, Tier, WorkerLoad};
 
 /// A worker's name and process: a restarted worker is another one.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -122,6 +122,12 @@ impl Worker {
             kv_block_tokens: u64::from(self.info.kv_block_tokens).max(1),
             queued: report.queued.into(),
             prompt_tokens_per_s: report.prompt_tokens_per_s,
+            step: StepLoad {
+                running: u64::from(report.running),
+                time: Duration::from_micros(report.step_us),
+                batch_max: report.batch_max.into(),
+                prompt_tokens_max: report.step_prompt_tokens_max.into(),
+            },
             matched_tokens: 0,
         }
     }

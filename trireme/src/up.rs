@@ -11,6 +11,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use bench::client::Client;
 use model::{Device, KvFormat, ModelConfig, Numerics};
+use router::PrefillOnDecode;
 use serde_json::{Value, json};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -70,6 +71,18 @@ pub struct Shape {
     /// Whether decode drafts tokens with the checkpoint's MTP module: answers are the same, sooner.
     #[arg(long, value_enum, default_value_t = Mtp::Auto)]
     pub mtp: Mtp,
+    /// Which prompts decode computes instead of having them handed over: auto, never or always.
+    #[arg(long, default_value = "auto")]
+    pub prefill_on_decode: PrefillOnDecode,
+    /// The router's objective, milliseconds to the first token: a request that cannot be expected to meet it gets 429.
+    #[arg(long)]
+    pub ttft_ms_max: Option<u64>,
+    /// Sequences that the router lets in at once.
+    #[arg(long)]
+    pub sequences_max: Option<usize>,
+    /// Requests that may wait at the router.
+    #[arg(long)]
+    pub queue_max: Option<usize>,
 }
 
 /// Flags of `trireme up`.
@@ -148,6 +161,17 @@ impl Shape {
         }
         config.cache.disk_bytes = self.cache_disk_bytes;
         config.cache.disk_path.clone_from(&self.cache_disk_path);
+        config.router.prefill_on_decode = self.prefill_on_decode;
+        if let Some(ms) = self.ttft_ms_max {
+            config.router.ttft_ms_max = ms;
+            config.router.batch_ttft_ms_max = config.router.batch_ttft_ms_max.max(ms);
+        }
+        if let Some(sequences) = self.sequences_max {
+            config.router.sequences_max = sequences;
+        }
+        if let Some(requests) = self.queue_max {
+            config.router.queue_max = requests;
+        }
         config.router.http_listen = http;
         config.router.grpc_listen = grpc;
         config.router.control_listen = control;

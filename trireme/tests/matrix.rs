@@ -1,9 +1,9 @@
 //! The invariance matrix: batch composition × chunk size × prefix hit or miss × MTP on or off × experts local or on one, two or
-//! three workers × threads × numerics and KV format, on a fixture and on the demo model, on the CPU or on what
-//! `TRIREME_TEST_DEVICE` names. All give the tokens and the
+//! three workers × threads × prompts on prefill or on decode × numerics and KV format, on a fixture and on the demo model, on the
+//! CPU or on what `TRIREME_TEST_DEVICE` names. All give the tokens and the
 //! log-probabilities of one engine that runs each request alone, its prompt in one chunk, without drafts and cache.
 //!
-//! The full product has 2 × 4 × 3 × 2 × 4 × 2 = 384 clusters, each asked in three ways. Here a *covering* selection runs: every
+//! The full product has 2 × 4 × 3 × 4 × 2 × 2 × 3 = 1,152 clusters, each asked in three ways. Here a *covering* selection runs: every
 //! pair of settings of any two factors occurs together in one of its clusters, and in every cluster all requests are
 //! asked one by one (prefixes missed), one by one again (found), and all at once among others that share and
 //! extend their prompts (found in part).
@@ -17,6 +17,7 @@ use engine::{Draw, Engine, EngineOptions, LogitsWanted, SequenceInput, SequenceS
 use futures::future::join_all;
 use model::{BlockId, Checkpoint, KvFormat, Numerics, SamplingParams, TokenId};
 use proto::v1::{GeneratedToken, Sampling, TokenLogprob};
+use router::PrefillOnDecode;
 use support::{Ask, TokenBits, ask, bits, demo, device, fixture, grpc, in_process_with};
 use trireme::cluster::{Carrier, Cluster};
 
@@ -34,9 +35,20 @@ const EXPERTS: [usize; 4] = [0, 1, 2, 3];
 const THREADS: [usize; 2] = [1, 2];
 const MTP: [&str; 2] = ["off", "auto"];
 
-/// How many settings each factor has: model, cache, chunk, experts, threads, MTP.
-const LEVELS: [usize; 6] =
-    [MODELS.len(), CACHES.len(), CHUNKS.len(), EXPERTS.len(), THREADS.len(), MTP.len()];
+/// Which prompts decode computes.
+const PREFILL_ON_DECODE: [PrefillOnDecode; 3] =
+    [PrefillOnDecode::Never, PrefillOnDecode::Always, PrefillOnDecode::Auto];
+
+/// How many settings each factor has: model, cache, chunk, experts, threads, MTP, where prompts are computed.
+const LEVELS: [usize; 7] = [
+    MODELS.len(),
+    CACHES.len(),
+    CHUNKS.len(),
+    EXPERTS.len(),
+    THREADS.len(),
+    MTP.len(),
+    PREFILL_ON_DECODE.len(),
+];
 
 /// A setting of each factor.
 type Case = [usize; LEVELS.len()];
@@ -168,7 +180,8 @@ fn answer(engine: &mut Engine, block_table: &[BlockId], request: &Ask) -> Vec<To
 }
 
 async fn check(case: &Case, requests: &[Ask], expected: &[Vec<TokenBits>]) {
-    let [name, cache, chunk, experts, threads, mtp] = *case;
+    let [name, cache, chunk, experts, threads, mtp, place] = *case;
+    let policy = PREFILL_ON_DECODE[place];
     let (numerics, kv_format) = CACHES[cache];
     let flags = format!(
         "--device {} --numerics {numerics} --kv-format {kv_format} --expert {} --threads {} --mtp {} --kv-blocks-max 256",
@@ -177,9 +190,11 @@ async fn check(case: &Case, requests: &[Ask], expected: &[Vec<TokenBits>]) {
         THREADS[threads],
         MTP[mtp]
     );
-    let what = format!("{} {flags}, chunks of {}", MODELS[name], CHUNKS[chunk]);
+    let what = format!("{} {flags}, chunks of {}, prompts on decode {policy:?}", MODELS[name], CHUNKS[chunk]);
     let cluster = in_process_with(&model(MODELS[name]), &flags, Carrier::InProcess, |config| {
         config.prefill.step_tokens_max = CHUNKS[chunk];
+        config.decode.prefill_tokens_max = CHUNKS[chunk];
+        config.router.prefill_on_decode = policy;
     })
     .await;
     let client = grpc(cluster.grpc_address()).await;
@@ -197,6 +212,11 @@ async fn check(case: &Case, requests: &[Ask], expected: &[Vec<TokenBits>]) {
     let drafted = metric(&cluster, "decode_drafted_tokens_total{position=\"1\"}");
     let hits = metric(&cluster, "decode_prefix_hit_tokens_total")
         + metric(&cluster, "prefill_prefix_hit_tokens_total");
+    let here = metric(&cluster, "decode_prompt_tokens_total");
+    assert_eq!(here > 0, policy != PrefillOnDecode::Never, "{what}: prompt tokens on decode");
+    let there = metric(&cluster, "prefill_tokens_total");
+    assert_eq!(there > 0, policy != PrefillOnDecode::Always, "{what}: prompt tokens on prefill");
+    println!("{what}: {here} prompt tokens on decode, {there} on prefill");
     println!("{what}: {accepted} of {drafted} first drafts accepted, {hits} prefix tokens found");
     assert_eq!(drafted > 0, MTP[mtp] == "auto", "{what}: drafts");
     // The fixture's weights are random, and so is what its module drafts.

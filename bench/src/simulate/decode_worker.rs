@@ -6,9 +6,11 @@ use std::time::{Duration, Instant};
 
 use decode::Failure;
 use decode::finish::FinishRule;
-use decode::scheduler::{Admission, End, Event, Limits, Scheduler, SequenceId};
+use decode::scheduler::{Admission, Chunk, End, Event, Limits, Scheduler, SequenceId};
 use model::{Stopping, TokenId};
+use proto::pace::Pace;
 use proto::share::{Priority, Share};
+use router::disaggregation::Local;
 
 use super::step_time::StepTime;
 
@@ -19,6 +21,8 @@ pub const END: TokenId = TokenId(1);
 #[derive(Debug)]
 pub struct Wanted {
     pub request: usize,
+    /// Its prompt is computed here.
+    pub prefill_here: bool,
     pub prompt: Arc<[TokenId]>,
     pub tokens_max: u32,
 }
@@ -36,6 +40,13 @@ pub struct Ended {
 pub struct DecodeWorker {
     scheduler: Scheduler,
     time: StepTime,
+    prompt_time: StepTime,
+    prefill_tokens_max: usize,
+    batch_max: usize,
+    chunks: Vec<Chunk>,
+    /// What the last step took, and what chunks take.
+    step_took: Duration,
+    pace: Pace,
     ids: HashMap<usize, SequenceId>,
     requests: HashMap<SequenceId, usize>,
     step: Vec<SequenceId>,
@@ -45,7 +56,13 @@ pub struct DecodeWorker {
 }
 
 impl DecodeWorker {
-    pub fn new(kv_blocks: usize, block_tokens: usize, batch_max: usize, time: StepTime) -> Self {
+    /// `time` of a step, `prompt_time` of chunks of prompts, which run as they do on prefill.
+    pub fn new(
+        kv_blocks: usize,
+        block_tokens: usize,
+        batch_max: usize,
+        [time, prompt_time]: [StepTime; 2],
+    ) -> Self {
         let config = decode::Config::default();
         let scheduler = Scheduler::new(Limits {
             sequences_max: config.sequences_max.max(batch_max),
@@ -55,10 +72,18 @@ impl DecodeWorker {
             kv_blocks,
             block_tokens,
             reader_stall_max: Duration::from_secs(86_400),
+            // No drafts are simulated.
+            rerun_tokens: 0,
         });
         Self {
             scheduler,
             time,
+            prompt_time,
+            prefill_tokens_max: config.prefill_tokens_max,
+            batch_max,
+            chunks: Vec::new(),
+            step_took: Duration::ZERO,
+            pace: Pace::default(),
             ids: HashMap::new(),
             requests: HashMap::new(),
             step: Vec::new(),
@@ -87,6 +112,7 @@ impl DecodeWorker {
             share: Share::default(),
             rule: FinishRule::new(&stopping, &[END]),
             deadline: None,
+            prefill_here: wanted.prefill_here,
         };
         let Ok(id) = self.scheduler.submit(admission, now) else { return false };
         self.ids.insert(wanted.request, id);
@@ -117,24 +143,65 @@ impl DecodeWorker {
         }
     }
 
-    /// Starts the next step where none runs; returns how long it takes.
+    /// Starts the next round where none runs, a step and the chunks behind it; returns how long it takes.
     pub fn start(&mut self) -> Option<Duration> {
         if self.stepping {
             return None;
         }
         self.scheduler.schedule(&mut self.step, &mut ());
-        self.stepping = !self.step.is_empty();
+        self.scheduler.schedule_chunks(self.prefill_tokens_max, &mut self.chunks);
+        self.stepping = !self.step.is_empty() || !self.chunks.is_empty();
         self.batch_seen_max = self.batch_seen_max.max(self.step.len());
-        let lengths = self.step.iter().filter_map(|&id| self.scheduler.sequence(id)).map(|s| s.length());
-        self.stepping.then(|| self.time.of(self.step.len(), lengths.sum()))
+        let mut took = Duration::ZERO;
+        if !self.step.is_empty() {
+            let lengths = self.step.iter().filter_map(|&id| self.scheduler.sequence(id)).map(|s| s.length());
+            self.step_took = self.time.of(self.step.len(), lengths.sum());
+            took += self.step_took;
+        }
+        if !self.chunks.is_empty() {
+            let rows: usize = self.chunks.iter().map(|chunk| chunk.tokens).sum();
+            let context = self.chunks.iter().map(|c| c.tokens * (2 * c.start + c.tokens + 1) / 2).sum();
+            let chunks_take = self.prompt_time.of(rows, context);
+            self.pace.add(rows as u64, chunks_take);
+            took += chunks_take;
+        }
+        self.stepping.then_some(took)
     }
 
-    /// Ends the step with a token for each of its sequences, as `sample` draws them.
-    pub fn end_step(&mut self, now: Instant, mut sample: impl FnMut(usize) -> TokenId) {
+    /// Ends the round with a token for each of its sequences, as `sample` draws them. Returns the requests whose prompts were
+    /// computed, each with its tokens found in the cache.
+    pub fn end_step(
+        &mut self,
+        now: Instant,
+        mut sample: impl FnMut(usize) -> TokenId,
+    ) -> Vec<(usize, usize)> {
         self.stepping = false;
         for id in std::mem::take(&mut self.step) {
             let token = sample(self.requests[&id]);
             self.scheduler.apply(id, Event::Sampled(token), now);
+        }
+        let mut prompts = Vec::new();
+        for chunk in std::mem::take(&mut self.chunks) {
+            self.scheduler.apply(chunk.id, Event::Computed(chunk.tokens), now);
+            if chunk.last {
+                let block_tokens = self.scheduler.limits().block_tokens;
+                let shared = self.scheduler.sequence(chunk.id).map_or(0, |sequence| sequence.shared_blocks());
+                prompts.push((self.requests[&chunk.id], shared * block_tokens));
+            }
+        }
+        prompts
+    }
+
+    /// What a prompt would meet here; `missing_tokens` of its own.
+    pub fn local(&self, missing_tokens: u64) -> Local {
+        Local {
+            waiting_tokens: self.scheduler.uncomputed_tokens() as u64,
+            missing_tokens,
+            tokens_per_s: self.pace.per_s().map_or(0, |rate| rate as u64),
+            chunk_tokens: self.prefill_tokens_max as u64,
+            step: self.step_took,
+            running: self.scheduler.running() as u64,
+            batch_max: self.batch_max as u64,
         }
     }
 

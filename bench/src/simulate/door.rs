@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Instant;
 
-use proto::share::{Priority, Share};
+use proto::share::Share;
 use router::door::{Arrival, Ask, Door, EntryId, Limits, PrefillPace, Turn, Work};
 use router::estimate::Estimate;
 
@@ -114,11 +114,6 @@ impl Router {
     /// The longest that the queue has been.
     pub fn queue_seen_max(&self) -> usize {
         self.queue_seen_max
-    }
-
-    /// Requests that wait now.
-    pub fn queued(&self) -> usize {
-        self.door.queued(Priority::Interactive)
     }
 
     pub fn check(&self) {

@@ -26,6 +26,7 @@ pub(super) fn render(report: &Report) -> String {
         "prefill",
         "decode",
         "batch",
+        "on decode",
         "pauses",
         "events",
     ];
@@ -37,7 +38,9 @@ pub(super) fn render(report: &Report) -> String {
         let seen = [counts.router_queue_max, counts.prefill_queue_max, counts.decode_queue_max];
         row.extend(seen.map(|count| count.to_string()));
         row.push(counts.decode_batch_max.to_string());
-        row.extend([counts.memory_pauses, counts.events].map(|count| count.to_string()));
+        row.extend(
+            [counts.prefilled_on_decode, counts.memory_pauses, counts.events].map(|count| count.to_string()),
+        );
         row
     });
     let header = vec![header.map(str::to_owned).to_vec()];
@@ -46,6 +49,14 @@ pub(super) fn render(report: &Report) -> String {
         if let Some(peak) = &report.peak {
             let (load, goodput) = (point.summary.load, point.summary.goodput());
             let _ = writeln!(text, "{load}: goodput {:.1} % of the peak", 100.0 * goodput / peak.goodput);
+        }
+        if let Some(reuse) = &point.summary.reuse {
+            let share = 100.0 * reuse.found as f64 / reuse.reusable.max(1) as f64;
+            let (load, tokens) = (point.summary.load, reuse.reusable);
+            let _ = writeln!(
+                text,
+                "{load}: {share:.1} % of the {tokens} tokens of earlier prompts and answers found"
+            );
         }
         if let Some((found, held)) = point.counts.decode_reuse {
             let share = 100.0 * found as f64 / held.max(1) as f64;

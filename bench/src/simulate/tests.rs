@@ -53,7 +53,7 @@ fn turns_find_what_earlier_turns_left() {
     let (found, held) = counts.decode_reuse.expect("turns");
     assert!(found * 100 >= held * 97, "decode found {found} of {held} tokens");
     let reuse = summary.reuse.expect("turns");
-    assert!(reuse.found * 100 >= reuse.of_prompts * 97, "prefill: {reuse:?}");
+    assert!(reuse.found * 100 >= reuse.reusable * 97, "prompts and answers: {reuse:?}");
 }
 
 #[test]

@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use model::TokenId;
+use router::PrefillOnDecode;
+use router::disaggregation::{Remote, decide};
 use router::door::{Limits, PrefillPace};
 use serde::Serialize;
 use serde_json::json;
@@ -47,6 +49,8 @@ pub struct Shape {
     pub decode_step: StepTime,
     /// A hand-off's time.
     pub handoff: HandoffTime,
+    /// Which prompts decode computes.
+    pub prefill_on_decode: PrefillOnDecode,
 }
 
 /// What only a simulator can count. The first four are what the design promises.
@@ -70,6 +74,8 @@ pub struct Counts {
     pub decode_batch_max: usize,
     /// Turns for which no block was safe to give: the sequence keeps what it has and waits for a step.
     pub memory_pauses: u64,
+    /// Prompts that decode computed.
+    pub prefilled_on_decode: u64,
     /// Later turns: tokens that decode found, of those that an ideal cache of earlier turns holds.
     pub decode_reuse: Option<(u64, u64)>,
     /// Events in all.
@@ -82,10 +88,13 @@ struct Request {
     due: Duration,
     prompt: Arc<[TokenId]>,
     output_tokens: u32,
+    /// Tokens at its start that a prefill worker has computed for an earlier turn.
+    prefilled: u64,
     /// The last turn's prompt and answer, tokens.
     earlier: Option<(u64, u64)>,
     prefill: usize,
     decode: usize,
+    prefill_here: bool,
     shared_blocks: usize,
     cached_tokens: usize,
     answer: Vec<TokenId>,
@@ -132,7 +141,8 @@ impl<'a> World<'a> {
     /// An idle cluster. `point` tells its requests from other points'.
     pub fn new(shape: &'a Shape, workload: &'a Workload, point: u32) -> Self {
         let prefill = |_| PrefillWorker::new(shape.kv_blocks, BLOCK_TOKENS, shape.prefill_step);
-        let decode = |_| DecodeWorker::new(shape.kv_blocks, BLOCK_TOKENS, shape.batch_max, shape.decode_step);
+        let times = [shape.decode_step, shape.prefill_step];
+        let decode = |_| DecodeWorker::new(shape.kv_blocks, BLOCK_TOKENS, shape.batch_max, times);
         Self {
             shape,
             workload,
@@ -214,9 +224,11 @@ impl<'a> World<'a> {
             due,
             prompt: prompt.into(),
             output_tokens: plan.output_tokens,
+            prefilled: 0,
             earlier,
             prefill: 0,
             decode: 0,
+            prefill_here: false,
             shared_blocks: 0,
             cached_tokens: 0,
             answer: Vec::new(),
@@ -273,7 +285,10 @@ impl<'a> World<'a> {
             What::DecodeStep(worker) => {
                 let (now, clock) = (self.now, self.clock());
                 let requests = &mut self.requests;
-                self.decodes[worker].end_step(clock, |request| requests[request].sample(now));
+                let prompts = self.decodes[worker].end_step(clock, |request| requests[request].sample(now));
+                for (request, cached_tokens) in prompts {
+                    self.first_token_on_decode(request, cached_tokens);
+                }
                 self.go_round(worker);
             }
         }
@@ -304,12 +319,20 @@ impl<'a> World<'a> {
         let decode = (0..self.decodes.len()).min_by_key(|&worker| self.decodes[worker].load()).unwrap_or(0);
         let tokens_max = self.requests[request].output_tokens.max(self.shape.declare_max_tokens.unwrap_or(0));
         let now = self.clock();
-        let Request { prompt, .. } = &self.requests[request];
-        let wanted = Wanted { request, prompt: Arc::clone(prompt), tokens_max };
-        // Earlier turns were computed by some prefill worker, all but their answers.
-        let computed =
-            prompt.len() - self.requests[request].earlier.map_or(0, |(earlier, _)| earlier as usize);
-        self.router.placed(request, prompt.len(), computed);
+        let prompt = Arc::clone(&self.requests[request].prompt);
+        let (on_prefill, on_decode) = self.missing(request);
+        let remote = Remote {
+            waiting_tokens: self.prefills[prefill].load() as u64,
+            missing_tokens: on_prefill,
+            tokens_per_s: self.prefills[prefill].tokens_per_s().map_or(0, |rate| rate as u64),
+            handover: self.shape.handoff.of(on_decode.div_ceil(BLOCK_TOKENS as u64) as usize),
+        };
+        let local = self.decodes[decode].local(on_decode);
+        let prefill_here = decide(self.shape.prefill_on_decode, &local, &remote, false).on_decode;
+        let computed = if prefill_here { on_decode } else { on_prefill };
+        self.router.placed(request, prompt.len(), computed as usize);
+        self.requests[request].prefill_here = prefill_here;
+        let wanted = Wanted { request, prefill_here, prompt, tokens_max };
         (self.requests[request].prefill, self.requests[request].decode) = (prefill, decode);
         if self.decodes[decode].submit(wanted, now) {
             self.go_round(decode);
@@ -318,6 +341,16 @@ impl<'a> World<'a> {
             self.lose(request, "http_429");
             self.leave(request);
         }
+    }
+
+    /// Tokens of a prompt that are thought to be missing on prefill and on decode: prefill computed earlier turns, unless decode did,
+    /// and answers are decode's alone.
+    fn missing(&self, request: usize) -> (u64, u64) {
+        let Request { prompt, earlier, prefilled, .. } = &self.requests[request];
+        let whole = |tokens: u64| tokens / BLOCK_TOKENS as u64 * BLOCK_TOKENS as u64;
+        let on_decode = earlier.map_or(0, |(prompt, answer)| whole(prompt + answer - 1));
+        let prompt = prompt.len() as u64;
+        (prompt - whole(*prefilled).min(prompt - 1), prompt - on_decode.min(prompt - 1))
     }
 
     /// A round of a decode worker between two steps: ends, admissions, the next step.
@@ -334,8 +367,12 @@ impl<'a> World<'a> {
         while let Some((request, shared_blocks)) = self.decodes[worker].admit(now) {
             self.counts.admitted += 1;
             self.note_decode_reuse(request, shared_blocks);
-            let Request { prefill, prompt, .. } = &self.requests[request];
+            let Request { prefill, prompt, prefill_here, .. } = &self.requests[request];
             let (prefill, prompt) = (*prefill, Arc::clone(prompt));
+            if *prefill_here {
+                self.counts.prefilled_on_decode += 1;
+                continue;
+            }
             if self.prefills[prefill].submit(request, prompt, now).is_err() {
                 self.counts.refused_by_workers += 1;
                 self.decodes[worker].fail(request, now);
@@ -352,6 +389,17 @@ impl<'a> World<'a> {
         if let Some(took) = self.prefills[worker].start(now) {
             self.at(self.now + took, What::PrefillStep(worker));
         }
+    }
+
+    /// Decode has computed the prompt itself.
+    fn first_token_on_decode(&mut self, number: usize, cached_tokens: usize) {
+        let (now, clock) = (self.now, self.clock());
+        let request = &mut self.requests[number];
+        request.cached_tokens = cached_tokens;
+        let (first, decode) = (request.sample(now), request.decode);
+        self.router.answered(number, clock);
+        self.decodes[decode].hand_off(number, first, clock);
+        self.let_in();
     }
 
     fn first_token(&mut self, number: usize, cached_tokens: usize) {
@@ -377,8 +425,16 @@ impl<'a> World<'a> {
             let mut said = request.prompt.to_vec();
             request.prompt = Arc::from([]);
             said.append(&mut request.answer);
+            let prefilled = if request.prefill_here {
+                request.prefilled
+            } else {
+                earlier.map_or(0, |(prompt, _)| prompt)
+            };
             if turn < self.workload.turns {
                 self.expect(id, turn, self.now, said, earlier);
+                if let Some(next) = self.requests.last_mut() {
+                    next.prefilled = prefilled;
+                }
             }
         } else {
             self.lose(number, "failed");

@@ -46,6 +46,14 @@ impl Scheduler {
         assert!(sequence.generated <= sequence.rule.tokens_max(), "{id:?} exceeds max_tokens");
         assert!(finished || running == (sequence.generated > 0), "{id:?} runs from its first token on");
         assert!(running || !sequence.short, "{id:?} is short while it runs");
+        let prefilling = matches!(sequence.state, State::Prefilling { .. });
+        let listed = self.prefilling.iter().filter(|&&listed| listed == id).count();
+        assert_eq!(listed, usize::from(prefilling), "{id:?} is listed while its prompt is computed here");
+        if let State::Prefilling { computed } = sequence.state {
+            let found = sequence.shared_blocks() * self.limits.block_tokens;
+            assert!(computed + self.limits.rerun_tokens >= found, "{id:?} starts behind what it found");
+            assert!(computed <= sequence.prompt_tokens, "{id:?} computes its prompt");
+        }
         let Some(table) = &sequence.table else {
             return assert!((queued || finished) && sequence.ticket.is_none(), "{id:?} holds nothing");
         };

@@ -27,7 +27,7 @@ impl Scheduler {
     /// # Errors
     /// It would not fit an empty pool, or as many wait as may.
     pub fn submit(&mut self, admission: Admission, now: Instant) -> Result<SequenceId, NotAdmitted> {
-        let Admission { prompt, cache_salt, share, rule, deadline } = admission;
+        let Admission { prompt, cache_salt, share, rule, deadline, prefill_here } = admission;
         let prompt_tokens = prompt.len();
         let life_tokens = prompt_tokens + rule.tokens_max() as usize;
         let life_blocks = life_tokens.div_ceil(self.limits.block_tokens);
@@ -53,6 +53,7 @@ impl Scheduler {
             share,
             rule,
             deadline,
+            prefill_here,
             ticket: None,
         };
         self.queue.push(share, sequence.queue_cost(), id, now);
@@ -79,6 +80,12 @@ impl Scheduler {
         else {
             return None;
         };
+        if sequence.prefill_here {
+            let found = table.shared() * self.limits.block_tokens;
+            let computed = found.saturating_sub(self.limits.rerun_tokens);
+            sequence.state = State::Prefilling { computed };
+            self.prefilling.push_back(id);
+        }
         self.prefix.tokens += prompt.len() as u64;
         self.prefix.hit_tokens += (table.shared() * self.limits.block_tokens) as u64;
         let mut tokens: Vec<TokenId> = Vec::with_capacity(prompt.len() + sequence.rule.tokens_max() as usize);
@@ -100,8 +107,8 @@ impl Scheduler {
         let reservation = Reservation {
             salt: *cache_salt,
             prompt,
-            // Also the last block, when it is full: the first row that is computed here lies behind the prompt.
-            shared_max: prompt.len() / block_tokens,
+            // Also the last block, when it is full and the first row that is computed here lies behind the prompt.
+            shared_max: (prompt.len() - usize::from(sequence.prefill_here)) / block_tokens,
             blocks: prompt.len().div_ceil(block_tokens),
             blocks_max: life_blocks,
         };

@@ -30,6 +30,21 @@ pub struct Admission {
     pub rule: FinishRule,
     /// When nobody wants the answer any more.
     pub deadline: Option<Instant>,
+    /// Its prompt is computed here, not handed over.
+    pub prefill_here: bool,
+}
+
+/// Tokens `start..start + tokens` of a prompt that is computed here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Chunk {
+    /// Whose.
+    pub id: SequenceId,
+    /// Position of the first token.
+    pub start: usize,
+    /// Number of tokens, at least one.
+    pub tokens: usize,
+    /// Whether the prompt ends here, so that this chunk yields the first token.
+    pub last: bool,
 }
 
 /// What happens to a sequence.
@@ -37,7 +52,9 @@ pub struct Admission {
 pub enum Event {
     /// A ticket was issued for its blocks.
     Armed(TicketId),
-    /// All of its KV is committed; prefill sampled this token.
+    /// So many more tokens of its prompt were computed here.
+    Computed(usize),
+    /// The KV of its whole prompt is here; this token was sampled behind it.
     HandedOff(TokenId),
     /// A step sampled this token.
     Sampled(TokenId),
@@ -80,6 +97,7 @@ pub struct Sequence {
     pub(super) share: Share,
     pub(super) rule: FinishRule,
     pub(super) deadline: Option<Instant>,
+    pub(super) prefill_here: bool,
     /// Issued for these blocks: must be revoked before they are freed. Kept past the hand-off, because its name answers
     /// late duplicates for as long as the sequence lives.
     pub(super) ticket: Option<TicketId>,
@@ -91,6 +109,8 @@ pub(super) enum State {
     Queued { prompt: Arc<[TokenId]>, cache_salt: u64, since: Instant },
     /// Its KV is on the way.
     Waiting,
+    /// Its prompt is being computed here: so many tokens of it are.
+    Prefilling { computed: usize },
     /// `last` is sampled, its KV is not computed yet. `paused` since its reader fell behind.
     Running { last: TokenId, paused: Option<Instant> },
     /// Blocks are held until released.
@@ -106,6 +126,11 @@ impl Sequence {
     /// Blocks at the prompt's start that were here at admission: the first that a hand-off may write to is behind them.
     pub fn shared_blocks(&self) -> usize {
         self.table.as_ref().map_or(0, BlockTable::shared)
+    }
+
+    /// Whether its prompt is computed here.
+    pub fn prefills_here(&self) -> bool {
+        self.prefill_here
     }
 
     /// Tokens of the prompt.
@@ -127,7 +152,9 @@ impl Sequence {
     pub(super) fn owed_blocks(&self) -> usize {
         match self.state {
             State::Queued { .. } | State::Finished(_) => 0,
-            State::Waiting | State::Running { .. } => self.life_blocks - self.block_table().len(),
+            State::Waiting | State::Prefilling { .. } | State::Running { .. } => {
+                self.life_blocks - self.block_table().len()
+            }
         }
     }
 
@@ -144,7 +171,7 @@ impl Sequence {
     pub fn step_input(&self) -> Option<(&TokenId, usize)> {
         match &self.state {
             State::Running { last, .. } => Some((last, self.length() - 1)),
-            State::Queued { .. } | State::Waiting | State::Finished(_) => None,
+            State::Queued { .. } | State::Waiting | State::Prefilling { .. } | State::Finished(_) => None,
         }
     }
 

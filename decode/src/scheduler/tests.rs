@@ -20,6 +20,7 @@ const LIMITS: Limits = Limits {
     kv_blocks: 12,
     block_tokens: 4,
     reader_stall_max: Duration::from_millis(100),
+    rerun_tokens: 1,
 };
 
 fn rule(max_tokens: u32) -> FinishRule {
@@ -30,7 +31,8 @@ fn rule(max_tokens: u32) -> FinishRule {
 /// Prompts of one tenant begin alike.
 fn admission(prompt_tokens: usize, max_tokens: u32) -> Admission {
     let prompt = (0..prompt_tokens as u32).map(|token| TokenId(200 + token)).collect();
-    Admission { prompt, cache_salt: 0, share: Share::default(), rule: rule(max_tokens), deadline: None }
+    let rule = rule(max_tokens);
+    Admission { prompt, cache_salt: 0, share: Share::default(), rule, deadline: None, prefill_here: false }
 }
 
 /// Queues and admits; `None` when it has to wait.
@@ -265,7 +267,14 @@ fn a_prompt_of_full_blocks_is_shared_to_its_end_and_not_before_it_is_here() {
 /// One step of a random life. `usize` picks among the sequences that exist.
 #[derive(Clone, Debug)]
 enum Op {
-    Submit { share: Share, prompt_tokens: usize, max_tokens: u32, deadline_ms: Option<u64> },
+    Submit {
+        share: Share,
+        prompt_tokens: usize,
+        max_tokens: u32,
+        deadline_ms: Option<u64>,
+        prefill_here: bool,
+    },
+    Prefill(usize, TokenId),
     Admit,
     HandOff(usize, TokenId),
     Step(TokenId),
@@ -277,7 +286,9 @@ enum Op {
     RestoreAsked(usize),
     Restored(usize),
     FailAll,
-    Pass { ms: u64 },
+    Pass {
+        ms: u64,
+    },
     Release,
 }
 
@@ -289,11 +300,12 @@ fn share() -> impl Strategy<Value = Share> {
 fn op() -> impl Strategy<Value = Op> {
     let token = prop_oneof![1 => Just(EOS), 9 => (2u32..100).prop_map(TokenId)];
     prop_oneof![
-        6 => (share(), 1usize..20, 1u32..30, prop::option::of(1u64..300)).prop_map(
-            |(share, prompt_tokens, max_tokens, deadline_ms)| {
-                Op::Submit { share, prompt_tokens, max_tokens, deadline_ms }
+        6 => (share(), 1usize..20, 1u32..30, prop::option::of(1u64..300), any::<bool>()).prop_map(
+            |(share, prompt_tokens, max_tokens, deadline_ms, prefill_here)| {
+                Op::Submit { share, prompt_tokens, max_tokens, deadline_ms, prefill_here }
             }
         ),
+        4 => (1usize..30, token.clone()).prop_map(|(tokens_max, token)| Op::Prefill(tokens_max, token)),
         6 => Just(Op::Admit),
         6 => (any::<usize>(), token.clone()).prop_map(|(at, token)| Op::HandOff(at, token)),
         8 => token.prop_map(Op::Step),
@@ -371,11 +383,16 @@ impl World {
 
     fn run(&mut self, op: Op) {
         match op {
-            Op::Submit { share, prompt_tokens, max_tokens, deadline_ms } => {
+            Op::Submit { share, prompt_tokens, max_tokens, deadline_ms, prefill_here } => {
                 let deadline = deadline_ms.map(|ms| self.now + Duration::from_millis(ms));
                 let cache_salt = share.tenant;
-                let admission =
-                    Admission { cache_salt, share, deadline, ..admission(prompt_tokens, max_tokens) };
+                let admission = Admission {
+                    cache_salt,
+                    share,
+                    deadline,
+                    prefill_here,
+                    ..admission(prompt_tokens, max_tokens)
+                };
                 if let Ok(id) = self.scheduler.submit(admission, self.now) {
                     self.admitted += 1;
                     self.alive.push(id);
@@ -394,7 +411,8 @@ impl World {
                 let mut batch = Vec::new();
                 self.scheduler.schedule(&mut batch, &mut self.tier);
                 assert!(batch.len() <= LIMITS.batch_max);
-                assert_eq!(batch.is_empty(), self.scheduler.runnable() == 0, "work is never left lying");
+                let steppable = self.scheduler.runnable() - self.scheduler.prefilling.len();
+                assert_eq!(batch.is_empty(), steppable == 0, "work is never left lying");
                 self.scheduler.check_invariants();
                 for id in batch {
                     let sequence = self.scheduler.sequence(id).expect("scheduled sequences exist");
@@ -402,6 +420,26 @@ impl World {
                     let rows = sequence.block_table().len() * LIMITS.block_tokens;
                     assert!(position < rows, "position {position} has no block");
                     self.scheduler.apply(id, Event::Sampled(token), self.now);
+                }
+            }
+            Op::Prefill(tokens_max, token) => {
+                let mut chunks = Vec::new();
+                self.scheduler.schedule_chunks(tokens_max, &mut chunks);
+                let uncomputed = self.scheduler.uncomputed_tokens();
+                let tokens: usize = chunks.iter().map(|chunk| chunk.tokens).sum();
+                assert_eq!(tokens, uncomputed.min(tokens_max), "the budget is used");
+                for Chunk { id, start, tokens, last } in chunks {
+                    let sequence = self.scheduler.sequence(id).expect("scheduled sequences exist");
+                    assert_eq!(last, start + tokens == sequence.prompt_tokens());
+                    let rows = sequence.block_table().len() * LIMITS.block_tokens;
+                    assert!(start + tokens <= rows, "a row has no block");
+                    let shared = sequence.shared_blocks() * LIMITS.block_tokens;
+                    assert!(start + LIMITS.rerun_tokens >= shared, "a found row is computed again");
+                    self.scheduler.apply(id, Event::Computed(tokens), self.now);
+                    self.scheduler.check_invariants();
+                    if last {
+                        self.scheduler.apply(id, Event::HandedOff(token), self.now);
+                    }
                 }
             }
             Op::Reader(at, true) => self.event(at, Event::ReaderFull),
@@ -465,4 +503,37 @@ proptest! {
         prop_assert_eq!(world.scheduler.free_blocks(), LIMITS.kv_blocks);
         prop_assert_eq!(world.scheduler.short(), 0);
     }
+}
+
+#[test]
+fn a_prompt_that_is_computed_here_takes_chunks_and_finds_what_others_left() {
+    let now = Instant::now();
+    let mut scheduler = Scheduler::new(LIMITS);
+    let here = |prompt_tokens| Admission { prefill_here: true, ..admission(prompt_tokens, 3) };
+    let first = admit(&mut scheduler, here(10)).expect("room");
+    let second = admit(&mut scheduler, here(10)).expect("room");
+    let mut chunks = Vec::new();
+    let mut run = |scheduler: &mut Scheduler, tokens_max| {
+        scheduler.schedule_chunks(tokens_max, &mut chunks);
+        for chunk in &chunks {
+            scheduler.apply(chunk.id, Event::Computed(chunk.tokens), now);
+            if chunk.last {
+                scheduler.apply(chunk.id, Event::HandedOff(WORD), now);
+            }
+            scheduler.check_invariants();
+        }
+        chunks.iter().map(|chunk| (chunk.id, chunk.start, chunk.tokens, chunk.last)).collect::<Vec<_>>()
+    };
+    assert_eq!((scheduler.runnable(), scheduler.uncomputed_tokens()), (2, 20));
+    assert_eq!(run(&mut scheduler, 6), [(first, 0, 6, false)]);
+    assert_eq!(run(&mut scheduler, 6), [(first, 6, 4, true), (second, 0, 2, false)]);
+    scheduler.apply(second, Event::Failed(Failure::Cancelled), now);
+    assert_eq!((scheduler.running(), scheduler.uncomputed_tokens()), (1, 0));
+    assert!(matches!(end_of(&mut scheduler, second), End::Failed(Failure::Cancelled)));
+    // Two full blocks of four are there; the row before them is run again for its hidden state.
+    let third = admit(&mut scheduler, here(10)).expect("room");
+    assert_eq!(run(&mut scheduler, 100), [(third, 7, 3, true)]);
+    // A prompt of whole blocks computes its last one.
+    let fourth = admit(&mut scheduler, here(8)).expect("room");
+    assert_eq!(run(&mut scheduler, 100), [(fourth, 3, 5, true)]);
 }

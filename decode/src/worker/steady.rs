@@ -15,6 +15,7 @@ fn bare_round(worker: &mut Worker) {
     worker.schedule();
     let outcome = worker.step();
     worker.postprocess(outcome);
+    worker.prefill();
 }
 
 /// One over the demo model, most of whose drafts stand.

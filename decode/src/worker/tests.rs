@@ -22,12 +22,15 @@ mod steady;
 mod support;
 
 mod drafts;
+mod prompts;
 
 /// Enough for a whole completion in these tests.
 const EVENTS_MAX: usize = 64;
 const BATCH_MAX: usize = 4;
 const QUEUE_MAX: usize = 8;
 const DRAFTS: usize = 3;
+/// Prompt tokens between two steps: a prompt of any length takes several rounds.
+const PREFILL_TOKENS: usize = 24;
 const LEASE: Duration = Duration::from_secs(3600);
 
 /// Experts that fail while told to.
@@ -87,6 +90,7 @@ impl Rig {
             kv_blocks: KV_BLOCKS,
             block_tokens: engine.kv_layout().block_tokens,
             reader_stall_max: Duration::from_secs(3600),
+            rerun_tokens: 1,
         };
         let intake = Arc::new(Intake::new(engine.config(), engine.fingerprint().clone()));
         let (submit, submissions) = bounded(16);
@@ -98,8 +102,17 @@ impl Rig {
         let scheduler = Scheduler::new(limits);
         let worker = {
             let speculation = Some(Speculation::new(DRAFTS));
-            let tier = KvTier::none();
-            Worker::new(Parts { engine, tier, scheduler, receiver, intake, inputs, metrics, speculation })
+            Worker::new(Parts {
+                engine,
+                tier: KvTier::none(),
+                scheduler,
+                receiver,
+                intake,
+                inputs,
+                metrics,
+                speculation,
+                prefill_tokens_max: PREFILL_TOKENS,
+            })
         };
         Self { worker, prefill, submit, finish, doorbell, drain, failing }
     }
@@ -110,6 +123,7 @@ impl Rig {
         self.worker.schedule();
         let outcome = self.worker.step();
         self.worker.postprocess(outcome);
+        self.worker.prefill();
         self.worker.scheduler.check_invariants();
         assert_eq!(
             self.worker.scheduler.is_empty(),
@@ -120,8 +134,13 @@ impl Rig {
     }
 
     fn submit(&self, sequence: &Sequence, events_max: usize) -> Inbox {
+        self.submit_to(sequence, events_max, false)
+    }
+
+    fn submit_to(&self, sequence: &Sequence, events_max: usize, prefill_here: bool) -> Inbox {
         let wire = sequence.to_wire();
         let checked = self.worker.intake.check(Some(&wire), Instant::now()).expect("a sound request");
+        let checked = checked.prefill_here(prefill_here);
         let (outbox, inbox) = outbox::channel(events_max, self.doorbell.clone());
         assert!(self.submit.try_send(checked.submit_with(outbox)).is_ok());
         inbox

@@ -295,9 +295,7 @@ impl<T> Door<T> {
         let waited = now.saturating_duration_since(ask.received).as_secs_f64();
         let rate = self.known_pace()?;
         let before = self.queue.cost_before(ask.share, cost(ask)) as f64;
-        // Nothing drains faster than prefill computes; a lump that came at once may look like it.
-        let drain = self.drain.per_s_with(rate, DRAIN_PRIOR).min(rate);
-        Some(seconds(waited + before / drain + self.behind_door(ask, rate)))
+        Some(seconds(waited + before / self.draining(rate) + self.behind_door(ask, rate)))
     }
 
     /// What [`Self::placed`] sequences and those to come are ahead with, tokens.
@@ -374,13 +372,20 @@ impl<T> Door<T> {
     }
 
     fn ahead_max(&self) -> u64 {
-        ((self.pace.tokens_per_s * AHEAD_S) as u64).max(AHEAD_TOKENS_MIN)
+        let rate = self.known_pace().map_or(0.0, |rate| self.draining(rate));
+        ((rate * AHEAD_S) as u64).max(AHEAD_TOKENS_MIN)
     }
 
     /// Tokens per second: as reported, else as seen.
     fn known_pace(&self) -> Option<f64> {
         let reported = Some(self.pace.tokens_per_s).filter(|&rate| rate > 0.0);
         reported.or_else(|| self.drain.per_s())
+    }
+
+    /// Tokens per second that the cluster takes in, where it computes `rate`: less where it is short of something else. Not
+    /// more: a lump that came at once may look like it.
+    fn draining(&self, rate: f64) -> f64 {
+        self.drain.per_s_with(rate, DRAIN_PRIOR).min(rate)
     }
 
     /// Seconds from being let in to the first token.
@@ -392,7 +397,7 @@ impl<T> Door<T> {
             // Half of a step is theirs while a long prompt is computed.
             self.ahead as f64 * if self.long > 0 { 2.0 } else { 1.0 }
         };
-        ahead / rate + own
+        ahead / self.draining(rate) + own
     }
 
     /// Seconds that so many tokens take one worker.
@@ -451,7 +456,9 @@ fn seconds(seconds: f64) -> Duration {
 }
 
 fn refusal(reason: Reason, retry_after: Duration) -> Refusal {
-    Refusal { reason, retry_after: retry_after.min(RETRY_AFTER_MAX) }
+    // Whole seconds, as both protocols say it; sooner would be too soon.
+    let seconds = retry_after.min(RETRY_AFTER_MAX).as_secs_f64().ceil().max(1.0);
+    Refusal { reason, retry_after: Duration::from_secs(seconds as u64) }
 }
 
 #[cfg(test)]

@@ -100,7 +100,7 @@ impl Places {
             Ok(Ok(Ok(id))) => return Ok(self.permit(id, ask.sequences)),
             Ok(Ok(Err(refusal))) => refusal,
             // The sender lives in the door until it has said something.
-            Ok(Err(_)) => Refusal { reason: Reason::Late, retry_after: Duration::ZERO },
+            Ok(Err(_)) => Refusal { reason: Reason::Late, retry_after: Duration::from_secs(1) },
             Err(_elapsed) => match waiting.give_up() {
                 Ok(id) => return Ok(self.permit(id, ask.sequences)),
                 Err(refusal) => refusal,
@@ -168,7 +168,9 @@ impl Waiting {
         let gone = self.places.change(|door, now| door.give_up(self.id, now));
         match (gone, self.granted.try_recv()) {
             (None, Ok(told)) => told,
-            (gone, _) => Err(gone.unwrap_or(Refusal { reason: Reason::Late, retry_after: Duration::ZERO })),
+            (gone, _) => {
+                Err(gone.unwrap_or(Refusal { reason: Reason::Late, retry_after: Duration::from_secs(1) }))
+            }
         }
     }
 }

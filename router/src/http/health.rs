@@ -85,7 +85,7 @@ fn problems(
             ));
         }
     }
-    let smallest = Need { prompt_tokens: 1, lifetime_tokens: 2, excluded: &[] };
+    let smallest = Need { prompt_tokens: 1, lifetime_tokens: 2, only_prefill: false, excluded: &[] };
     match placement::place(able, &smallest) {
         Ok(_) => {}
         Err(error) => problems.push(error.to_string()),

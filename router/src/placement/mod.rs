@@ -6,17 +6,22 @@
 //! the prompt is not there already, on decode the batch it would join and the KV that would have to be brought;
 //! ties go to the smaller worker id, so that equal snapshots give equal answers.
 //!
+//! Whether the pair's prompt is computed on prefill at all, or on decode, is [`disaggregation`]'s to say.
+//!
 //! What a worker holds is a guess ([`PrefixIndex`]); whether there is room at this moment is decode's to say, which
 //! queues what has to wait.
 
+pub mod disaggregation;
 mod prefix_index;
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use model::ExecutionFingerprint;
 
+use self::disaggregation::{Decision, Local, PrefillOnDecode, Remote};
 pub(crate) use self::prefix_index::{PrefixIndex, Prefixes};
 use crate::admission::door::PrefillPace;
 use crate::worker::WorkerKey;
@@ -75,6 +80,8 @@ pub(crate) struct WorkerLoad {
     pub queued: u64,
     /// Prompt tokens that it computes in a second; 0: not known yet.
     pub prompt_tokens_per_s: u64,
+    /// Decode: a step of late, and what one may have.
+    pub step: StepLoad,
     /// Tokens at the start of this sequence's prompt whose KV it is thought to hold.
     pub matched_tokens: u64,
 }
@@ -85,6 +92,19 @@ impl WorkerLoad {
     }
 }
 
+/// A decode worker's steps.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct StepLoad {
+    /// Sequences that take part.
+    pub running: u64,
+    /// Its time, of late.
+    pub time: Duration,
+    /// Sequences at most.
+    pub batch_max: u64,
+    /// Prompt tokens behind it at most; 0: the worker computes no prompts.
+    pub prompt_tokens_max: u64,
+}
+
 /// What a sequence needs.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Need<'a> {
@@ -92,6 +112,8 @@ pub(crate) struct Need<'a> {
     pub prompt_tokens: u64,
     /// Tokens of prompt and completion: what decode must be able to hold at worst.
     pub lifetime_tokens: u64,
+    /// Something is wanted of the prompt that prefill alone reports.
+    pub only_prefill: bool,
     /// Workers that have just failed this sequence.
     pub excluded: &'a [WorkerKey],
 }
@@ -181,10 +203,38 @@ pub(crate) fn lifetime_tokens_max(workers: &[WorkerLoad]) -> Option<u64> {
     decodes.map(|worker| worker.kv_blocks_max * worker.kv_block_tokens).max()
 }
 
-/// How fast the live prefill workers compute prompts, all together. One that has not computed any yet is taken for one of the
+/// Where the prompt of a placed sequence is computed.
+pub(crate) fn decide(
+    policy: PrefillOnDecode,
+    (prefill, decode): (&WorkerLoad, &WorkerLoad),
+    need: &Need<'_>,
+    handover: Duration,
+) -> Decision {
+    // The last token is computed wherever the rest is found.
+    let missing = |worker: &WorkerLoad| need.prompt_tokens.saturating_sub(worker.matched_tokens).max(1);
+    let remote = Remote {
+        waiting_tokens: prefill.waiting_tokens,
+        missing_tokens: missing(prefill),
+        tokens_per_s: prefill.prompt_tokens_per_s,
+        handover,
+    };
+    let local = Local {
+        waiting_tokens: decode.waiting_tokens,
+        missing_tokens: missing(decode),
+        tokens_per_s: decode.prompt_tokens_per_s,
+        chunk_tokens: decode.step.prompt_tokens_max,
+        step: decode.step.time,
+        running: decode.step.running,
+        batch_max: decode.step.batch_max,
+    };
+    disaggregation::decide(policy, &local, &remote, need.only_prefill)
+}
+
+/// How fast those who compute prompts do it, all together: prefill workers, or decode's where all are left to them. One that has not computed any yet is taken for one of the
 /// others.
-pub(crate) fn prefill_pace(workers: &[WorkerLoad]) -> PrefillPace {
-    let open = || workers.iter().filter(|worker| worker.tier == Tier::Prefill && !worker.draining);
+pub(crate) fn prefill_pace(workers: &[WorkerLoad], policy: PrefillOnDecode) -> PrefillPace {
+    let tier = if policy == PrefillOnDecode::Always { Tier::Decode } else { Tier::Prefill };
+    let open = || workers.iter().filter(|worker| worker.tier == tier && !worker.draining);
     let known = || open().map(|worker| worker.prompt_tokens_per_s).filter(|&rate| rate > 0);
     let (workers, of) = (open().count(), known().count());
     let sum = known().sum::<u64>() as f64;

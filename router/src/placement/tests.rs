@@ -3,7 +3,7 @@ use std::sync::Arc;
 use model::{ExecutionFingerprint, Numerics};
 use proptest::prelude::*;
 
-use super::{Need, Pair, PlacementError, Tier, WorkerLoad, decode_order, place, prefill_order};
+use super::{Need, Pair, PlacementError, StepLoad, Tier, WorkerLoad, decode_order, place, prefill_order};
 use crate::worker::WorkerKey;
 
 fn key(id: &str) -> WorkerKey {
@@ -33,11 +33,13 @@ fn worker(id: &str, tier: Tier) -> WorkerLoad {
         kv_block_tokens: 64,
         queued: 0,
         prompt_tokens_per_s: 0,
+        step: StepLoad::default(),
         matched_tokens: 0,
     }
 }
 
-const NEED: Need<'static> = Need { prompt_tokens: 100, lifetime_tokens: 200, excluded: &[] };
+const NEED: Need<'static> =
+    Need { prompt_tokens: 100, lifetime_tokens: 200, only_prefill: false, excluded: &[] };
 
 #[track_caller]
 fn chosen(workers: &[WorkerLoad], need: &Need<'_>, prefill: &str, decode: &str) {
@@ -144,7 +146,7 @@ proptest! {
         excluded in prop::collection::vec(0..10_usize, 0..3),
     ) {
         let excluded: Vec<_> = excluded.into_iter().map(|index| key(&format!("w{index}"))).collect();
-        let need = Need { prompt_tokens: lifetime_tokens.div_ceil(2), lifetime_tokens, excluded: &excluded };
+        let need = Need { prompt_tokens: lifetime_tokens.div_ceil(2), lifetime_tokens, excluded: &excluded, ..NEED };
         let open = |tier| {
             let excluded = &excluded;
             workers.iter().filter(move |w: &&WorkerLoad| w.tier == tier && !w.draining && !excluded.contains(&w.key))

@@ -90,7 +90,7 @@ async fn placing_counts_at_once_and_turns_of_a_conversation_stay_together() {
     for id in ["d0", "d1"] {
         registry.admit(report(id, v1::Role::Decode, 1), now).expect("admitted");
     }
-    let need = Need { prompt_tokens: 64, lifetime_tokens: 6 * 64, excluded: &[] };
+    let need = Need { prompt_tokens: 64, lifetime_tokens: 6 * 64, only_prefill: false, excluded: &[] };
     let prompt = |first: u32| (first..first + 64).map(TokenId).collect::<Vec<_>>();
     let place = |tokens: &[TokenId]| registry.place(&need, &mut Prefixes::new(0, tokens)).expect("room");
     let (one, two) = (prompt(0), prompt(1000));

@@ -52,6 +52,23 @@ pub(super) struct ChoiceReport {
     pub timings: v1::Timings,
 }
 
+/// What decode has answered with.
+enum Reserved {
+    /// Leave for prefill to push.
+    Ticket(Box<v1::KvTicket>),
+    /// It computes the prompt; how to say that the text has ended.
+    Here(v1::FinishRequest),
+}
+
+impl Reserved {
+    fn incarnation(&self) -> u64 {
+        match self {
+            Self::Ticket(ticket) => ticket.incarnation,
+            Self::Here(end) => end.incarnation,
+        }
+    }
+}
+
 /// A try that failed, and on whom.
 pub(super) struct Failure {
     pub error: RequestError,
@@ -83,7 +100,7 @@ impl Failure {
 impl Attempt<'_> {
     /// Runs the choice to its end on `placed`. Dropping the future cancels on both workers.
     pub async fn run(&self, placed: Placed, output: &mut ChoiceOutput<'_>) -> Result<ChoiceReport, Failure> {
-        let Placed { prefill, decode, computed } = placed;
+        let Placed { prefill, decode, computed, decision } = placed;
         let ahead = self.admitted.permit.placed(self.prompt.tokens.len() as u64, computed);
         let span = info_span!(
             "attempt",
@@ -93,29 +110,36 @@ impl Attempt<'_> {
             request_id = %self.admitted.context.request_id,
             prefill = %prefill.worker().key,
             decode = %decode.worker().key,
+            prefill_on = decision.name(),
         );
-        self.run_within((prefill, ahead), decode, output).instrument(span).await
+        self.run_within((prefill, ahead), (decode, decision.on_decode), output).instrument(span).await
     }
 
     async fn run_within(
         &self,
         (prefill, ahead): (Assignment, Ahead),
-        decode: Assignment,
+        (decode, prefill_here): (Assignment, bool),
         output: &mut ChoiceOutput<'_>,
     ) -> Result<ChoiceReport, Failure> {
         let reserving = Instant::now();
-        let (tokens, ticket) = self.reserve(decode.worker()).await?;
+        let (tokens, reserved) = self.reserve(decode.worker(), prefill_here).await?;
         let reserve = reserving.elapsed();
         self.metrics.hop("reserve", reserve);
-        let end = v1::FinishRequest { incarnation: ticket.incarnation, ticket_id: ticket.ticket_id };
-        let first_tokens = self.prefill(prefill.worker(), ticket).await?;
+        let (merge, first_tokens, end) = match reserved {
+            Reserved::Ticket(ticket) => {
+                let end = v1::FinishRequest { incarnation: ticket.incarnation, ticket_id: ticket.ticket_id };
+                let first_tokens = self.prefill(prefill.worker(), *ticket).await?;
+                (Merge::new(self.prompt.stopping.max_tokens), Some(first_tokens), end)
+            }
+            Reserved::Here(end) => (Merge::of_one(self.prompt.stopping.max_tokens), None, end),
+        };
         let mut streams = Streams {
             attempt: self,
             prefill: Arc::clone(prefill.worker()),
             decode: Arc::clone(decode.worker()),
-            first_tokens: Some(first_tokens),
+            first_tokens,
             tokens,
-            merge: Merge::new(self.prompt.stopping.max_tokens),
+            merge,
         };
         let decode_here = self.pass_on(&mut streams, (prefill, ahead), output).await?;
         let mut timings = streams.merge.timings();
@@ -168,10 +192,14 @@ impl Attempt<'_> {
         }
     }
 
-    /// Asks decode for blocks; returns its stream behind the ticket.
-    async fn reserve(&self, worker: &Worker) -> Result<(Streaming<v1::DecodeEvent>, v1::KvTicket), Failure> {
+    /// Asks decode for blocks; returns its stream behind the reservation.
+    async fn reserve(
+        &self,
+        worker: &Worker,
+        prefill_here: bool,
+    ) -> Result<(Streaming<v1::DecodeEvent>, Reserved), Failure> {
         let channel = worker.channel.clone().ok_or_else(|| Failure::gone(worker))?;
-        let request = v1::DecodeRequest { sequence: Some(self.sequence(worker)), prefill_here: false };
+        let request = v1::DecodeRequest { sequence: Some(self.sequence(worker)), prefill_here };
         let opening = async {
             let mut events = DecodeClient::new(channel).generate(request).await?.into_inner();
             let first = events.message().await?;
@@ -180,13 +208,24 @@ impl Attempt<'_> {
         // Decode queues what it has no blocks for; giving up takes it out of there.
         let opened = tokio::time::timeout_at(self.patience.into(), self.with(worker, opening)).await;
         let (events, first) = opened.unwrap_or_else(|_elapsed| Err(Failure::at(worker, overloaded())))?;
-        let Some(decode_event::Event::Ticket(ticket)) = first.and_then(|event| event.event) else {
-            return Err(Failure::protocol(worker, "its first event was no ticket"));
+        let reserved = match first.and_then(|event| event.event) {
+            // Also from one that was asked to compute the prompt and does not do that.
+            Some(decode_event::Event::Ticket(ticket)) if ticket.worker_id == *worker.key.id => {
+                Reserved::Ticket(Box::new(ticket))
+            }
+            Some(decode_event::Event::Reserved(reserved)) if prefill_here => {
+                let v1::Reserved { incarnation, ticket_id } = reserved;
+                Reserved::Here(v1::FinishRequest { incarnation, ticket_id })
+            }
+            Some(decode_event::Event::Ticket(_)) => {
+                return Err(Failure::protocol(worker, "its ticket is another worker's"));
+            }
+            _ => return Err(Failure::protocol(worker, "its first event was no ticket")),
         };
-        if ticket.worker_id != *worker.key.id || ticket.incarnation != worker.key.incarnation {
+        if reserved.incarnation() != worker.key.incarnation {
             return Err(Failure::protocol(worker, "its ticket is another worker's"));
         }
-        Ok((events, ticket))
+        Ok((events, reserved))
     }
 
     /// Sends prompt and ticket to prefill.
@@ -251,6 +290,9 @@ impl Attempt<'_> {
     }
 
     fn observe(&self, timings: &v1::Timings) {
+        if !timings.prefill_on_decode {
+            self.registry.observe_handover(Duration::from_micros(timings.handoff_us));
+        }
         for (hop, time) in [
             ("prefill_queue", timings.prefill_queue_us),
             ("prefill", timings.prefill_us),

@@ -1,6 +1,7 @@
 //! Two racing streams, one sequence of tokens.
 //!
-//! prefill: first token, done. decode: hand-off done, tokens, finished. Tokens of decode that overtake
+//! prefill: first token, done. decode: hand-off done, tokens, finished; or, where it computes the prompt, first token,
+//! tokens, finished. Tokens of decode that overtake
 //! prefill's first token wait for it, and decode's end counts only once the first token is out. A plain
 //! state machine: events in, tokens out in order.
 
@@ -31,6 +32,8 @@ pub(super) struct Merge {
     tokens: usize,
     first_token: bool,
     handed_over: bool,
+    /// Decode computes the prompt.
+    alone: bool,
     early: Vec<v1::GeneratedToken>,
     end: Option<End>,
     cached_tokens: u32,
@@ -47,6 +50,7 @@ impl Merge {
             tokens: 0,
             first_token: false,
             handed_over: false,
+            alone: false,
             early: Vec::new(),
             end: None,
             cached_tokens: 0,
@@ -54,6 +58,15 @@ impl Merge {
             prompt: Vec::new(),
             timings: v1::Timings::default(),
         }
+    }
+
+    /// The same, from decode alone.
+    pub fn of_one(tokens_max: u32) -> Self {
+        let mut merge = Self::new(tokens_max);
+        merge.handed_over = true;
+        merge.alone = true;
+        merge.timings.prefill_on_decode = true;
+        merge
     }
 
     /// Takes an event of prefill; returns the tokens that are now in order.
@@ -78,11 +91,8 @@ impl Merge {
     pub fn decode(&mut self, event: v1::DecodeEvent) -> Result<Vec<v1::GeneratedToken>, &'static str> {
         match event.event.ok_or("it sent an empty event")? {
             decode_event::Event::Ticket(_) | decode_event::Event::Reserved(_) => Err("it reserved twice"),
-            decode_event::Event::FirstToken(first) => {
-                self.handed_over = true;
-                self.timings.prefill_on_decode = true;
-                self.first(first)
-            }
+            decode_event::Event::FirstToken(first) if self.alone => self.first(first),
+            decode_event::Event::FirstToken(_) => Err("it computed a prompt that it was not asked to"),
             decode_event::Event::Handoff(handoff) => {
                 // Prefill's own measure, from its last layer on, is the better one where it comes.
                 if !self.handed_over {
@@ -137,7 +147,7 @@ impl Merge {
 
     /// Whether the sequence still depends on the prefill worker.
     pub fn needs_prefill(&self) -> bool {
-        !(self.first_token && (self.handed_over || self.end.is_some()))
+        !self.alone && !(self.first_token && (self.handed_over || self.end.is_some()))
     }
 
     /// Whether decode still has something to say: it may be through before prefill's first token is here.

@@ -59,8 +59,11 @@ struct ShapeOnly {
 
 /// What `trireme up` would make of these flags.
 pub fn shape(flags: &str) -> Shape {
-    ShapeOnly::parse_from(std::iter::once("shape").chain(flags.split_whitespace())).shape
+    ShapeOnly::parse_from(["shape"].into_iter().chain(USUAL).chain(flags.split_whitespace())).shape
 }
+
+/// On a machine that does much else nobody is refused for being slow; and hand-offs are what most tests look at.
+const USUAL: [&str; 4] = ["--ttft-ms-max", "120000", "--prefill-on-decode", "never"];
 
 pub async fn in_process(model: &Path, flags: &str, carrier: Carrier) -> Cluster {
     in_process_with(model, flags, carrier, |_| {}).await
@@ -151,6 +154,7 @@ impl Up {
     pub fn start(flags: &str) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_trireme"))
             .args(["up", "--port", "0", "--grpc-port", "0"])
+            .args(USUAL)
             .args(flags.split_whitespace())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
