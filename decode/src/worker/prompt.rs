@@ -106,7 +106,10 @@ impl Worker {
         let (mut rows, mut wanted) = (0, 0);
         for chunk in &prompts.chunks {
             rows += chunk.tokens;
-            let state = drawn.hidden().get((rows - 1) * hidden_size..rows * hidden_size).unwrap_or_default();
+            let state = match speculation {
+                Some(_) => &drawn.hidden()[(rows - 1) * hidden_size..rows * hidden_size],
+                None => &[],
+            };
             let Some(seat) = seats.get_mut(&chunk.id) else { continue };
             seat.prompt.state.clear();
             seat.prompt.state.extend_from_slice(state);
