@@ -7,7 +7,7 @@
 
 use std::time::Instant;
 
-use engine::{Draw, Drawn, FollowedInput, LogitsWanted, SequenceInput, StepError};
+use engine::{Draw, FollowedInput, LogitsWanted, SequenceInput, StepError};
 use proto::pace::Pace;
 
 use super::{Seat, Worker};
@@ -87,29 +87,25 @@ impl Worker {
             };
             batch.push(FollowedInput { sequence, before: &seat.prompt.state });
         }
-        let (vocab_size, hidden_size) = (engine.config().vocab_size, engine.config().hidden_size);
+        let hidden_size = engine.config().hidden_size;
         let block_tokens = engine.kv_layout().block_tokens;
-        let drawn = if speculation.is_some() {
-            let output = engine.step_with_mtp(&batch, &mut ())?;
-            Drawn::from_logits(output.logits, vocab_size, output.hidden)
+        let of_last = prompts.chunks.iter().filter(|chunk| chunk.last);
+        let draws = &mut of_last.map(|chunk| {
+            let (seat, sequence) = (seats.get(&chunk.id)?, scheduler.sequence(chunk.id)?);
+            let suppress = sequence.suppressed_after(0);
+            Some(Draw { sampler: &seat.sampler, position: sequence.length(), suppress, ahead: &[] })
+        });
+        let (drawn, states) = if speculation.is_some() {
+            engine.step_with_mtp_drawing(&batch, draws, &mut ())?
         } else {
             let batch: Vec<_> = batch.iter().map(|input| input.sequence).collect();
-            let last = prompts.chunks.iter().filter(|chunk| chunk.last);
-            let mut draws = last.map(|chunk| {
-                let (seat, sequence) = (seats.get(&chunk.id)?, scheduler.sequence(chunk.id)?);
-                let suppress = sequence.suppressed_after(0);
-                Some(Draw { sampler: &seat.sampler, position: sequence.length(), suppress, ahead: &[] })
-            });
-            engine.step_drawing(&batch, &mut draws, &mut ())?
+            (engine.step_drawing(&batch, draws, &mut ())?, [].as_slice())
         };
         let now = Instant::now();
-        let (mut rows, mut wanted) = (0, 0);
+        let mut wanted = 0;
+        let mut states = states.chunks_exact(hidden_size);
         for chunk in &prompts.chunks {
-            rows += chunk.tokens;
-            let state = match speculation {
-                Some(_) => &drawn.hidden()[(rows - 1) * hidden_size..rows * hidden_size],
-                None => &[],
-            };
+            let state = states.next().unwrap_or_default();
             let Some(seat) = seats.get_mut(&chunk.id) else { continue };
             seat.prompt.state.clear();
             seat.prompt.state.extend_from_slice(state);
