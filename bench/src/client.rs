@@ -70,6 +70,9 @@ pub struct Streamed {
     pub timings: Option<Value>,
 }
 
+/// How often a busy server is asked again: for some minutes at the least.
+const BUSY_MAX: usize = 300;
+
 /// One server.
 #[derive(Debug, Clone)]
 pub struct Client {
@@ -109,6 +112,24 @@ impl Client {
                 retry_after_s: None,
             }),
         }
+    }
+
+    /// As [`Self::stream`], and comes back as often and as late as a busy server asks for.
+    pub async fn stream_patiently(
+        &self,
+        path: &str,
+        body: &Value,
+        mut chunk: impl FnMut(&Value),
+    ) -> Result<Streamed, ClientError> {
+        for _ in 0..BUSY_MAX {
+            match self.stream(path, body, &mut chunk).await {
+                Err(ClientError::Status { status: 429, retry_after_s, .. }) => {
+                    tokio::time::sleep(Duration::from_secs(retry_after_s.unwrap_or(1))).await;
+                }
+                told => return told,
+            }
+        }
+        self.stream(path, body, chunk).await
     }
 
     /// Posts `body` (with `stream: true` in it) to `path` and calls `chunk` for every JSON event.

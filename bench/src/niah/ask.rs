@@ -24,7 +24,7 @@ pub(super) async fn ask(client: &Client, model: &str, prompt: &Prompt) -> Result
         "stream": true,
     });
     let mut answer = Answer::default();
-    client.stream("/v1/completions", &body, |event| answer.extend(event)).await?;
+    client.stream_patiently("/v1/completions", &body, |event| answer.extend(event)).await?;
     Ok(answer)
 }
 

@@ -45,7 +45,7 @@ pub async fn losses(
         let logprobs = event["choices"][0]["logprobs"]["token_logprobs"].as_array();
         told.extend(logprobs.into_iter().flatten().map(Value::as_f64));
     };
-    client.stream("/v1/completions", &body, note).await?;
+    client.stream_patiently("/v1/completions", &body, note).await?;
     let losses: Vec<f64> =
         told.iter().take(tokens.len()).skip(first).map_while(|&logprob| Some(-logprob?)).collect();
     if losses.len() + first != tokens.len() {
