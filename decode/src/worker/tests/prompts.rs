@@ -62,7 +62,7 @@ fn the_next_turn_finds_prompt_and_answer() {
     let mut rig = demo_rig();
     let mut oracle = support::engine_of(support::DEMO);
     let mut sequence = request(&oracle, 31, 70, 80);
-    for (turn, expect_cached) in [0, 128, 256].into_iter().enumerate() {
+    for (turn, expect_cached) in [0, 128, 192].into_iter().enumerate() {
         let expect = single_run(&mut oracle, &sequence);
         let mut inbox = rig.submit_to(&sequence, 256, true);
         rig.round();
@@ -72,7 +72,7 @@ fn the_next_turn_finds_prompt_and_answer() {
         assert_eq!(cached_tokens, expect_cached, "turn {turn}");
         sequence.prompt.extend(expect.iter().map(|sampled| sampled.token));
         sequence.prompt.extend((0..10).map(|at| TokenId(3 + at)));
-        sequence.stopping.max_tokens = 110;
+        sequence.stopping.max_tokens = 60;
     }
 }
 
