@@ -91,36 +91,6 @@ impl Body {
         Ok(())
     }
 
-    /// The `bytes` bytes from `start` on, once they have passed their [`checksum`], where nobody else can change them any
-    /// more: as they lie if they are our own, copied to `scratch` if they lie in a peer's memory or in several pieces.
-    /// `None`: they are damaged.
-    ///
-    /// # Errors
-    /// The body does not hold so many. Nothing was copied.
-    pub fn verified<'a>(
-        &'a self,
-        start: usize,
-        bytes: usize,
-        expected: u64,
-        scratch: &'a mut Vec<u8>,
-    ) -> Result<Option<Verified<'a>>, OutsideBody> {
-        self.bounds(start, bytes)?;
-        let own = match &self.0 {
-            Place::Own(own) => Some(&own[start..start + bytes]),
-            Place::Pieces(pieces) => pieces.0.whole(start, bytes),
-            Place::Shared(_) | Place::Staged(_) => None,
-        };
-        let piece = match own {
-            Some(piece) => piece,
-            None => {
-                scratch.resize(bytes, 0);
-                self.copy(start, scratch)?;
-                scratch
-            }
-        };
-        Ok((checksum(piece) == expected).then_some(Verified(piece)))
-    }
-
     fn bounds(&self, start: usize, bytes: usize) -> Result<(), OutsideBody> {
         let len = self.len();
         let end = start.checked_add(bytes).filter(|&end| end <= len);
@@ -135,20 +105,6 @@ impl Body {
             Place::Shared(shared) => shared.0.to_vec().into(),
             Place::Staged(staged) => staged.0.to_vec().into(),
         }
-    }
-}
-
-/// Bytes of a body that have passed their checksum and can no longer change.
-#[derive(Debug)]
-pub struct Verified<'a>(&'a [u8]);
-
-impl Verified<'_> {
-    /// Copies them to where they belong.
-    ///
-    /// # Panics
-    /// `into` is not as long as they are.
-    pub fn copy_to(self, into: &mut [u8]) {
-        into.copy_from_slice(self.0);
     }
 }
 
@@ -196,13 +152,6 @@ impl Pieces {
         }
     }
 
-    /// `bytes` bytes from `start` on, if they lie in one piece.
-    fn whole(&self, start: usize, bytes: usize) -> Option<&[u8]> {
-        let (end, piece) = self.0.get(self.0.partition_point(|(end, _)| *end <= start))?;
-        let at = piece.len() - (end - start);
-        piece.get(at..at.checked_add(bytes)?)
-    }
-
     fn to_vec(&self) -> Vec<u8> {
         let mut whole = Vec::with_capacity(self.len());
         self.0.iter().for_each(|(_, piece)| whole.extend_from_slice(piece));
@@ -241,9 +190,6 @@ mod tests {
                     let mut copy = vec![0; end - start];
                     pieces.copy(start, &mut copy);
                     assert_eq!(copy, whole[start..end], "{cuts:?}, {start}..{end}");
-                    if let Some(piece) = pieces.whole(start, end - start) {
-                        assert_eq!(piece, copy, "{cuts:?}, {start}..{end}");
-                    }
                 }
             }
         }

@@ -38,7 +38,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 pub use arrivals::Arrivals;
-pub use body::{Body, OutsideBody, Verified};
+pub use body::{Body, OutsideBody};
 pub use checksum::checksum;
 pub use error::{CredentialError, DialError, FabricError, LibraryError, SendError};
 pub use event::{Event, LossReason, PeerId, PeerInfo};

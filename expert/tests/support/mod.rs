@@ -30,7 +30,7 @@ pub fn checkpoint(fixture: &str) -> Checkpoint {
     // A machine that has only the built tests names the repository's root.
     let root = std::env::var_os("TRIREME_ROOT")
         .map_or_else(|| [env!("CARGO_MANIFEST_DIR"), ".."].iter().collect(), PathBuf::from);
-    Checkpoint::open(&root.join("fixtures").join(fixture)).expect("the fixture lies in the repository")
+    Checkpoint::open(root.join("fixtures").join(fixture)).expect("the fixture lies in the repository")
 }
 
 pub fn runtime() -> tokio::runtime::Runtime {

@@ -30,8 +30,6 @@ pub(super) struct Place<'a> {
     pub(super) sink: &'a mut dyn BlockSink,
     pub(super) ticket: TicketId,
     pub(super) layer: u32,
-    /// Memory for a piece of a body that its sender could still change.
-    pub(super) scratch: &'a mut Vec<u8>,
 }
 
 impl Arrival {
@@ -55,8 +53,9 @@ impl Arrival {
         if known == token { Ok(()) } else { Err(Violation::FirstToken { known: known.0, sent: token.0 }) }
     }
 
-    /// Checks the whole run, then copies those of its pieces to their places that have not landed before. What is
-    /// copied has passed its checksum where nobody else can change it any more: nothing else ever lands.
+    /// Checks the whole run, then copies those of its pieces to their places that have not landed before, and checks
+    /// each copy, which nobody else can change any more. A damaged one lies in a block of a ticket that ends for it:
+    /// nobody reads the block before it has been written anew, and a piece that has landed is never written again.
     pub(super) fn land(
         &mut self,
         run: &Run,
@@ -73,12 +72,11 @@ impl Arrival {
                 landed.duplicates += 1;
                 continue;
             }
-            let Ok(Some(piece)) = body.verified(at, bytes, expected, place.scratch) else {
-                return Err(Violation::Checksum { layer: run.layer, block });
-            };
             let into = place.sink.place(place.ticket, block, place.layer, bytes);
             let into = into.filter(|into| into.len() == bytes).ok_or(Violation::Unplaced { block })?;
-            piece.copy_to(into);
+            if body.copy_summed(at, into) != Ok(expected) {
+                return Err(Violation::Checksum { layer: run.layer, block });
+            }
             self.landed.insert(index);
             landed.pieces += 1;
             landed.bytes += bytes as u64;

@@ -41,7 +41,6 @@ pub struct ReceiverCore<P> {
     replies: VecDeque<(P, TicketKey, Reply)>,
     events: Vec<ReceiverEvent>,
     stats: ReceiverStats,
-    scratch: Vec<u8>,
 }
 
 impl<P: Copy + Ord> ReceiverCore<P> {
@@ -55,7 +54,6 @@ impl<P: Copy + Ord> ReceiverCore<P> {
             replies: VecDeque::new(),
             events: Vec::new(),
             stats: ReceiverStats::default(),
-            scratch: Vec::new(),
         }
     }
 
@@ -168,8 +166,7 @@ impl<P: Copy + Ord> ReceiverCore<P> {
             (Push::Renew, _) => Ok(None),
             (Push::Finish(token), _) => receiving.arrival.finish(token).map(|()| None),
             (Push::Blocks(run), _) => {
-                let (ticket, layer, scratch) = (key.ticket_id, run.layer, &mut self.scratch);
-                let place = &mut Place { sink, ticket, layer, scratch };
+                let place = &mut Place { sink, ticket: key.ticket_id, layer: run.layer };
                 let landed = receiving.arrival.land(&run, body, place);
                 landed.map(|landed| {
                     receiving.times.bytes += landed.bytes;

@@ -160,6 +160,16 @@ impl Cluster {
     }
 }
 
+/// What happens to the cluster of [`goodput`].
+enum Event {
+    /// A request of so many tokens comes in at this moment.
+    Arrives(u64, Instant),
+    /// Prefill has answered one.
+    Answered(Work),
+    /// One is done.
+    Leaves(EntryId),
+}
+
 /// Offers twice of what a cluster can do for a minute; returns its share of first tokens in time, of what it can do.
 fn goodput(reported: f64, places: usize, seed: u64) -> (f64, usize) {
     use rand::{RngExt, SeedableRng};
@@ -172,25 +182,25 @@ fn goodput(reported: f64, places: usize, seed: u64) -> (f64, usize) {
         Cluster { rate: RATE, stay: Duration::from_secs(2), places, free_at: start, held: Vec::new() };
     // 500 tokens on average: 20 requests a second by prefill, places / 2 by decode.
     let capacity = (RATE / 516.0).min(places as f64 / 2.0);
-    let mut events: BTreeMap<(Instant, u64), Result<(u64, Instant), Result<Work, EntryId>>> = BTreeMap::new();
+    let mut events: BTreeMap<(Instant, u64), Event> = BTreeMap::new();
     let mut number = 0;
     let mut arrival = 0.0;
     while arrival < 60.0 {
         arrival += -(1.0 - random.random::<f64>()).ln() / (2.0 * capacity);
         number += 1;
-        events.insert((at(arrival), number), Ok((random.random_range(100..900), at(arrival))));
+        events.insert((at(arrival), number), Event::Arrives(random.random_range(100..900), at(arrival)));
     }
     let (mut good, mut late) = (0, 0);
     while let Some(((now, _), event)) = events.pop_first() {
         let mut entered = Vec::new();
         match event {
-            Ok((tokens, received)) => {
+            Event::Arrives(tokens, received) => {
                 if let Arrival::In(id) = door.arrive(ask(0, tokens, received), (tokens, received), now) {
                     entered.push((id, tokens, received));
                 }
             }
-            Err(Ok(work)) => door.answered(work, now),
-            Err(Err(id)) => door.leave(id, now),
+            Event::Answered(work) => door.answered(work, now),
+            Event::Leaves(id) => door.leave(id, now),
         }
         while let Some(turn) = door.next(now) {
             if let Turn::In(id, (tokens, received)) = turn {
@@ -201,8 +211,8 @@ fn goodput(reported: f64, places: usize, seed: u64) -> (f64, usize) {
             let work = door.placed(id, tokens);
             let (first, end) = cluster.run(tokens + REQUEST_TOKENS, now);
             number += 2;
-            events.insert((first, number), Err(Ok(work)));
-            events.insert((end, number + 1), Err(Err(id)));
+            events.insert((first, number), Event::Answered(work));
+            events.insert((end, number + 1), Event::Leaves(id));
             let measured = received >= at(10.0) && received < at(60.0);
             let in_time = first.saturating_duration_since(received) <= TTFT_MAX + TTFT_MAX / 5;
             good += usize::from(measured && in_time);
