@@ -76,6 +76,8 @@ pub struct Activations {
     pub(crate) scales: Vec<f32>,
     /// Whether codes are expanded for a product on the CPU.
     expands: bool,
+    /// Room is made for so many rows at least.
+    rows_max: usize,
 }
 
 impl Default for Activations {
@@ -96,7 +98,14 @@ impl Activations {
             codes: Vec::new(),
             scales: Vec::new(),
             expands: true,
+            rows_max: 0,
         }
+    }
+
+    /// A buffer that makes room for `rows_max` rows when it takes its first ones, and allocates nothing from then on: not even for
+    /// the first large batch after many small ones.
+    pub fn with_rows(rows_max: usize) -> Self {
+        Self { rows_max, ..Self::new() }
     }
 
     /// A buffer whose FP8 rows are kept as codes only: on their way to another device or worker. The CPU cannot multiply
@@ -300,14 +309,22 @@ impl Activations {
     /// Sizes the buffers for `[m, k]`.
     fn shape(&mut self, m: usize, k: usize, format: ActivationFormat) {
         (self.rows, self.channels, self.format) = (m, k, format);
-        let padded = m * self.stride();
         let fp8 = matches!(format, ActivationFormat::Fp8(_));
-        self.f32.set_len(if format == ActivationFormat::F32 { padded } else { 0 });
         let expanded = self.expands || !fp8;
-        self.bf16.set_len(if format == ActivationFormat::F32 || !expanded { 0 } else { padded });
+        let room = m.max(self.rows_max);
+        // What a buffer once had room for stays.
+        for rows in [room, m] {
+            let padded = rows * self.stride();
+            self.f32.set_len(if format == ActivationFormat::F32 { padded } else { 0 });
+            self.bf16.set_len(if format == ActivationFormat::F32 || !expanded { 0 } else { padded });
+        }
         self.codes.clear();
-        self.codes.resize(if fp8 { m * k } else { 0 }, 0);
         self.scales.clear();
+        if fp8 {
+            self.codes.reserve(room * k);
+            self.scales.reserve(room * k.div_ceil(BLOCK));
+        }
+        self.codes.resize(if fp8 { m * k } else { 0 }, 0);
         self.scales.resize(if fp8 { m * k.div_ceil(BLOCK) } else { 0 }, 0.0);
         // Products take two channels at a time: behind an odd last one there is a zero.
         if k % 2 == 1 {

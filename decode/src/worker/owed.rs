@@ -45,10 +45,14 @@ impl Owed {
         &self.states[self.states.len().saturating_sub(hidden_size)..]
     }
 
-    /// A step has run the tokens that stand from `position` on, with these `states` `[tokens, hidden]`.
-    pub fn push(&mut self, position: usize, states: &[f32]) {
+    /// A step of at most `rows_max` tokens a sequence has run those that stand from `position` on, with these `states`
+    /// `[tokens, hidden]`.
+    pub fn push(&mut self, position: usize, states: &[f32], (rows_max, hidden_size): (usize, usize)) {
         if self.states.is_empty() {
             self.first = position;
+            // All that can come before they are stored, at once: one that is left, a step with drafts, which stores before it drafts, and
+            // steps of a token each. When most of it is needed depends on when something is drafted.
+            self.states.reserve_exact((STEPS_MAX + rows_max.max(2)) * hidden_size);
         }
         self.steps += 1;
         self.states.extend_from_slice(states);

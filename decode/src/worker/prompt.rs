@@ -89,6 +89,7 @@ impl Worker {
         }
         let hidden_size = engine.config().hidden_size;
         let block_tokens = engine.kv_layout().block_tokens;
+        let step_rows_max = scheduler.limits().step_rows_max;
         let of_last = prompts.chunks.iter().filter(|chunk| chunk.last);
         let draws = &mut of_last.map(|chunk| {
             let (seat, sequence) = (seats.get(&chunk.id)?, scheduler.sequence(chunk.id)?);
@@ -124,7 +125,7 @@ impl Worker {
             seat.sampler.observe(token);
             if !state.is_empty() {
                 // What a step of a sequence that was handed over has to run again.
-                seat.rows.owed.push(length - 1, state);
+                seat.rows.owed.push(length - 1, state, (step_rows_max, hidden_size));
             }
             let began = seat.prompt.started.unwrap_or(now);
             let queue = began.duration_since(seat.issued_at);

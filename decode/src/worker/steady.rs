@@ -6,6 +6,8 @@ use super::*;
 
 /// Rounds before anything is counted: buffers have grown to the batch, and queues to what their readers leave in them.
 const WARM_ROUNDS: usize = 30;
+/// Those of them in which everybody drafts: a worker tries that whenever measured times tell it to, so possibly never before.
+const DRAFTING_ROUNDS: usize = 10;
 /// More tokens than a KV block has: the table of a sequence does not grow either.
 const COUNTED_ROUNDS: usize = 70;
 
@@ -40,7 +42,11 @@ fn check(mut rig: Rig, sampling: impl Fn(u64) -> SamplingParams) {
         inboxes.iter_mut().for_each(|inbox| while next(inbox).is_some() {});
     }
     let mut tokens = 0;
+    let drafting = rig.worker.speculation.as_ref().is_some_and(|speculation| speculation.always);
     for round in 0..WARM_ROUNDS + COUNTED_ROUNDS {
+        if let Some(speculation) = &mut rig.worker.speculation {
+            speculation.always = drafting || round < DRAFTING_ROUNDS;
+        }
         let counted = allocation_counter::measure(|| bare_round(&mut rig.worker));
         if round >= WARM_ROUNDS {
             assert_eq!(counted.count_total, 0, "round {round}");
@@ -55,7 +61,6 @@ fn check(mut rig: Rig, sampling: impl Fn(u64) -> SamplingParams) {
     assert!(tokens >= BATCH_MAX * COUNTED_ROUNDS, "{tokens} tokens");
     // One that ends gives its memory back, which is no part of a steady round.
     assert_eq!(rig.worker.scheduler.runnable(), BATCH_MAX, "all of them go on");
-    let drafting = rig.worker.speculation.is_some_and(|speculation| speculation.always);
     assert!(
         !drafting || tokens > BATCH_MAX * (WARM_ROUNDS + COUNTED_ROUNDS),
         "{tokens} tokens, no draft stood"

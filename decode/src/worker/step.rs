@@ -107,6 +107,8 @@ impl Worker {
             let Some((&last, position)) = sequence.step_input() else { continue };
             let Seat { outbox, rows, .. } = seat;
             rows.tokens.clear();
+            // Also one that is run again. It grows once, whenever it first drafts.
+            rows.tokens.reserve(1 + scheduler.limits().step_rows_max);
             (rows.rerun, rows.drafts_max) = (0, 0);
             if let Some(speculation) = speculation {
                 if rows.owed.is_empty() {
@@ -174,6 +176,7 @@ impl Worker {
         let Self { engine, scheduler, seats, batch, buffers, .. } = self;
         let Buffers { inputs, logits, .. } = buffers;
         let hidden_size = engine.config().hidden_size;
+        let step_rows_max = scheduler.limits().step_rows_max;
         let mut rows: Vec<SequenceInput<'_>> = std::mem::take(inputs);
         for id in &*batch {
             let (Some(seat), Some(sequence)) = (seats.get(id), scheduler.sequence(*id)) else { continue };
@@ -205,7 +208,7 @@ impl Worker {
                 self.metrics.drafts.count(drafts, stood);
                 let Rows { owed, rerun, .. } = &mut seat.rows;
                 let ran = &drawn.hidden()[(first - *rerun) * hidden_size..(first + tokens) * hidden_size];
-                owed.push(position - *rerun, ran);
+                owed.push(position - *rerun, ran, (step_rows_max, hidden_size));
             }
         }
         Ok(drafted)

@@ -269,7 +269,7 @@ impl AttentionWorkspace {
         let (latent, rope) = (config.kv_lora_rank, config.qk_rope_head_dim);
         let query_latent = config.q_lora_rank.unwrap_or(0);
         Self {
-            activations: Activations::new(),
+            activations: Activations::with_rows(rows_max),
             query_latents: rows(query_latent),
             normed_query_latents: rows(query_latent),
             queries: rows(heads * config.q_head_dim()),

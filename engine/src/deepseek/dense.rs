@@ -102,7 +102,7 @@ pub(crate) struct GatedMlpWorkspace {
 impl GatedMlpWorkspace {
     /// Room for `rows` rows of `width` intermediate channels.
     pub fn with_capacity(rows: usize, width: usize) -> Self {
-        let mut workspace = Self::default();
+        let mut workspace = Self { activations: Activations::with_rows(rows), ..Self::default() };
         workspace.gate_and_up(rows, width);
         workspace
     }

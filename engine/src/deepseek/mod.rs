@@ -168,7 +168,7 @@ impl LayerWorkspace {
             normed: vec![0.0; rows_max * config.hidden_size],
             output: vec![0.0; rows_max * config.hidden_size],
             attention: AttentionWorkspace::new(config, rows_max),
-            mlp_input: Activations::new(),
+            mlp_input: Activations::with_rows(rows_max),
             mlp: GatedMlpWorkspace::with_capacity(rows_max, width_max),
             moe: MoeWorkspace::new(config, rows_max),
         }

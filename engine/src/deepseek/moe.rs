@@ -129,7 +129,7 @@ impl MoeWorkspace {
     pub fn new(config: &ModelConfig, rows_max: usize) -> Self {
         let assignments_max = rows_max * config.num_experts_per_tok;
         Self {
-            input: Activations::new(),
+            input: Activations::with_rows(rows_max),
             logits: vec![0.0; rows_max * config.n_routed_experts],
             expert_ids: vec![0; assignments_max],
             weights: vec![0.0; assignments_max],

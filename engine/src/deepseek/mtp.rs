@@ -126,7 +126,7 @@ impl MtpWorkspace {
             embedded: rows(config.hidden_size),
             normed: rows(config.hidden_size),
             pairs: rows(2 * config.hidden_size),
-            input: Activations::new(),
+            input: Activations::with_rows(rows_max),
         }
     }
 }
