@@ -6,6 +6,7 @@ use crossbeam_channel::{Sender, bounded};
 use engine::{Engine, ExpertBatch, Experts, ExpertsError, LocalExperts, Sampled};
 use fabric::{Fabric, Hub};
 use kvtransfer::{KvTicket, SenderEvent};
+use model::{BlockId, TokenId};
 use proto::sequence::Sequence;
 use tokio_stream::Stream;
 use tonic::{Code, Status};
