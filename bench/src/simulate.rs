@@ -10,6 +10,7 @@ mod decode_worker;
 mod door;
 mod prefill_worker;
 mod report;
+mod request;
 mod step_time;
 mod world;
 

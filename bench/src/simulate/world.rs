@@ -10,19 +10,18 @@ use router::PrefillOnDecode;
 use router::disaggregation::{Remote, decide};
 use router::door::{Limits, PrefillPace};
 use serde::Serialize;
-use serde_json::json;
 
-use super::decode_worker::{DecodeWorker, END, Wanted};
+use super::decode_worker::{DecodeWorker, Wanted};
 use super::door::{Fate, Router};
 use super::prefill_worker::PrefillWorker;
+use super::request::Request;
 use super::step_time::{HandoffTime, StepTime};
-use crate::client::Streamed;
-use crate::serve::conversation::{Outcome, Reuse};
+use crate::serve::conversation::Outcome;
 use crate::serve::load::{Measured, settled};
 use crate::workload::{Arrivals, RequestId, Workload};
 
 /// Tokens in a KV block, as everywhere.
-const BLOCK_TOKENS: usize = 64;
+pub(super) const BLOCK_TOKENS: usize = 64;
 
 /// What is simulated.
 #[derive(Debug, Clone, Serialize)]
@@ -80,26 +79,6 @@ pub struct Counts {
     pub decode_reuse: Option<(u64, u64)>,
     /// Events in all.
     pub events: u64,
-}
-
-struct Request {
-    id: RequestId,
-    turn: u32,
-    due: Duration,
-    prompt: Arc<[TokenId]>,
-    output_tokens: u32,
-    /// Tokens at its start that a prefill worker has computed for an earlier turn.
-    prefilled: u64,
-    /// The last turn's prompt and answer, tokens.
-    earlier: Option<(u64, u64)>,
-    prefill: usize,
-    decode: usize,
-    prefill_here: bool,
-    shared_blocks: usize,
-    cached_tokens: usize,
-    answer: Vec<TokenId>,
-    /// Of each token, from `due` on.
-    arrivals: Vec<Duration>,
 }
 
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -470,38 +449,5 @@ impl<'a> World<'a> {
             *found += (shared_blocks * BLOCK_TOKENS) as u64;
             *held += computed / BLOCK_TOKENS as u64 * BLOCK_TOKENS as u64;
         }
-    }
-}
-
-impl Request {
-    /// Draws the next token: the end where the answer's length says so, else one that no other request has there.
-    fn sample(&mut self, now: Duration) -> TokenId {
-        self.arrivals.push(now.saturating_sub(self.due));
-        let last = self.arrivals.len() >= self.output_tokens as usize;
-        let of_its_own = self.id.index.wrapping_mul(2_654_435_761).wrapping_add(self.arrivals.len() as u32);
-        let token = if last { END } else { TokenId(2 + of_its_own % 100_000) };
-        self.answer.push(token);
-        token
-    }
-
-    fn outcome(&mut self, epoch: Instant, now: Duration) -> Outcome {
-        let (prompt, cached) = (self.prompt.len() as u64, self.cached_tokens as u64);
-        let reuse = self
-            .earlier
-            .map(|(earlier, answer)| Reuse::new(prompt, earlier, answer, BLOCK_TOKENS as u64, cached));
-        let arrivals = std::mem::take(&mut self.arrivals);
-        let answer = Streamed {
-            ttft: arrivals.first().copied(),
-            total: now.saturating_sub(self.due),
-            usage: Some(json!({
-                "prompt_tokens": prompt,
-                "completion_tokens": arrivals.len(),
-                "prompt_tokens_details": { "cached_tokens": cached },
-            })),
-            arrivals,
-            timings: None,
-        };
-        let (due, ended) = ((epoch + self.due).into(), (epoch + now).into());
-        Outcome { due, ended, refused: 0, reuse, answer: Ok(answer) }
     }
 }
