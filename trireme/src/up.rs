@@ -1,8 +1,10 @@
 //! `trireme up`: a whole cluster on this machine with one command, every role its own process, supervised, and a
 //! first answer before the prompt comes back.
 
+mod screen;
+mod state_directory;
+
 use std::{
-    io::Write as _,
     net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -10,17 +12,18 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use bench::client::Client;
-use model::{Device, KvFormat, ModelConfig, Numerics};
+use model::{Device, KvFormat, Numerics};
 use router::PrefillOnDecode;
-use serde_json::{Value, json};
-
+use serde_json::Value;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use screen::{View, greet};
+use state_directory::StateDirectory;
+
 use crate::{
-    answer,
-    cluster::{self, Cluster},
+    cluster,
     config::{Config, ModelSection, Mtp, Role, Worker},
-    identity, node, progress, ready,
+    identity, progress, ready,
     supervisor::{ProcessSpec, Supervisor},
 };
 
@@ -308,129 +311,6 @@ async fn ready(view: &View<'_>, supervisor: &Supervisor) -> anyhow::Result<()> {
     outcome
 }
 
-/// What the screen shows.
-struct View<'a> {
-    config: &'a Config,
-    model: ModelConfig,
-    parameters: u64,
-    http: SocketAddr,
-    grpc: SocketAddr,
-    supervisor: Option<&'a Supervisor>,
-    state: Option<&'a Path>,
-}
-
-impl<'a> View<'a> {
-    fn of_config(config: &'a Config) -> anyhow::Result<Self> {
-        let checkpoint = node::open_checkpoint(config)?;
-        Ok(Self {
-            config,
-            model: checkpoint.config().clone(),
-            parameters: crate::inspect::parameters(&checkpoint),
-            http: config.router.http_listen,
-            grpc: config.router.grpc_listen,
-            supervisor: None,
-            state: None,
-        })
-    }
-
-    fn of_cluster(config: &'a Config, cluster: &Cluster) -> anyhow::Result<Self> {
-        Ok(Self { http: cluster.http_address(), grpc: cluster.grpc_address(), ..Self::of_config(config)? })
-    }
-
-    fn url(&self) -> String {
-        format!("http://{}", self.http)
-    }
-
-    fn pid(&self, id: &str) -> String {
-        match self.supervisor {
-            Some(supervisor) => supervisor
-                .processes()
-                .iter()
-                .find(|p| p.spec.id == id)
-                .map_or_else(|| "-".to_owned(), |p| p.pid().to_string()),
-            None => std::process::id().to_string(),
-        }
-    }
-}
-
-async fn greet(args: &Args, view: &View<'_>, begin: Instant) -> anyhow::Result<()> {
-    let (url, model) = (view.url(), view.config.model.served_id());
-    println!(
-        "Trireme {} serves {model}: {}, {} numerics, {} tokens of context. Ready in {:.1} s.\n",
-        env!("CARGO_PKG_VERSION"),
-        millions(view.parameters),
-        view.config.model.numerics,
-        view.model.max_position_embeddings,
-        begin.elapsed().as_secs_f64(),
-    );
-    println!("  {:<12} {:>8}  what", "worker", "pid");
-    println!("  {:<12} {:>8}  HTTP {url}, gRPC {}", "router", view.pid("router"), view.grpc);
-    for worker in &view.config.workers {
-        println!("  {:<12} {:>8}  {}", worker.id, view.pid(&worker.id), duty(view, worker));
-    }
-    if let Some(state) = view.state {
-        println!("\nLogs, certificates and the configuration: {}", state.display());
-    }
-    println!(
-        "\nTry, in another terminal:\n  curl {url}/v1/chat/completions -H 'content-type: application/json' \\\n    -d '{{\"model\": \"{model}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Tell me a story about a fox.\"}}]}}'"
-    );
-    let program = program();
-    let elsewhere = if args.port == 8000 { String::new() } else { format!(" --url {url}") };
-    println!("  {program} chat{elsewhere}\n  {program} bench serve{elsewhere}\n  curl {url}/metrics\n");
-    if !args.quiet {
-        first_question(&url, &model).await?;
-    }
-    println!("Ctrl-C stops everything.");
-    Ok(())
-}
-
-fn duty(view: &View<'_>, worker: &Worker) -> String {
-    let experts = view.config.workers_of(Role::Expert).count();
-    match worker.role {
-        Role::Expert => {
-            format!("1/{experts} of the {} routed experts of every layer", view.model.n_routed_experts)
-        }
-        Role::Prefill => "prompts to KV blocks, pushed to decode".to_owned(),
-        Role::Decode => format!("{} KV blocks of 64 tokens", view.config.engine.kv_blocks_max),
-        Role::Router => String::new(),
-    }
-}
-
-async fn first_question(url: &str, model: &str) -> anyhow::Result<()> {
-    let client = Client::new(url, None, Duration::from_secs(120))?;
-    let request = answer::Request { max_tokens: Some(64), temperature: Some(0.0), ..Default::default() };
-    let question = "What is a planet?";
-    println!("> {question}");
-    let messages = [json!({ "role": "user", "content": question })];
-    let answered = match answer::chat(&client, model, &messages, &request, std::io::stdout()).await {
-        // A base model has no chat template: it continues a text instead.
-        Err(bench::client::ClientError::Status { status: 400, .. }) => {
-            let mut out = std::io::stdout();
-            let opening = "Once upon a time";
-            write!(out, "{opening}")?;
-            answer::complete(&client, model, opening, &request, out).await
-        }
-        other => other,
-    }
-    .context("the cluster is up, but did not answer the first question")?;
-    println!("\n[{}]\n", answer::figures(&answered.streamed));
-    Ok(())
-}
-
-fn millions(parameters: u64) -> String {
-    match parameters {
-        0..1_000_000_000 => format!("{:.1} M parameters", parameters as f64 / 1e6),
-        _ => format!("{:.1} B parameters", parameters as f64 / 1e9),
-    }
-}
-
-/// How the user started this program, for the commands that the screen suggests.
-fn program() -> String {
-    let built_by_cargo =
-        std::env::current_exe().is_ok_and(|p| p.components().any(|c| c.as_os_str() == "target"));
-    if built_by_cargo { "cargo run --release --".to_owned() } else { "trireme".to_owned() }
-}
-
 /// Ctrl-C, and what a service manager sends, from the moment that it is made.
 struct Stop {
     interrupt: Signal,
@@ -474,57 +354,5 @@ impl Ports {
         }
         TcpListener::bind(address).with_context(|| format!("{flag}: {address} cannot be used"))?;
         Ok(address)
-    }
-}
-
-/// `up`'s own folder: configuration, certificates and logs; gone when it ends well.
-struct StateDirectory {
-    path: PathBuf,
-    keep: std::cell::Cell<bool>,
-}
-
-impl StateDirectory {
-    fn create() -> anyhow::Result<Self> {
-        use std::os::unix::fs::DirBuilderExt as _;
-        remove_stale_folders();
-        let path = std::env::temp_dir().join(format!("trireme-{}", std::process::id()));
-        // A stale folder of a process that had our number: not ours to read, so never reused.
-        if path.exists() {
-            std::fs::remove_dir_all(&path)
-                .with_context(|| format!("removing the stale {}", path.display()))?;
-        }
-        std::fs::DirBuilder::new()
-            .mode(0o700)
-            .create(&path)
-            .with_context(|| format!("creating {}", path.display()))?;
-        Ok(Self { path, keep: std::cell::Cell::new(false) })
-    }
-
-    fn keep(&self) {
-        self.keep.set(true);
-    }
-}
-
-/// What an `up` that was killed left behind: a folder of ours whose process is gone.
-fn remove_stale_folders() {
-    for entry in std::fs::read_dir(std::env::temp_dir()).into_iter().flatten().flatten() {
-        let name = entry.file_name();
-        let pid = name.to_str().and_then(|name| name.strip_prefix("trireme-")?.parse::<u32>().ok());
-        let gone = pid.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists());
-        let ours = entry.path().join("cluster.toml").is_file();
-        // Best effort: another user's folder cannot be removed, and need not be.
-        if gone && ours {
-            let _ = std::fs::remove_dir_all(entry.path());
-        }
-    }
-}
-
-impl Drop for StateDirectory {
-    fn drop(&mut self) {
-        if self.keep.get() {
-            eprintln!("Logs are kept in {}", self.path.display());
-        } else if let Err(error) = std::fs::remove_dir_all(&self.path) {
-            tracing::warn!(path = %self.path.display(), %error, "cannot remove the state folder");
-        }
     }
 }
