@@ -144,14 +144,15 @@ fn hello(version: u16, worker: &[u8]) -> Vec<u8> {
         wire.push(text.len() as u8);
         wire.extend_from_slice(text);
     }
-    wire.extend_from_slice(&[0; 16]);
+    // No token, no RDMA.
+    wire.extend_from_slice(&[0; 17]);
     wire
 }
 
 #[test]
 fn a_well_formed_stranger_with_our_certificate_is_served() {
     let rogue = Rogue::new(b"trireme-fabric/1");
-    let streams = [[vec![0], hello(2, b"w"), frame_bytes(4, 4, b"headbody")].concat(), vec![1]];
+    let streams = [[vec![0], hello(3, b"w"), frame_bytes(4, 4, b"headbody")].concat(), vec![1]];
     let connection = rogue.say(streams);
     let events = rogue.victim.receiver(Channel::Kv);
     let (peer, info) = up(&events);
@@ -177,7 +178,7 @@ fn frames_over_the_limits_cost_the_connection() {
     ];
     for (wire, expected) in cases {
         let rogue = Rogue::new(b"trireme-fabric/1");
-        let connection = rogue.say([[vec![0], hello(2, b"w")].concat(), [vec![1], wire].concat()]);
+        let connection = rogue.say([[vec![0], hello(3, b"w")].concat(), [vec![1], wire].concat()]);
         let events = rogue.victim.receiver(Channel::Experts);
         let (peer, _) = up(&events);
         assert_eq!(lost(&events), (peer, LossReason::Protocol(expected)));
@@ -188,14 +189,14 @@ fn frames_over_the_limits_cost_the_connection() {
 
 #[test]
 fn bad_openings_are_refused_and_counted() {
-    let good = [vec![0], hello(2, b"w")].concat();
+    let good = [vec![0], hello(3, b"w")].concat();
     let openings: [(&str, [Vec<u8>; 2]); 6] = [
         ("another wire version", [[vec![0], hello(1, b"w")].concat(), vec![1]]),
         ("no magic", [[vec![0], b"GET / HTTP/1.1\r\n\r\n".to_vec()].concat(), vec![1]]),
         ("a channel that does not exist", [good.clone(), vec![2]]),
         ("a channel twice", [good.clone(), vec![0]]),
-        ("no name", [[vec![0], hello(2, b"")].concat(), vec![1]]),
-        ("a name that is not UTF-8", [[vec![0], hello(2, b"\xff\xfe")].concat(), vec![1]]),
+        ("no name", [[vec![0], hello(3, b"")].concat(), vec![1]]),
+        ("a name that is not UTF-8", [[vec![0], hello(3, b"\xff\xfe")].concat(), vec![1]]),
     ];
     for (what, streams) in openings {
         let rogue = Rogue::new(b"trireme-fabric/1");
@@ -210,7 +211,7 @@ fn bad_openings_are_refused_and_counted() {
 #[test]
 fn a_finished_channel_costs_the_connection() {
     let rogue = Rogue::new(b"trireme-fabric/1");
-    let connection = rogue.say([[vec![0], hello(2, b"w")].concat(), vec![1]]);
+    let connection = rogue.say([[vec![0], hello(3, b"w")].concat(), vec![1]]);
     let events = rogue.victim.receiver(Channel::Kv);
     up(&events);
     rogue.finish_streams();

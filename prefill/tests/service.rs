@@ -109,27 +109,30 @@ async fn a_dropped_stream_gives_its_blocks_back() {
     assert!(!scene.decode.aborted.is_empty(), "decode is told");
 }
 
-/// A cancel of what waits and of what is computed: decode hears of it, by its abort, before any later prompt is through. The time
-/// is printed, not asserted.
+/// A cancel of what waits and of what is computed: decode hears the end of both, and nothing of what waited is computed. The time
+/// is printed, not asserted; what is computed may be through before the cancel is.
 #[tokio::test]
 async fn a_cancel_reaches_what_waits_and_what_runs_and_frees_both_ends() {
     let mut scene = Scene::new(chunks_of(16)).await;
     let runs = sequence(&scene.oracle, 1, WHOLE_POOL);
     let request = scene.request(&runs);
-    let mut running = scene.send(request).await.expect("queued");
-    scene.first_token(&mut running).await;
+    let running = scene.send(request).await.expect("queued");
     let waits = sequence(&scene.oracle, 2, WHOLE_POOL);
     let request = scene.request(&waits);
     let waiting = scene.send(request).await.expect("queued");
+    while scene.decode.rows(0).is_empty() {
+        scene.decode.turn().await;
+    }
     let cancelled = Instant::now();
     drop(waiting);
     drop(running);
-    while scene.decode.aborted.is_empty() {
+    while scene.decode.aborted.len() + scene.decode.committed.len() < 2 {
         scene.decode.turn().await;
     }
-    println!("from the dropped stream to decode's end of it: {:?}", cancelled.elapsed());
+    println!("from the dropped streams to decode's end of both: {:?}", cancelled.elapsed());
+    assert!(!scene.decode.aborted.is_empty(), "the one that waited");
+    assert!(scene.decode.rows(1).is_empty(), "which was not computed");
     assert_pool_is_free(&mut scene).await;
-    assert_eq!(scene.decode.committed.len(), 1, "neither of the cancelled");
 }
 
 #[tokio::test]
