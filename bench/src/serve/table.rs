@@ -34,7 +34,7 @@ pub(crate) fn points(points: &[&Summary]) -> String {
             let share = |of: u64| 100.0 * reuse.found as f64 / of.max(1) as f64;
             let _ = writeln!(
                 text,
-                "{}: later turns found {} tokens in prefill's cache: {:.1} % of the {} that earlier turns left in the \
+                "{}: later turns found {} tokens in a cache: {:.1} % of the {} that earlier turns left in the \
                  cluster, {:.1} % of the {} of their prompts",
                 point.load,
                 reuse.found,
