@@ -1,7 +1,7 @@
 //! `trireme bench handover`: what handing a prompt over adds to its time.
 //!
 //! Two device threads of this process, joined by the real fabric: prefill's runs the serving scheduler and hand-off over a pool of
-//! V3-shaped KV whose rows are computed by the clock ([`prefill`]), decode's receives as a decode worker does ([`decode`]). A layer
+//! V3-shaped KV whose rows are computed by the clock (`prefill`), decode's receives as a decode worker does (`decode`). A layer
 //! takes as long as its tokens are said to take; its blocks are pushed while the next one runs. What is told is the time from the
 //! last layer's end, when the first token could be sampled, to decode's commit, when its first step could begin, and how many of the
 //! bytes were in decode's pool already when it began.

@@ -8,7 +8,7 @@ use super::{Chunk, Scheduler, SequenceId};
 
 impl Scheduler {
     /// Forms the next chunks of the prompts that are computed here into `chunks`, which is cleared first: `tokens_max` tokens at
-    /// most, in order of admission. Each is followed by [`Event::Computed`], or by the end of its sequence.
+    /// most, in order of admission. Each is followed by `Event::Computed`, or by the end of its sequence.
     pub fn schedule_chunks(&self, tokens_max: usize, chunks: &mut Vec<Chunk>) {
         chunks.clear();
         let mut left = tokens_max;

@@ -2,7 +2,7 @@
 //! this code too.
 //!
 //! Behind the door a prompt waits for decode's memory, for prefill, and is computed; until its first token is out it is *ahead*
-//! of whoever comes next. The door keeps no more than [`AHEAD_S`] of prefill's work ahead: enough that no worker runs dry, so
+//! of whoever comes next. The door keeps no more than `AHEAD_S` of prefill's work ahead: enough that no worker runs dry, so
 //! little that what happens to a request is still the door's to decide. The rest waits here, in fair order, and only as long
 //! as its first token can be expected within the objective of its class:
 //!
@@ -12,7 +12,7 @@
 //! the cluster is short of: prefill, decode's memory, or places. Who would come too late is refused at once, told when it
 //! would not; whose turn comes too late all the same is refused then, and never goes before one that can still make it.
 //! A prompt whose own computation takes more than half of the objective is given twice that computation instead. One that
-//! keeps a worker for more than [`LONG_S`] is *long*: prefill lets shorter ones pass it with half of its steps, and so does the
+//! keeps a worker for more than `LONG_S` is *long*: prefill lets shorter ones pass it with half of its steps, and so does the
 //! door.
 //!
 //! Invariants: as many sequences as let in and not left hold places, at most [`Limits::sequences_max`]; at most

@@ -41,7 +41,7 @@ pub enum OtlpError {
     Thread(#[source] std::io::Error),
 }
 
-/// The exporting thread. Dropping it lets what is queued leave, for [`EXPORT_MAX`] at most.
+/// The exporting thread. Dropping it lets what is queued leave, for `EXPORT_MAX` at most.
 pub struct Exporter {
     dropped: Arc<AtomicU64>,
     stop: Option<oneshot::Sender<()>>,
