@@ -81,6 +81,35 @@ pub struct TierStats {
     pub disk_reads_refused: u64,
 }
 
+impl TierStats {
+    /// Name, meaning and value of each count, as a worker's metrics show them. The blocks in host memory are not among them: they
+    /// come and go.
+    pub fn counts(&self) -> [(&'static str, &'static str, u64); 8] {
+        [
+            ("kv_tier_stored", "Evicted KV blocks that were kept in host memory", self.stored),
+            (
+                "kv_tier_host_evictions",
+                "KV blocks that gave way to others in host memory",
+                self.host_evictions,
+            ),
+            ("kv_tier_corrupt", "Kept KV blocks whose checksum did not hold: computed again", self.corrupt),
+            ("kv_tier_disk_writes", "KV blocks handed to the disk", self.disk_writes),
+            ("kv_tier_disk_dropped", "KV blocks that the disk was too slow to take", self.disk_dropped),
+            ("kv_tier_disk_reads", "KV blocks that came back from the disk", self.disk_reads),
+            (
+                "kv_tier_disk_misses",
+                "KV blocks that the disk's index promised and that could not be read",
+                self.disk_misses,
+            ),
+            (
+                "kv_tier_disk_reads_refused",
+                "Reads that would have exceeded their bound",
+                self.disk_reads_refused,
+            ),
+        ]
+    }
+}
+
 /// The tier of one worker.
 pub struct KvTier {
     host: HostTier,
