@@ -283,24 +283,36 @@ impl CudaEngine {
             let wanted = self.inputs.wanted();
             return self.launch(context_max, wanted, observer);
         }
-        let context_max = self.inputs.context_max().next_power_of_two().max(1024);
-        let found = |recorded: &Recorded| recorded.is(RowsOf::Model, rows, context_max);
-        if !self.recorded.iter().any(found) {
-            // Once as it is: what a kernel does at its first launch cannot be recorded.
-            let device = Arc::clone(&self.device);
-            self.launch(context_max, rows, &mut ())?;
-            let mut outcome = Ok(());
-            let graph = device.record(|| {
-                outcome = self.launch(context_max, rows, &mut ());
-                Ok(())
-            })?;
-            outcome?;
-            self.recorded.push(Recorded { of: RowsOf::Model, rows, context_max, graph });
-            return Ok(());
+        let context_max = self.inputs.context_max();
+        self.run_recorded(RowsOf::Model, rows, context_max, |engine, context_max| {
+            engine.launch(context_max, rows, &mut ())
+        })
+    }
+
+    /// Replays what `launch` asks for at so many rows and a context of at least `context_max`; the first time it is run as it is, and
+    /// recorded.
+    fn run_recorded(
+        &mut self,
+        of: RowsOf,
+        rows: usize,
+        context_max: usize,
+        launch: impl Fn(&mut Self, usize) -> Result<(), StepError>,
+    ) -> Result<(), StepError> {
+        let context_max = context_max.next_power_of_two().max(1024);
+        let found = |recorded: &&Recorded| recorded.is(of, rows, context_max);
+        if let Some(recorded) = self.recorded.iter().find(found) {
+            return Ok(self.device.replay(&recorded.graph)?);
         }
-        if let Some(recorded) = self.recorded.iter().find(|recorded| found(recorded)) {
-            self.device.replay(&recorded.graph)?;
-        }
+        // Once as it is: what a kernel does at its first launch cannot be recorded.
+        launch(self, context_max)?;
+        let device = Arc::clone(&self.device);
+        let mut outcome = Ok(());
+        let graph = device.record(|| {
+            outcome = launch(self, context_max);
+            Ok(())
+        })?;
+        outcome?;
+        self.recorded.push(Recorded { of, rows, context_max, graph });
         Ok(())
     }
 

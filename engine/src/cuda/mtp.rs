@@ -9,7 +9,7 @@ use compute::cuda::{Buffer, CudaError, Device, Mark, NormRows, Pinned};
 use model::{ModelConfig, TokenId};
 
 use super::inputs::StepInputs;
-use super::{CudaEngine, Recorded, TABLE_BLOCKS, Tail, Workspace, recorded_rows, step};
+use super::{CudaEngine, TABLE_BLOCKS, Tail, Workspace, recorded_rows, step};
 use crate::batch::{LogitsWanted, RowsOf, SequenceInput, StepBatch};
 use crate::drawing::{Drafter, Draw, Drawn};
 use crate::error::{EngineError, InvalidBatch, StepError};
@@ -413,22 +413,9 @@ impl CudaEngine {
         if !record {
             return self.launch_mtp(context_max, wanted, observer);
         }
-        let context_max = context_max.next_power_of_two().max(1024);
-        let found = |recorded: &Recorded| recorded.is(RowsOf::Mtp, rows, context_max);
-        if let Some(recorded) = self.recorded.iter().find(|recorded| found(recorded)) {
-            return Ok(self.device.replay(&recorded.graph)?);
-        }
-        // Once as it is: what a kernel does at its first launch cannot be recorded.
-        self.launch_mtp(context_max, rows, &mut ())?;
-        let device = std::sync::Arc::clone(&self.device);
-        let mut outcome = Ok(());
-        let graph = device.record(|| {
-            outcome = self.launch_mtp(context_max, rows, &mut ());
-            Ok(())
-        })?;
-        outcome?;
-        self.recorded.push(Recorded { of: RowsOf::Mtp, rows, context_max, graph });
-        Ok(())
+        self.run_recorded(RowsOf::Mtp, rows, context_max, |engine, context_max| {
+            engine.launch_mtp(context_max, rows, &mut ())
+        })
     }
 
     /// Asks for a whole round: from tokens and states to logits of the first `wanted` wanted rows.
