@@ -2,7 +2,8 @@
 //!
 //! One round is `receive → schedule → step → postprocess → prefill`, the last for prompts that are left to this worker. Everything
 //! that reaches the thread does so in `receive`, over bounded channels that it never waits on while it has work; everything
-//! that leaves does so in `postprocess`, into queues that it never waits on at all. Without work it sleeps until something arrives or falls due.
+//! that leaves does so in `postprocess`, into queues that it never waits on at all. Without work it sleeps until something
+//! arrives or falls due.
 //!
 //! Invariant: blocks change hands between rounds only, on this thread. A push is copied into the pool by
 //! `Receiver::poll` here, so once a ticket is revoked here no write to its blocks is left anywhere.

@@ -7,6 +7,7 @@
 mod core;
 mod dial;
 mod links;
+mod stats;
 mod transfer;
 
 use std::fmt;
@@ -16,8 +17,9 @@ use fabric::{Arrivals, Channel, Event, Fabric, PeerId};
 use model::TokenId;
 use proto::ticket::KvTicket;
 
-pub use self::core::{SenderCore, SenderStats};
+pub use self::core::SenderCore;
 use self::dial::Dialer;
+pub use self::stats::SenderStats;
 use crate::error::TransferError;
 use crate::receiver::process_lives;
 
