@@ -31,8 +31,8 @@ def trireme(args):
     for b in report["batches"]:
         yield {
             "engine": "trireme FP8", "batch": b["batch"], "prompt": b["prompt_tok_per_s"]["median"],
-            "generation": b["generation_tok_per_s"]["median"], "reads_gb_per_s": report["read_gb_per_s"],
-            "share": b["bandwidth_share"],
+            "generation": b["generation_tok_per_s"]["median"], "reads_gb_per_s": report["read_gb_per_s"]["median"],
+            "share": b["bandwidth_share"]["median"],
         }
 
 

@@ -227,6 +227,12 @@ impl Streamed {
         self.usage.as_ref()?["completion_tokens"].as_u64()
     }
 
+    /// Prompt tokens that came out of a cache, as the server says; 0 where it does not.
+    pub fn cached_tokens(&self) -> u64 {
+        let cached = self.usage.as_ref().map(|usage| &usage["prompt_tokens_details"]["cached_tokens"]);
+        cached.and_then(Value::as_u64).unwrap_or(0)
+    }
+
     /// Tokens of the answer per second of the request, waiting for the first one included.
     ///
     /// A rate "after the first" would flatter: on a busy client tokens arrive in bundles, and the time between the

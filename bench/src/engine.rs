@@ -88,8 +88,9 @@ pub struct Report {
     pub generated_tokens: usize,
     /// Rows of a step at most.
     pub chunk: usize,
-    /// Reading memory in order, the best of a probe before and one after.
-    pub read_gb_per_s: f64,
+    /// Reading memory in order: probes before and after each round's generation steps, as a virtual machine's share of a
+    /// host's memory changes by the minute.
+    pub read_gb_per_s: Spread,
     /// One per batch size.
     pub batches: Vec<Figures>,
 }
@@ -105,8 +106,8 @@ pub struct Figures {
     pub generation_tok_per_s: Spread,
     /// Bytes of weights that a generation step reads, as stored in the checkpoint, the mean over its steps.
     pub weight_bytes_per_step: f64,
-    /// Those bytes over the median step's time, as a share of the memory bandwidth.
-    pub bandwidth_share: f64,
+    /// Those bytes per second of all generation steps, as a share of what the probes beside them read.
+    pub bandwidth_share: Spread,
     /// Microseconds of a generation step by part, the mean of all rounds.
     pub step_us: Vec<StageTime>,
     /// Microseconds of all prompts by part, the mean of all rounds.
@@ -143,6 +144,11 @@ impl Spread {
 
     fn text(&self) -> String {
         format!("{} ({}–{})", number(self.median), number(self.min), number(self.max))
+    }
+
+    fn percent(&self) -> String {
+        let [median, min, max] = [self.median, self.min, self.max].map(|share| 100.0 * share);
+        format!("{median:.0} % ({min:.0}–{max:.0})")
     }
 }
 
@@ -186,23 +192,23 @@ pub fn measure(args: &Args) -> anyhow::Result<Report> {
     );
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = args.threads.map_or(cores, usize::from);
-    let bandwidth = || Cpu::new(threads).memory_read_bandwidth() / 1e9;
+    let cpu = Cpu::new(threads);
+    let bandwidth = || cpu.memory_read_bandwidth() / 1e9;
 
     let mut runner = Runner::load(args, &checkpoint, threads, batch_max)?;
-    let before = bandwidth();
     let mut rounds: Vec<Vec<Round>> = args.batch.iter().map(|_| Vec::new()).collect();
     for round in 0..=args.rounds {
         for (&batch, rounds) in args.batch.iter().zip(&mut rounds) {
-            let measured = runner.round(usize::from(batch))?;
+            let measured = runner.round(usize::from(batch), &bandwidth)?;
             // The first only warms: it faults the weights in and sizes the buffers.
             if round > 0 {
                 rounds.push(measured);
             }
         }
     }
-    let read_gb_per_s = before.max(bandwidth());
-    let batches =
-        args.batch.iter().zip(&rounds).map(|(&batch, rounds)| figures(args, batch, rounds, read_gb_per_s));
+    let reads = rounds.iter().flatten().map(|round| round.read_gb_per_s);
+    let read_gb_per_s = Spread::of(reads.collect());
+    let batches = args.batch.iter().zip(&rounds).map(|(&batch, rounds)| figures(args, batch, rounds));
     Ok(Report {
         model: folder,
         backend: runner.backend().to_owned(),
@@ -216,7 +222,7 @@ pub fn measure(args: &Args) -> anyhow::Result<Report> {
     })
 }
 
-fn figures(args: &Args, batch: u16, rounds: &[Round], read_gb_per_s: f64) -> Figures {
+fn figures(args: &Args, batch: u16, rounds: &[Round]) -> Figures {
     let rate = |tokens: u32, seconds: &dyn Fn(&Round) -> f64| {
         let tokens = f64::from(batch) * f64::from(tokens);
         Spread::of(rounds.iter().map(|round| tokens / seconds(round).max(1e-9)).collect())
@@ -225,13 +231,16 @@ fn figures(args: &Args, batch: u16, rounds: &[Round], read_gb_per_s: f64) -> Fig
     let count = rounds.len().max(1) as f64;
     let steps = f64::from(args.generate);
     let bytes = rounds.iter().map(|round| round.weight_bytes as f64).sum::<f64>() / count / steps;
-    let step_s = f64::from(batch) / generation.median;
+    let share = |round: &Round| {
+        let bytes_per_s = round.weight_bytes as f64 / round.generation.seconds().max(1e-9);
+        bytes_per_s / (round.read_gb_per_s * 1e9)
+    };
     Figures {
         batch: usize::from(batch),
         prompt_tok_per_s: rate(args.prompt, &|round| round.prompt.seconds()),
         generation_tok_per_s: generation,
         weight_bytes_per_step: bytes,
-        bandwidth_share: bytes / step_s / (read_gb_per_s * 1e9),
+        bandwidth_share: Spread::of(rounds.iter().map(share).collect()),
         step_us: stages::mean(rounds.iter().map(|round| &round.generation), count * steps),
         prompt_us: stages::mean(rounds.iter().map(|round| &round.prompt), count),
     }
@@ -246,8 +255,11 @@ fn render(report: &Report) -> String {
             figures.prompt_tok_per_s.text(),
             figures.generation_tok_per_s.text(),
             number(figures.weight_bytes_per_step / 1e6),
-            number(figures.bandwidth_share * report.read_gb_per_s),
-            format!("{:.0} %", figures.bandwidth_share * 100.0),
+            number(
+                figures.weight_bytes_per_step / 1e9 * figures.generation_tok_per_s.median
+                    / figures.batch as f64,
+            ),
+            figures.bandwidth_share.percent(),
         ]);
     }
     let mut parts = vec![vec!["µs of a step".to_owned()]];
@@ -272,7 +284,7 @@ fn render(report: &Report) -> String {
         report.prompt_tokens,
         report.chunk,
         report.generated_tokens,
-        number(report.read_gb_per_s),
+        report.read_gb_per_s.text(),
         aligned(&rates),
         aligned(&parts)
     )

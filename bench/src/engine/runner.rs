@@ -18,6 +18,8 @@ pub(super) struct Round {
     pub generation: Times,
     /// Bytes of weights that the generation steps had to read.
     pub weight_bytes: u64,
+    /// What memory gave to plain reads just before and after the generation steps, the mean.
+    pub read_gb_per_s: f64,
 }
 
 /// A sequence of the batch.
@@ -82,14 +84,15 @@ impl Runner {
         &self.engine.fingerprint().backend
     }
 
-    /// Everything once with `batch` sequences.
-    pub fn round(&mut self, batch: usize) -> anyhow::Result<Round> {
+    /// Everything once with `batch` sequences; `bandwidth` probes memory.
+    pub fn round(&mut self, batch: usize, bandwidth: &dyn Fn() -> f64) -> anyhow::Result<Round> {
         let mut sequences = self.sequences(batch);
         let mut prompt = Times::start();
         for step in chunks(batch, self.prompt, self.chunk) {
             self.run(&mut sequences, &step, &mut prompt)?;
         }
         self.traffic.take();
+        let before = bandwidth();
         let mut generation = Times::start();
         for token in 0..self.generate {
             let from = self.prompt + token;
@@ -97,7 +100,8 @@ impl Runner {
                 (0..batch).map(|sequence| Chunk { sequence, from, to: from + 1 }).collect();
             self.run(&mut sequences, &step, &mut generation)?;
         }
-        Ok(Round { prompt, generation, weight_bytes: self.traffic.take() })
+        let read_gb_per_s = f64::midpoint(before, bandwidth());
+        Ok(Round { prompt, generation, weight_bytes: self.traffic.take(), read_gb_per_s })
     }
 
     /// Prompts drawn from the seed, each sequence with blocks of its own.

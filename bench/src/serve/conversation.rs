@@ -56,7 +56,7 @@ pub struct Reuse {
     pub reusable: u64,
     /// Of earlier prompts alone.
     pub of_prompts: u64,
-    /// Found, as the server's `cached_tokens` says.
+    /// Of these found, as the server's `cached_tokens` says. What others have left there does not count.
     pub found: u64,
 }
 
@@ -65,7 +65,8 @@ impl Reuse {
     /// answer. The last token said was never computed, and the prompt's own last one always is.
     pub fn new(prompt: u64, earlier: u64, answer: u64, block_tokens: u64, found: u64) -> Self {
         let whole = |tokens: u64| tokens.min(prompt.saturating_sub(1)) / block_tokens * block_tokens;
-        Self { reusable: whole((earlier + answer).saturating_sub(1)), of_prompts: whole(earlier), found }
+        let reusable = whole((earlier + answer).saturating_sub(1));
+        Self { reusable, of_prompts: whole(earlier), found: found.min(reusable) }
     }
 
     /// Adds another turn's.
@@ -106,8 +107,7 @@ impl Target {
             if let Ok(answer) = &outcome.answer {
                 let tokens = |name| answer.usage.as_ref().and_then(|usage| usage[name].as_u64());
                 let prompt = tokens("prompt_tokens").unwrap_or(0);
-                let cached = answer.usage.as_ref().map(|u| &u["prompt_tokens_details"]["cached_tokens"]);
-                let found = cached.and_then(Value::as_u64).unwrap_or(0);
+                let found = answer.cached_tokens();
                 let block = u64::from(self.block_tokens);
                 outcome.reuse =
                     last.map(|(earlier, answer)| Reuse::new(prompt, earlier, answer, block, found));
@@ -217,5 +217,6 @@ mod tests {
         assert_eq!(of(300, 100, 28), (64, 64), "the 128th was said and never computed");
         assert_eq!(of(128, 120, 9), (64, 64), "the prompt's last token is always computed");
         assert_eq!(of(10, 0, 0), (0, 0));
+        assert_eq!(Reuse::new(300, 100, 50, 64, 256).found, 128, "the rest is of another conversation");
     }
 }

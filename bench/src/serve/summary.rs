@@ -47,6 +47,8 @@ pub struct Summary {
     pub prompt_tokens_per_s: f64,
     /// Generated tokens of completed requests per second.
     pub output_tokens_per_s: f64,
+    /// Of the prompt tokens of completed requests, those that the server says came out of a cache.
+    pub cached_share: f64,
     /// Completed requests within the goal per second.
     pub goodput_per_s: Option<f64>,
     /// Time to the first token.
@@ -138,6 +140,7 @@ impl Summary {
             requests_per_s: per_s(inside.completed),
             prompt_tokens_per_s: per_s(inside.prompt_tokens),
             output_tokens_per_s: per_s(inside.output_tokens),
+            cached_share: inside.cached_tokens as f64 / inside.prompt_tokens.max(1) as f64,
             goodput_per_s: slo.is_set().then(|| per_s(inside.good)),
             ttft_ms: ttft.percentiles(),
             itl_ms: itl.percentiles(),
@@ -167,6 +170,7 @@ struct Inside {
     completed: u64,
     good: u64,
     prompt_tokens: u64,
+    cached_tokens: u64,
     output_tokens: u64,
 }
 
@@ -176,6 +180,7 @@ impl Inside {
         self.good += u64::from(slo.met_by(answer));
         self.output_tokens += generated(answer);
         self.prompt_tokens += answer.usage.as_ref().and_then(|u| u["prompt_tokens"].as_u64()).unwrap_or(0);
+        self.cached_tokens += answer.cached_tokens();
     }
 }
 

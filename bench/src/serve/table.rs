@@ -9,6 +9,9 @@ use crate::peak::PeakSearch;
 use crate::plot;
 use crate::table::{aligned, number};
 
+/// Share of prompt tokens out of a cache from which on the rates are not those of fresh prompts.
+const CACHED_SHARE_NOTED: f64 = 0.05;
+
 /// The whole report: latencies, errors, the time by hop where the server told it, and what else was asked for.
 pub(super) fn render(report: &Report) -> String {
     let mut text = format!("\n{} at {}: {}\n\n", report.model, report.url, report.asked);
@@ -29,6 +32,14 @@ pub(crate) fn points(points: &[&Summary]) -> String {
         }
         if point.refused > 0 {
             let _ = writeln!(text, "{}: {} answers of 429", point.load, point.refused);
+        }
+        if point.reuse.is_none() && point.cached_share > CACHED_SHARE_NOTED {
+            let percent = 100.0 * point.cached_share;
+            let _ = writeln!(
+                text,
+                "{}: {percent:.0} % of the prompt tokens came out of a cache; another --seed has other prompts",
+                point.load
+            );
         }
         if let Some(reuse) = &point.reuse {
             let share = |of: u64| 100.0 * reuse.found as f64 / of.max(1) as f64;

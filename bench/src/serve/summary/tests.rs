@@ -117,6 +117,14 @@ fn rates_are_of_what_ended_inside_the_window() {
 }
 
 #[test]
+fn what_a_cache_gave_is_a_share_of_prompt_tokens() {
+    let mut cached = answer(&[5], 6);
+    cached.usage.as_mut().expect("usage")["prompt_tokens_details"] = json!({ "cached_tokens": 8 });
+    let point = measured(vec![Ok(cached), Ok(answer(&[5], 6))], 1000);
+    assert!(close(Summary::of(CLOSED, &point, &Slo::default()).cached_share, 0.4), "8 of twice 10");
+}
+
+#[test]
 fn turns_add_up() {
     let mut point = measured(vec![Ok(answer(&[5], 6)), Ok(answer(&[5], 6)), Ok(answer(&[5], 6))], 1000);
     assert_eq!(Summary::of(CLOSED, &point, &Slo::default()).reuse, None);
