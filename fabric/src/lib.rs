@@ -45,7 +45,7 @@ pub use event::{Event, LossReason, PeerId, PeerInfo};
 pub use frame::{Channel, Frame, ProtocolError};
 pub use in_process::Hub;
 pub use limits::Limits;
-pub use quic::QuicOptions;
+pub use quic::{QuicOptions, SILENCE_MAX};
 pub use rdma::{RdmaOptions, RdmaUse};
 pub use stats::Stats;
 

@@ -40,6 +40,7 @@ use crate::sync::lock;
 use endpoint::Dial;
 use hello::Hello;
 use path::Path;
+pub use path::SILENCE_MAX;
 use peers::Peers;
 use socket::SOCKET_BUFFER_BYTES;
 

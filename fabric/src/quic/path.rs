@@ -28,10 +28,14 @@ const JUMBO_PAYLOAD_BYTES: u16 = 8_952;
 /// loopback's full size: a handshake packet's length field ends at 16,383, and quinn panics beyond.
 const KNOWN_FLOOR_BYTES: u16 = 16_000;
 
-/// A peer that sent nothing for so long is dead; the design allows 2 s until both sides are at their baseline.
-pub(crate) const IDLE: Duration = Duration::from_millis(1500);
-/// Five lost in a row before a live peer is taken for dead.
-const KEEP_ALIVE: Duration = Duration::from_millis(250);
+/// From a peer's last packet until it is given up, at most. Of the 2 s that the design allows from a fault until both sides are
+/// at their baseline, the rest is for those who act on it.
+pub const SILENCE_MAX: Duration = Duration::from_millis(1500);
+/// Six lost in a row before a live peer is taken for dead.
+const KEEP_ALIVE: Duration = Duration::from_millis(200);
+/// QUIC's idle time starts anew with the first packet that is sent after one was received: a keep-alive later than the peer's
+/// last word.
+pub(crate) const IDLE: Duration = SILENCE_MAX.saturating_sub(KEEP_ALIVE);
 /// quinn's 333 ms would repeat a lost first packet after a second only; within a site 25 ms is plenty.
 const INITIAL_RTT: Duration = Duration::from_millis(25);
 
