@@ -197,6 +197,10 @@ impl Worker {
 
     /// Sleeps until something arrives or falls due.
     fn wait(&mut self) {
+        if self.receiver.is_closed() && self.drain_by.is_none() {
+            tracing::error!("the fabric is closed: no KV can arrive any more");
+            self.drain_by = Some(Instant::now());
+        }
         let due = self.scheduler.next_deadline().into_iter().chain(self.drain_by).min();
         let until = due.map_or(IDLE_MAX, |at| at.saturating_duration_since(Instant::now()).min(IDLE_MAX));
         let mut select = Select::new();
@@ -208,14 +212,9 @@ impl Worker {
         if let Some(arrivals) = self.tier.arrivals() {
             select.recv(arrivals);
         }
-        let arrivals = select.recv(self.receiver.arrivals());
-        // What has come shows when each of them is looked at, all in their order. Only an end shows nowhere else.
-        let ready = select.ready_timeout(until);
-        let closed = ready == Ok(arrivals) && self.receiver.arrivals().is_empty();
-        if closed && self.drain_by.is_none() {
-            tracing::error!("the fabric is closed: no KV can arrive any more");
-            self.drain_by = Some(Instant::now());
-        }
+        self.receiver.wait_on(&mut select);
+        // What has come shows when each of them is looked at, all in their order.
+        let _ = select.ready_timeout(until);
         // Answered by going round.
         let _ = self.inputs.doorbell.try_recv();
     }

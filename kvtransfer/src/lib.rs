@@ -12,17 +12,21 @@
 //! Deliberately not here: which blocks a sequence gets (`decode`), when a layer is done (`engine`), who pushes to whom
 //! (`router`), and how bytes travel (`fabric`). The states and messages in words: `docs/kv-transfer.md`.
 
+mod budget;
 mod error;
 mod extent;
 mod outlet;
 mod pieces;
+mod rails;
 pub mod receiver;
 pub mod sender;
 pub mod wire;
 
+pub use budget::{BASELINE_MAX, RESUME_MAX};
 pub use error::TransferError;
 pub use outlet::{Outlet, Unsent};
 pub use proto::ticket::{KvTicket, TicketId};
+pub use rails::Rails;
 pub use receiver::{
     BlockSink, Fenced, Receiver, ReceiverEvent, ReceiverOptions, ReceiverStats, Reservation, TransferReport,
 };

@@ -1,7 +1,7 @@
 //! Where the state machines put frames that shall leave.
 
 use bytes::Bytes;
-use fabric::{Channel, Fabric, Frame, PeerId, SendError};
+use fabric::{Frame, SendError};
 
 use crate::wire;
 
@@ -38,22 +38,6 @@ pub enum Unsent {
     TooLarge,
     /// The peer is lost.
     Gone,
-}
-
-/// The fabric's KV channel.
-impl Outlet<PeerId> for Fabric {
-    fn try_send(&mut self, peer: PeerId, frame: Frame) -> Result<(), Unsent> {
-        Fabric::try_send(self, peer, Channel::Kv, frame).map_err(Unsent::from)
-    }
-
-    fn try_push(
-        &mut self,
-        peer: PeerId,
-        pieces: &[&[u8]],
-        head: &mut dyn FnMut(Vec<u64>) -> Bytes,
-    ) -> Result<(), Unsent> {
-        self.try_send_gathered(peer, Channel::Kv, pieces, head).map_err(Unsent::from)
-    }
 }
 
 impl From<SendError> for Unsent {

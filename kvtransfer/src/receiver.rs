@@ -9,13 +9,15 @@ mod ticket;
 
 use std::time::{Duration, Instant};
 
-use fabric::{Arrivals, Channel, Event, Fabric, LossReason, PeerId};
+use crossbeam_channel::Select;
+use fabric::{Event, LossReason};
 use model::{ExecutionFingerprint, KvLayout, TokenId};
 use proto::ticket::{KvTicket, TicketId};
 
-pub use self::core::{RESUME_MAX, ReceiverCore};
+pub use self::core::ReceiverCore;
 use crate::error::TransferError;
 pub use crate::extent::Violation;
+use crate::rails::{RailPeer, Rails};
 
 /// Where blocks go that a live ticket permits.
 pub trait BlockSink {
@@ -176,9 +178,8 @@ pub struct ReceiverStats {
 
 /// Decode's end, on the fabric's KV channel.
 pub struct Receiver {
-    core: ReceiverCore<PeerId>,
-    fabric: Fabric,
-    events: Arrivals,
+    core: ReceiverCore<RailPeer>,
+    rails: Rails,
     landing: Duration,
 }
 
@@ -187,11 +188,11 @@ pub struct Receiver {
 const POLL_BYTES_MAX: usize = 16 << 20;
 
 impl Receiver {
-    /// A receiver that owns the KV channel of `fabric`.
-    pub fn new(fabric: Fabric, options: ReceiverOptions) -> Self {
-        let events = fabric.receiver(Channel::Kv);
-        let core = ReceiverCore::new(options, vec![fabric.address()]);
-        Self { core, fabric, events, landing: Duration::ZERO }
+    /// A receiver that owns the KV channel of these ends. Its tickets list all of them.
+    pub fn new(rails: impl Into<Rails>, options: ReceiverOptions) -> Self {
+        let rails = rails.into();
+        let core = ReceiverCore::new(options, rails.addresses());
+        Self { core, rails, landing: Duration::ZERO }
     }
 
     /// Permits one push of the blocks that are missing.
@@ -215,40 +216,46 @@ impl Receiver {
         let mut bytes = 0;
         let mut span = None;
         while bytes < POLL_BYTES_MAX {
-            match self.events.try_recv() {
-                Ok(Event::Frame { peer, head, body }) => {
+            let Some((rail, event)) = self.rails.next_event() else {
+                self.core.handle_timeout(now);
+                break;
+            };
+            match event {
+                Event::Frame { peer, head, body } => {
                     span.get_or_insert_with(|| tracing::info_span!("receive", hop = 10).entered());
                     bytes += head.len() + body.len();
                     let started = Instant::now();
-                    self.core.handle_frame(peer, &head, &body, now, sink);
+                    self.core.handle_frame(RailPeer { rail, peer }, &head, &body, now, sink);
                     self.landing += started.elapsed();
                 }
-                Ok(Event::PeerLost { peer, reason }) => {
+                Event::PeerLost { peer, reason } => {
+                    let peer = RailPeer { rail, peer };
                     self.core.handle_peer_lost(peer, process_lives(&reason), &reason, now);
                 }
-                Ok(Event::PeerUp { peer, info }) => {
-                    self.core.handle_peer_up(peer, &info.worker, info.incarnation);
-                }
-                Err(_) => {
-                    self.core.handle_timeout(now);
-                    break;
+                Event::PeerUp { peer, info } => {
+                    self.core.handle_peer_up(RailPeer { rail, peer }, &info.worker, info.incarnation);
                 }
             }
         }
-        self.core.flush(&mut self.fabric);
+        self.core.flush(&mut self.rails);
         self.core.take_events()
     }
 
     /// Ends a ticket, whatever its state: from here on no push can write to its blocks. Unknown ones are dead already.
     pub fn revoke(&mut self, ticket: TicketId) -> Fenced {
         let fenced = self.core.revoke(ticket);
-        self.core.flush(&mut self.fabric);
+        self.core.flush(&mut self.rails);
         fenced
     }
 
-    /// Becomes readable when [`Self::poll`] has something to do. To be waited on, never received from.
-    pub fn arrivals(&self) -> &crossbeam_channel::Receiver<Event> {
-        self.events.queue()
+    /// Adds what makes [`Self::poll`] worth calling to what a thread sleeps on.
+    pub fn wait_on<'a>(&'a self, select: &mut Select<'a>) {
+        self.rails.wait_on(select);
+    }
+
+    /// Whether the fabric is closed, as the last [`Self::poll`] has seen it: nothing can arrive any more.
+    pub fn is_closed(&self) -> bool {
+        self.rails.is_closed()
     }
 
     /// This process start.

@@ -13,14 +13,17 @@ mod transfer;
 use std::fmt;
 use std::time::Instant;
 
-use fabric::{Arrivals, Channel, Event, Fabric, PeerId};
+use crossbeam_channel::Select;
+use fabric::Event;
 use model::TokenId;
 use proto::ticket::KvTicket;
 
 pub use self::core::SenderCore;
 use self::dial::Dialer;
+pub use self::links::Dial;
 pub use self::stats::SenderStats;
 use crate::error::TransferError;
+use crate::rails::{RailPeer, Rails};
 use crate::receiver::process_lives;
 
 /// Names a transfer within its sender; never reused.
@@ -65,18 +68,15 @@ pub enum SenderEvent {
 
 /// Prefill's end, on the fabric's KV channel.
 pub struct Sender {
-    core: SenderCore<PeerId>,
-    fabric: Fabric,
-    events: Arrivals,
+    core: SenderCore<RailPeer>,
+    rails: Rails,
     dialer: Dialer,
 }
 
 impl Sender {
-    /// A sender that owns the KV channel of `fabric`.
-    pub fn new(fabric: Fabric) -> Self {
-        let events = fabric.receiver(Channel::Kv);
-        let dialer = Dialer::new(fabric.clone());
-        Self { core: SenderCore::new(), fabric, events, dialer }
+    /// A sender that owns the KV channel of these ends. Each dials the address of its own place in a ticket.
+    pub fn new(rails: impl Into<Rails>) -> Self {
+        Self { core: SenderCore::new(), rails: rails.into(), dialer: Dialer::new() }
     }
 
     /// Opens the transfer that `ticket` permits. Connects to its worker if need be, without waiting for it: until the
@@ -104,7 +104,7 @@ impl Sender {
         pieces: &[&[u8]],
         last_rows: u32,
     ) -> Result<(), TransferError> {
-        self.core.push_blocks(id, layer, first_block, pieces, last_rows, &mut self.fabric)
+        self.core.push_blocks(id, layer, first_block, pieces, last_rows, &mut self.rails)
     }
 
     /// Sends the first token, behind the last block. Decode commits and answers.
@@ -112,42 +112,43 @@ impl Sender {
     /// # Errors
     /// As [`Self::push_blocks`].
     pub fn finish(&mut self, id: TransferId, first_token: TokenId) -> Result<(), TransferError> {
-        self.core.finish(id, first_token, &mut self.fabric)
+        self.core.finish(id, first_token, &mut self.rails)
     }
 
     /// Gives a transfer up and tells decode, as far as it can be told. No event follows. Ended ones are ignored.
     pub fn abort(&mut self, id: TransferId, reason: &str) {
         self.core.abort(id, reason);
-        self.core.flush(Instant::now(), &mut self.fabric);
+        self.core.flush(Instant::now(), &mut self.rails);
     }
 
     /// Takes in answers, connections and losses, and says which transfers have ended or must be offered again.
     pub fn poll(&mut self, now: Instant) -> Vec<SenderEvent> {
         // As many as there are now, so that a flood cannot hold the thread.
-        for _ in 0..self.events.len() {
-            match self.events.try_recv() {
-                Ok(Event::Frame { peer, head, .. }) => self.core.handle_frame(peer, &head),
-                Ok(Event::PeerLost { peer, reason }) => {
-                    tracing::debug!(%peer, %reason, "a decode worker is lost");
-                    self.core.handle_peer_lost(peer, process_lives(&reason), now);
+        for _ in 0..self.rails.events() {
+            let Some((rail, event)) = self.rails.next_event() else { break };
+            match event {
+                Event::Frame { peer, head, .. } => self.core.handle_frame(RailPeer { rail, peer }, &head),
+                Event::PeerLost { peer, reason } => {
+                    tracing::debug!(rail, %peer, %reason, "a decode worker is lost");
+                    self.core.handle_peer_lost(RailPeer { rail, peer }, process_lives(&reason), now);
                 }
                 // Rings before the dial's own end does, and wakes who waits for it.
-                Ok(Event::PeerUp { peer, info }) => {
+                Event::PeerUp { peer, info } => {
+                    let peer = RailPeer { rail, peer };
                     self.core.handle_connected(&info.address, peer, info.incarnation, now);
                 }
-                Err(_) => break,
             }
         }
         self.take_connections(now);
         self.core.handle_timeout(now);
-        self.core.flush(now, &mut self.fabric);
+        self.core.flush(now, &mut self.rails);
         self.dial_where_wanted(now);
         self.core.take_events()
     }
 
-    /// Becomes readable when an answer has come. To be waited on, never received from.
-    pub fn arrivals(&self) -> &crossbeam_channel::Receiver<Event> {
-        self.events.queue()
+    /// Adds what makes [`Self::poll`] worth calling to what a thread sleeps on.
+    pub fn wait_on<'a>(&'a self, select: &mut Select<'a>) {
+        self.rails.wait_on(select);
     }
 
     /// Pieces of a transfer that have not been sent; 0 for one that has ended.
@@ -162,17 +163,19 @@ impl Sender {
 
     fn dial_where_wanted(&mut self, now: Instant) {
         while self.dialer.has_room()
-            && let Some(address) = self.core.next_dial()
+            && let Some(Dial { rail, address }) = self.core.next_dial()
         {
-            self.dialer.dial(address);
+            let (rail, fabric) = self.rails.end(rail);
+            self.dialer.dial(fabric, Dial { rail, address });
             self.take_connections(now);
         }
     }
 
     fn take_connections(&mut self, now: Instant) {
-        while let Some((address, connected)) = self.dialer.next() {
+        while let Some((Dial { rail, address }, connected)) = self.dialer.next() {
+            let peer = connected.map(|peer| RailPeer { rail, peer });
             // A peer that is lost by now has sent its `PeerLost` already: there is no second one to wait for.
-            let peer = connected.and_then(|peer| Some((peer, self.fabric.peer(peer)?.incarnation)));
+            let peer = peer.and_then(|peer| Some((peer, self.rails.peer(peer)?.incarnation)));
             match peer {
                 Some((peer, incarnation)) => self.core.handle_connected(&address, peer, incarnation, now),
                 None => self.core.handle_dial_failed(&address, now),

@@ -110,8 +110,8 @@ impl Pair {
     fn turn(&mut self) {
         self.poll();
         let mut select = Select::new();
-        select.recv(self.sender.arrivals());
-        select.recv(self.receiver.arrivals());
+        self.sender.wait_on(&mut select);
+        self.receiver.wait_on(&mut select);
         // A failed dial rings no bell.
         let _ = select.ready_timeout(Duration::from_millis(5));
     }

@@ -155,7 +155,7 @@ impl Handoff {
 
     /// Adds decode's answers to what the device thread sleeps on.
     pub fn wait_on<'a>(&'a self, select: &mut Select<'a>) {
-        select.recv(self.sender.arrivals());
+        self.sender.wait_on(select);
     }
 
     /// Whether something waits for room in the transfer.

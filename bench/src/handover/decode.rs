@@ -107,7 +107,7 @@ fn serve(
         }
         landed.store(receiver.stats().bytes, Ordering::Relaxed);
         let mut select = crossbeam_channel::Select::new();
-        select.recv(receiver.arrivals());
+        receiver.wait_on(&mut select);
         select.recv(asked);
         let _ = select.ready_timeout(IDLE);
         match asked.try_recv() {

@@ -5,6 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use crossbeam_channel::Select;
 use kvtransfer::{
     BlockSink, KvTicket, Receiver, ReceiverEvent, ReceiverOptions, Reservation, Sender, SenderEvent,
     TicketId, TransferError, TransferId,
@@ -86,7 +87,7 @@ pub(crate) fn run(mode: Mode, plan: &Plan, shape: &Shape) -> anyhow::Result<Outc
         }
         ensure!(last_answer.elapsed() < STALLED, "no answer for {STALLED:?}");
         if done < plan.total() {
-            wait(sender.arrivals());
+            wait(|select| sender.wait_on(select));
         }
     }
     outcome.elapsed = start.elapsed();
@@ -102,9 +103,9 @@ pub(crate) fn run(mode: Mode, plan: &Plan, shape: &Shape) -> anyhow::Result<Outc
 }
 
 /// Waits for an event without taking it.
-fn wait(events: &crossbeam_channel::Receiver<fabric::Event>) {
-    let mut select = crossbeam_channel::Select::new();
-    select.recv(events);
+fn wait<'a>(on: impl FnOnce(&mut Select<'a>)) {
+    let mut select = Select::new();
+    on(&mut select);
     // Early returns are as good: the caller looks again.
     let _ = select.ready_timeout(TURN_MAX);
 }
@@ -147,7 +148,7 @@ pub(crate) fn receive(setup: &Setup, questions: Questions) -> anyhow::Result<Str
                 }
             }
             answer(&questions, &sink.pool);
-            wait(receiver.arrivals());
+            wait(|select| receiver.wait_on(select));
         }
     })?;
     Ok(ready)

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Display;
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use fabric::Body;
 use proto::ticket::{KvTicket, TicketId};
@@ -18,6 +18,7 @@ use proto::ticket::{KvTicket, TicketId};
 use super::arrival::{Landed, Place};
 use super::ticket::{Path, Receiving, Ticket, Who};
 use super::{BlockSink, Fenced, ReceiverEvent, ReceiverOptions, ReceiverStats, Reservation, TransferReport};
+use crate::budget::RESUME_MAX;
 use crate::error::TransferError;
 use crate::extent::{Extent, Violation};
 use crate::outlet::{Outlet, Unsent};
@@ -25,10 +26,6 @@ use crate::wire::{self, Push, Reply, TicketKey};
 
 /// Generation of a ticket's first path. A frame of generation 0 is of a sender that does not resume, and means this one.
 const FIRST_GENERATION: u32 = 1;
-
-/// How long a ticket whose path is lost waits for another. With the 1.5 s of silence after which a path is given up, both
-/// ends are back at their baseline within 2 s of a fault.
-pub const RESUME_MAX: Duration = Duration::from_millis(400);
 
 /// Tickets and what has landed for them, with peers named by `P`.
 #[derive(Clone)]
@@ -129,20 +126,18 @@ impl<P: Copy + Ord> ReceiverCore<P> {
         let receiving = match ticket {
             Ticket::Receiving(receiving) => receiving,
             Ticket::Reserved { .. } => return,
-            Ticket::Committed { path: of } => {
+            Ticket::Committed { path: of } if of.who == path.who => {
                 self.stats.duplicates += 1;
                 // The sender is asking again: its answer may have been lost.
-                if of.who == path.who && matches!(push, Push::Finish(_) | Push::Resume) {
+                if matches!(push, Push::Finish(_) | Push::Resume) {
                     self.reply(peer, key, Reply::Committed);
                 }
                 return;
             }
+            Ticket::Committed { .. } => return self.refuse_stranger(peer, key),
         };
         if receiving.path.who != path.who {
-            self.stats.violations += 1;
-            tracing::warn!(ticket = %key.ticket_id, "another worker pushes for a ticket that is in use");
-            let detail = "another worker is pushing for this ticket".to_owned();
-            return self.reply(peer, key, Reply::Refused(detail));
+            return self.refuse_stranger(peer, key);
         }
         let taken = match (push, generation.cmp(&receiving.generation)) {
             (Push::Abort(reason), _) => {
@@ -341,6 +336,13 @@ impl<P: Copy + Ord> ReceiverCore<P> {
         for ticket in tickets.collect::<Vec<_>>() {
             self.end(ticket, reason);
         }
+    }
+
+    /// Whose first frame came first, pushes. Others are told, so that none waits for an answer.
+    fn refuse_stranger(&mut self, peer: P, key: TicketKey) {
+        self.stats.violations += 1;
+        tracing::warn!(ticket = %key.ticket_id, "another worker pushes for a ticket that is in use");
+        self.reply(peer, key, Reply::Refused("another worker is pushing for this ticket".to_owned()));
     }
 
     fn stale(&mut self, peer: P, key: TicketKey, detail: &str) {

@@ -7,30 +7,26 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::hash::{Hash, Hasher};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::Bytes;
 use model::TokenId;
 use proto::ticket::KvTicket;
 
-use super::links::Links;
+use super::links::{Dial, Links};
 use super::stats::SenderStats;
 use super::transfer::{State, Transfer};
 use super::{SenderEvent, TransferId};
+use crate::budget::{ANSWER_MAX, CONNECTING_MAX, RESUME_MAX};
 use crate::error::TransferError;
 use crate::outlet::{Outlet, Unsent};
 use crate::pieces::Pieces;
-use crate::receiver::RESUME_MAX;
 use crate::wire::{self, Push, Reply, Run, TicketKey};
 
 /// Transfers alive at once. Each holds a sequence's blocks, so prefill's pool runs out first.
 const TRANSFERS_MAX: usize = 4096;
 /// Goodbyes that wait for room. More are dropped: decode's lease covers for them.
 const GOODBYES_MAX: usize = 1024;
-/// Longer than a dial takes, and than a dead process is found, whose successor issued the ticket.
-const CONNECTING_MAX: Duration = Duration::from_secs(2);
-/// From the first token, or a question, to the answer: longer than most decode steps. It doubles with each question.
-const ANSWER_MAX: Duration = Duration::from_millis(500);
 /// Paths and questions of one transfer: beyond, something is wrong that another one will not mend.
 const GENERATIONS_MAX: u32 = 64;
 
@@ -235,18 +231,23 @@ impl<P: Copy + Eq> SenderCore<P> {
     /// A connection has ended. Where the process at its end lives, its transfers look for another one.
     pub fn handle_peer_lost(&mut self, lost: P, process_lives: bool, now: Instant) {
         self.goodbyes.retain(|(peer, ..)| *peer != lost);
-        self.links.lost(lost, now);
+        let was = self.links.lost(lost, now);
         let mut broken = 0;
         for transfer in self.transfers.values_mut().filter(|transfer| transfer.peer() == Some(lost)) {
+            let until = now + RESUME_MAX.min(transfer.lease);
             if transfer.begun && process_lives && transfer.is_resumable() {
-                transfer.state = State::Broken { until: now + RESUME_MAX };
+                transfer.state = State::Broken { until };
                 broken += 1;
             } else if !transfer.begun && process_lives {
-                transfer.state = State::Connecting { until: now + CONNECTING_MAX.min(transfer.lease) };
+                transfer.state = State::Connecting { until };
             }
         }
         self.stats.broken += broken;
-        self.lose(|transfer| transfer.peer() == Some(lost));
+        self.lose(|transfer| {
+            // A process that is gone is gone on all of its rails, whatever they have noticed.
+            let of_the_dead = || was.as_ref().is_some_and(|(address, of)| transfer.goes_to(address, *of));
+            transfer.peer() == Some(lost) || !process_lives && of_the_dead()
+        });
         // Tickets of a new process at the old one's address have been waiting for this as well.
         self.find_paths(now, true);
     }
@@ -255,20 +256,20 @@ impl<P: Copy + Eq> SenderCore<P> {
     pub fn handle_timeout(&mut self, now: Instant) {
         for transfer in self.transfers.values_mut() {
             if std::mem::take(&mut transfer.active) {
-                (transfer.active_at, transfer.asks) = (now, 0);
+                transfer.active_at = now;
             }
-            let patience = ANSWER_MAX.saturating_mul(1 << transfer.asks.min(8));
-            let since = match transfer.state {
-                State::Pushing { .. } if transfer.finished => transfer.active_at,
-                State::Asking { asked: Some(asked), .. } => asked,
-                _ => continue,
-            };
-            if let Some(peer) = transfer.peer()
-                && transfer.is_resumable()
-                && now.saturating_duration_since(since) >= patience
-            {
-                transfer.asks += 1;
-                transfer.ask(peer);
+            let overdue = |since| now.saturating_duration_since(since) >= ANSWER_MAX;
+            match transfer.state {
+                State::Pushing { peer }
+                    if transfer.finished && transfer.is_resumable() && overdue(transfer.active_at) =>
+                {
+                    transfer.ask(peer);
+                }
+                // The same question, so that an answer to either of them will do.
+                State::Asking { peer, asked: Some(asked) } if overdue(asked) => {
+                    transfer.state = State::Asking { peer, asked: None };
+                }
+                _ => {}
             }
         }
         let silent = |transfer: &Transfer<P>| now.saturating_duration_since(transfer.active_at);
@@ -321,7 +322,7 @@ impl<P: Copy + Eq> SenderCore<P> {
 
     /// An address that a connection is wanted to. Answered by [`Self::handle_connected`] or
     /// [`Self::handle_dial_failed`].
-    pub fn next_dial(&mut self) -> Option<String> {
+    pub fn next_dial(&mut self) -> Option<Dial> {
         self.links.next_dial()
     }
 
@@ -387,8 +388,8 @@ impl<P: Copy + Eq> SenderCore<P> {
                 (Some(peer), false) => transfer.state = State::Pushing { peer },
                 (None, _) => {
                     let force = force && !self.links.any_dialling(&transfer.addresses);
-                    for address in &transfer.addresses {
-                        self.links.want(address, now, force);
+                    for (rail, address) in transfer.addresses.iter().enumerate() {
+                        self.links.want(rail, address, now, force);
                     }
                 }
             }
@@ -396,7 +397,9 @@ impl<P: Copy + Eq> SenderCore<P> {
         // Paths that have failed come back while others carry what there is.
         for transfer in self.transfers.values() {
             if transfer.addresses.len() > 1 {
-                transfer.addresses.iter().for_each(|address| self.links.want(address, now, false));
+                for (rail, address) in transfer.addresses.iter().enumerate() {
+                    self.links.want(rail, address, now, false);
+                }
             }
         }
     }

@@ -14,7 +14,16 @@ const PROBE_MAX: Duration = Duration::from_secs(5);
 #[derive(Clone, Hash)]
 pub(super) struct Links<P> {
     links: BTreeMap<String, Link<P>>,
-    dials: VecDeque<String>,
+    dials: VecDeque<Dial>,
+}
+
+/// A connection that is wanted.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Dial {
+    /// The address's place in its ticket: it is dialled from our end of the same place.
+    pub rail: usize,
+    /// Where to.
+    pub address: String,
 }
 
 #[derive(Clone, Hash)]
@@ -54,17 +63,17 @@ impl<P: Copy + Eq> Links<P> {
     }
 
     /// Dials an address that is neither up nor being dialled; one that has failed only when its time has come, or by `force`.
-    pub(super) fn want(&mut self, address: &str, now: Instant, force: bool) {
+    pub(super) fn want(&mut self, rail: usize, address: &str, now: Instant, force: bool) {
         let failures = match self.links.get(address) {
             None => 0,
             Some(Link::Down { failures, probe_at }) if force || *probe_at <= now => *failures,
             Some(_) => return,
         };
         self.links.insert(address.to_owned(), Link::Dialling { failures });
-        self.dials.push_back(address.to_owned());
+        self.dials.push_back(Dial { rail, address: address.to_owned() });
     }
 
-    pub(super) fn next_dial(&mut self) -> Option<String> {
+    pub(super) fn next_dial(&mut self) -> Option<Dial> {
         self.dials.pop_front()
     }
 
@@ -85,12 +94,15 @@ impl<P: Copy + Eq> Links<P> {
         true
     }
 
-    pub(super) fn lost(&mut self, lost: P, now: Instant) {
-        for link in self.links.values_mut() {
-            if matches!(link, Link::Up { peer, .. } if *peer == lost) {
+    /// Where the connection went, and to which incarnation there.
+    pub(super) fn lost(&mut self, lost: P, now: Instant) -> Option<(String, u64)> {
+        self.links.iter_mut().find_map(|(address, link)| match *link {
+            Link::Up { peer, incarnation, .. } if peer == lost => {
                 *link = down(1, now);
+                Some((address.clone(), incarnation))
             }
-        }
+            _ => None,
+        })
     }
 
     /// Whether an answer of a dial is still to come for one of these.

@@ -32,8 +32,6 @@ pub(super) struct Transfer<P> {
     pub(super) active_at: Instant,
     /// Something was sent since the last timeout: calls that send know no time.
     pub(super) active: bool,
-    /// Questions since anything else was sent.
-    pub(super) asks: u32,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -76,7 +74,6 @@ impl<P: Copy + Eq> Transfer<P> {
             finished: false,
             active_at: now,
             active: false,
-            asks: 0,
         }
     }
 
@@ -86,6 +83,11 @@ impl<P: Copy + Eq> Transfer<P> {
             State::Connecting { .. } | State::Broken { .. } => None,
             State::Asking { peer, .. } | State::Pushing { peer } => Some(peer),
         }
+    }
+
+    /// Whether `incarnation` at `address` issued the ticket.
+    pub(super) fn goes_to(&self, address: &str, incarnation: u64) -> bool {
+        self.key.incarnation == incarnation && self.addresses.iter().any(|of| of == address)
     }
 
     pub(super) fn is_resumable(&self) -> bool {

@@ -146,7 +146,7 @@ impl Prefill {
     }
 
     pub(super) fn next_dial(&mut self) -> Option<String> {
-        self.core.next_dial()
+        self.core.next_dial().map(|dial| dial.address)
     }
 
     pub(super) fn tick(

@@ -165,7 +165,10 @@ fn a_duplicate_writes_nothing_and_counts_once() {
     // A repeated last frame asks whether the commit was heard of.
     rig.finish();
     assert_eq!(rig.replies(), [(PREFILL, KEY, Reply::Committed)]);
-    assert_eq!(rig.events(), []);
+    // A replayed ticket is refused; who replays it need not wait to find out.
+    rig.frame(STRANGER, &resume(1));
+    assert!(matches!(&rig.replies()[..], [(STRANGER, KEY, Reply::Refused(_))]));
+    assert_eq!((rig.events(), rig.core.stats().violations), (vec![], 1));
 }
 
 #[test]

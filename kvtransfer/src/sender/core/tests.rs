@@ -88,6 +88,10 @@ impl Rig {
         self.core.begin(ticket(number), self.now).expect("room")
     }
 
+    fn dial(&mut self) -> Option<String> {
+        self.core.next_dial().map(|dial| dial.address)
+    }
+
     fn push(&mut self, id: TransferId) -> Result<(), TransferError> {
         let pushed = self.core.push_blocks(id, 0, 1, &[b"one", b"two"], 3, &mut self.wire);
         self.core.check_invariants();
@@ -113,9 +117,9 @@ impl Rig {
 fn a_transfer_waits_for_its_connection_then_pushes_then_ends() {
     let mut rig = Rig::new();
     let id = rig.begin(1);
-    assert_eq!(rig.core.next_dial().as_deref(), Some(ADDRESS));
+    assert_eq!(rig.dial().as_deref(), Some(ADDRESS));
     let second = rig.begin(2);
-    assert_eq!(rig.core.next_dial(), None, "one dial for both");
+    assert_eq!(rig.dial(), None, "one dial for both");
     assert!(matches!(rig.push(id), Err(TransferError::Full)));
     assert_eq!(rig.wire.attempts, 0);
 
@@ -178,20 +182,20 @@ fn a_process_that_is_gone_loses_its_transfers() {
     let second = rig.begin(2);
     rig.core.handle_peer_lost(DECODE, false, rig.now);
     assert_eq!(rig.core.take_events(), [SenderEvent::Lost { id }, SenderEvent::Lost { id: second }]);
-    rig.core.next_dial();
+    rig.dial();
     rig.begin(3);
-    assert_eq!(rig.core.next_dial().as_deref(), Some(ADDRESS), "the next one connects anew");
+    assert_eq!(rig.dial().as_deref(), Some(ADDRESS), "the next one connects anew");
 }
 
 #[test]
 fn a_lost_path_is_dialled_anew_and_the_transfer_goes_on_where_it_was() {
     let (mut rig, id) = Rig::pushing();
-    rig.core.next_dial();
+    rig.dial();
     rig.push(id).expect("room");
     rig.core.handle_peer_lost(DECODE, true, rig.now);
     assert_eq!(rig.after(Duration::from_millis(50)), []);
     assert!(matches!(rig.push(id), Err(TransferError::Full)));
-    assert_eq!(rig.core.next_dial().as_deref(), Some(ADDRESS));
+    assert_eq!(rig.dial().as_deref(), Some(ADDRESS));
     rig.core.handle_connected(ADDRESS, 2, INCARNATION, rig.now);
     assert!(matches!(rig.push(id), Err(TransferError::Full)), "it does not know what has landed");
     rig.after(Duration::ZERO);
@@ -223,7 +227,7 @@ fn no_other_path_in_time_is_a_loss() {
 #[test]
 fn a_transfer_that_has_sent_nothing_has_nothing_to_ask() {
     let (mut rig, id) = Rig::pushing();
-    rig.core.next_dial();
+    rig.dial();
     rig.core.handle_peer_lost(DECODE, true, rig.now);
     rig.after(Duration::from_millis(60));
     rig.core.handle_connected(ADDRESS, 2, INCARNATION, rig.now);
@@ -243,19 +247,39 @@ fn an_answer_that_does_not_come_is_asked_for() {
     assert!(matches!(rig.wire.sent.last(), Some((_, _, Push::Finish(_)))));
     rig.after(Duration::from_millis(1));
     assert_eq!(rig.wire.sent.last(), Some(&(DECODE, key(1), Push::Resume)));
-    // Longer and longer, for decode may only be slow.
-    let asked = rig.wire.sent.len();
-    rig.after(2 * ANSWER_MAX - Duration::from_millis(1));
-    assert_eq!(rig.wire.sent.len(), asked);
-    rig.after(Duration::from_millis(1));
-    assert_eq!(rig.wire.sent.len(), asked + 1);
+    // The same question, after the same time, for as long as it takes.
+    for _ in 0..5 {
+        let asked = rig.wire.sent.len();
+        rig.after(ANSWER_MAX - Duration::from_millis(1));
+        assert_eq!(rig.wire.sent.len(), asked);
+        rig.after(Duration::from_millis(1));
+        assert_eq!(rig.wire.sent.last(), Some(&(DECODE, key(1), Push::Resume)));
+        assert_eq!((rig.wire.sent.len(), rig.wire.generations.last()), (asked + 1, Some(&2)));
+    }
+    // Whichever of them is answered.
+    let held = Reply::Held { generation: 2, landed: vec![0b11_1111] };
+    assert_eq!(rig.reply(DECODE, key(1), held.clone()), [SenderEvent::Resumed { id, missing: 0 }]);
+    assert_eq!(rig.reply(DECODE, key(1), held), []);
     assert_eq!(rig.reply(DECODE, key(1), Reply::Committed), [SenderEvent::Committed { id }]);
+}
+
+#[test]
+fn a_question_without_an_answer_outlasts_neither_its_path_nor_the_lease() {
+    let (mut rig, id) = Rig::pushing();
+    rig.core.finish(id, TOKEN, &mut rig.wire).expect("room");
+    rig.after(Duration::ZERO);
+    let (mut events, mut asked) = (Vec::new(), Duration::ZERO);
+    while events.is_empty() && asked < 2 * LEASE {
+        events = rig.after(ANSWER_MAX);
+        asked += ANSWER_MAX;
+    }
+    assert_eq!((events, asked), (vec![SenderEvent::Lost { id }], LEASE));
 }
 
 #[test]
 fn what_is_not_of_the_ticket_cannot_have_landed() {
     let (mut rig, id) = Rig::pushing();
-    rig.core.next_dial();
+    rig.dial();
     rig.push(id).expect("room");
     rig.core.handle_peer_lost(DECODE, true, rig.now);
     rig.after(Duration::from_millis(60));
@@ -278,7 +302,7 @@ fn with_rails(number: u64) -> KvTicket {
 fn transfers_spread_over_rails_and_a_failed_one_is_probed_and_comes_back() {
     let mut rig = Rig::new();
     let first = rig.core.begin(with_rails(1), rig.now).expect("room");
-    assert_eq!([rig.core.next_dial(), rig.core.next_dial()].map(Option::unwrap), [ADDRESS, RAIL]);
+    assert_eq!([rig.dial(), rig.dial()].map(Option::unwrap), [ADDRESS, RAIL]);
     rig.core.handle_connected(ADDRESS, 1, INCARNATION, rig.now);
     rig.core.handle_connected(RAIL, 2, INCARNATION, rig.now);
     let second = rig.core.begin(with_rails(2), rig.now).expect("room");
@@ -291,18 +315,40 @@ fn transfers_spread_over_rails_and_a_failed_one_is_probed_and_comes_back() {
     rig.core.handle_peer_lost(1, true, rig.now);
     assert_eq!(rig.after(Duration::ZERO), []);
     assert_eq!(rig.wire.sent.last(), Some(&(2, key(1), Push::Resume)));
-    assert_eq!(rig.core.next_dial(), None, "a rail that has just failed is left alone for a moment");
+    assert_eq!(rig.dial(), None, "a rail that has just failed is left alone for a moment");
     rig.after(Duration::from_millis(50));
-    assert_eq!(rig.core.next_dial().as_deref(), Some(ADDRESS));
+    assert_eq!(rig.dial().as_deref(), Some(ADDRESS));
     rig.core.handle_dial_failed(ADDRESS, rig.now);
     rig.after(Duration::from_millis(99));
-    assert_eq!(rig.core.next_dial(), None, "longer each time");
+    assert_eq!(rig.dial(), None, "longer each time");
     rig.after(Duration::from_millis(1));
-    assert_eq!(rig.core.next_dial().as_deref(), Some(ADDRESS));
+    assert_eq!(rig.dial().as_deref(), Some(ADDRESS));
     rig.core.handle_connected(ADDRESS, 3, INCARNATION, rig.now);
     let third = rig.core.begin(with_rails(3), rig.now).expect("room");
     rig.push(third).expect("room");
     assert!(matches!(rig.wire.sent.last(), Some((3, _, Push::Blocks(_)))), "it is used again");
+}
+
+#[test]
+fn each_rail_is_dialled_as_the_one_that_it_is() {
+    let mut rig = Rig::new();
+    rig.core.begin(with_rails(1), rig.now).expect("room");
+    let dials: Vec<Dial> = std::iter::from_fn(|| rig.core.next_dial()).collect();
+    let of = |rail, address: &str| Dial { rail, address: address.to_owned() };
+    assert_eq!(dials, [of(0, ADDRESS), of(1, RAIL)]);
+}
+
+#[test]
+fn a_process_that_is_gone_is_gone_on_all_of_its_rails() {
+    let mut rig = Rig::new();
+    let first = rig.core.begin(with_rails(1), rig.now).expect("room");
+    rig.core.handle_connected(ADDRESS, 1, INCARNATION, rig.now);
+    rig.core.handle_connected(RAIL, 2, INCARNATION, rig.now);
+    let second = rig.core.begin(with_rails(2), rig.now).expect("room");
+    rig.push(first).expect("room");
+    rig.push(second).expect("room");
+    rig.core.handle_peer_lost(2, false, rig.now);
+    assert_eq!(rig.core.take_events(), [SenderEvent::Lost { id: first }, SenderEvent::Lost { id: second }]);
 }
 
 #[test]
@@ -331,7 +377,7 @@ fn a_decode_worker_that_cannot_resume_is_not_asked() {
 fn a_failed_dial_loses_whoever_waits_for_it() {
     let mut rig = Rig::new();
     let id = rig.begin(1);
-    rig.core.next_dial();
+    rig.dial();
     rig.core.handle_dial_failed(ADDRESS, rig.now);
     rig.core.check_invariants();
     assert_eq!(rig.core.take_events(), [SenderEvent::Lost { id }]);
@@ -340,14 +386,14 @@ fn a_failed_dial_loses_whoever_waits_for_it() {
 #[test]
 fn a_restarted_worker_is_waited_for_and_never_confused_with_its_predecessor() {
     let (mut rig, _) = Rig::pushing();
-    rig.core.next_dial();
+    rig.dial();
     let restarted = KvTicket { incarnation: 8, ..ticket(2) };
     let id = rig.core.begin(restarted, rig.now).expect("room");
     // The old connection has not been missed yet.
     assert!(matches!(rig.push(id), Err(TransferError::Full)));
     rig.core.handle_peer_lost(DECODE, false, rig.now);
     rig.core.take_events();
-    assert_eq!(rig.core.next_dial().as_deref(), Some(ADDRESS));
+    assert_eq!(rig.dial().as_deref(), Some(ADDRESS));
     rig.core.handle_connected(ADDRESS, 2, 8, rig.now);
     rig.push(id).expect("room");
     assert!(matches!(rig.wire.sent[..], [(2, ..)]));
@@ -359,7 +405,7 @@ fn a_ticket_of_a_dead_process_is_lost_within_two_seconds() {
     let id = rig.begin(1);
     rig.core.handle_connected(ADDRESS, DECODE, INCARNATION + 1, rig.now);
     assert!(matches!(rig.push(id), Err(TransferError::Full)));
-    assert_eq!(rig.after(Duration::from_millis(1999)), []);
+    assert_eq!(rig.after(CONNECTING_MAX - Duration::from_millis(1)), []);
     assert_eq!(rig.after(Duration::from_millis(1)), [SenderEvent::Lost { id }]);
 }
 
