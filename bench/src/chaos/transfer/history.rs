@@ -1,6 +1,6 @@
 //! One history: what happens when, to whom, and who learns of it how late.
 //!
-//! Time is simulated. A connection whose other end is silent is given up after [`SILENCE`], and a process that ended is
+//! Time is simulated. A connection whose other end is silent is given up after [`SILENCE_MAX`], and a process that ended is
 //! noticed at once where the kernel tells and by silence where not, as the fabric does it. The router notices the same way,
 //! and lets go of one end when the other reports that a hand-off has failed.
 
@@ -10,11 +10,12 @@ mod faults;
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
-use kvtransfer::{KvTicket, TicketId};
+use fabric::SILENCE_MAX;
+use kvtransfer::{BASELINE_MAX, KvTicket, TicketId};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use self::agenda::{Exit, Happening, Link, Packet, Process, Request, Worker};
+use self::agenda::{Exit, Happening, Link, Met, Packet, Process, Request, Worker};
 use super::decode::{Decode, Ended, LEASE, layout, rails};
 use super::prefill::Prefill;
 use super::tally::{Fault, Tally};
@@ -23,13 +24,6 @@ pub(super) type LinkId = u64;
 
 const PREFILLS: usize = 2;
 const DECODES: usize = 2;
-/// The fabric's: a peer that says nothing for so long is lost.
-const SILENCE: Duration = Duration::from_millis(1500);
-/// What the design allows from a fault to the baseline.
-const BASELINE_MAX: Duration = Duration::from_secs(2);
-/// Frames in flight from one sender at most: beyond, its queue is full.
-const IN_FLIGHT_MAX: usize = 200;
-
 pub(super) struct History {
     rng: StdRng,
     base: Instant,
@@ -71,8 +65,8 @@ impl History {
         };
         history.after_us(0..1000, Happening::Arrive);
         history.after_us(0..20_000, Happening::Fault);
-        (0..PREFILLS).for_each(|prefill| history.after_us(0..100, Happening::Turn(Worker::Prefill(prefill))));
-        (0..DECODES).for_each(|decode| history.after_us(0..100, Happening::Turn(Worker::Decode(decode))));
+        (0..PREFILLS).for_each(|prefill| history.come_round(Worker::Prefill(prefill)));
+        (0..DECODES).for_each(|decode| history.come_round(Worker::Decode(decode)));
         history
     }
 
@@ -112,7 +106,7 @@ impl History {
     fn happen(&mut self, happening: Happening) {
         // What is for a stopped process waits until it goes on.
         if let Some(worker) = happening.worker(self)
-            && let Some(until) = self.process(worker).paused
+            && let Some((_, until)) = self.process(worker).paused
         {
             if until > self.now {
                 return self.at(until + Duration::from_micros(1), happening);
@@ -122,8 +116,10 @@ impl History {
         match happening {
             Happening::Arrive => self.arrive(),
             Happening::Begin { sequence, ticket } => self.begin(sequence, *ticket),
-            Happening::Turn(Worker::Prefill(prefill)) => self.prefill_turn(prefill),
-            Happening::Turn(Worker::Decode(decode)) => self.decode_turn(decode),
+            // Of a process that has been killed: its successor comes round by itself.
+            Happening::Turn { worker, epoch } if self.process(worker).epoch != epoch => {}
+            Happening::Turn { worker: Worker::Prefill(prefill), .. } => self.prefill_turn(prefill),
+            Happening::Turn { worker: Worker::Decode(decode), .. } => self.decode_turn(decode),
             Happening::Deliver(packet) => self.deliver(packet),
             Happening::Told { worker, epoch, link, process_lives } => {
                 self.told(worker, epoch, link, process_lives);
@@ -146,7 +142,10 @@ impl History {
     fn arrive(&mut self) {
         let (prefill, decode) = (self.rng.random_range(0..PREFILLS), self.rng.random_range(0..DECODES));
         let decode_process = *self.process(Worker::Decode(decode));
-        if decode_process.paused.is_none() {
+        let prefill_process = *self.process(Worker::Prefill(prefill));
+        // A prefill worker that has stopped gets requests for as long as the router has not noticed.
+        let noticed = prefill_process.paused.is_some_and(|(since, _)| self.now >= since + SILENCE_MAX);
+        if decode_process.paused.is_none() && !noticed {
             let prompt_tokens = self.rng.random_range(1..40);
             let cached = self.rng.random_range(0..=prompt_tokens / layout().block_tokens);
             let now = self.base + self.now;
@@ -157,16 +156,21 @@ impl History {
                 let request = Request {
                     ticket: ticket.ticket_id,
                     prefill,
-                    prefill_epoch: self.process(Worker::Prefill(prefill)).epoch,
+                    prefill_epoch: prefill_process.epoch,
                     decode,
                     decode_epoch: decode_process.epoch,
                     met: None,
+                    path: None,
                     cancelled: false,
                     at_prefill: false,
                     at_decode: true,
                 };
                 self.by_ticket.insert((decode, decode_process.epoch, ticket.ticket_id), sequence);
                 self.requests.insert(sequence, request);
+                if let Some(pause) = prefill_process.paused.filter(|&(_, until)| until > self.now) {
+                    self.meet_since(sequence, "a pause", pause.0);
+                    self.notice_pause(sequence, pause);
+                }
                 if self.once_in(50) {
                     // The ticket is lost between decode, router and prefill; the router's streams end.
                     self.meet(sequence, "its ticket was lost");
@@ -189,7 +193,7 @@ impl History {
         let prefill = request.prefill;
         if request.prefill_epoch != self.processes[prefill].epoch {
             // The router's call meets another process: it asks elsewhere, or gives up.
-            self.meet(sequence, "prefill was restarted");
+            self.meet_again(sequence, "prefill was restarted");
             return self.after_us(100..5_000, Happening::Release(sequence));
         }
         let now = self.base + self.now;
@@ -197,9 +201,15 @@ impl History {
         request.at_prefill = begun.is_some();
     }
 
+    /// A process has started: its device thread comes round for the first time.
+    fn come_round(&mut self, worker: Worker) {
+        let epoch = self.process(worker).epoch;
+        self.after_us(0..100, Happening::Turn { worker, epoch });
+    }
+
     fn prefill_turn(&mut self, prefill: usize) {
         let now = self.base + self.now;
-        let full = self.once_in(20) || self.in_flight > IN_FLIGHT_MAX;
+        let full = self.once_in(20);
         let mut exit = Exit { links: &self.links, full, sent: Vec::new() };
         let end = &mut self.prefills[prefill];
         let mut ended = end.tick(now, &mut exit, &mut self.tally);
@@ -220,7 +230,7 @@ impl History {
         self.prefill_ended(ended);
         self.send(sent, true);
         let next = if busy { 50..300 } else { 2_000..5_000 };
-        self.after_us(next, Happening::Turn(Worker::Prefill(prefill)));
+        self.after_us(next, Happening::Turn { worker: Worker::Prefill(prefill), epoch });
     }
 
     fn decode_turn(&mut self, decode: usize) {
@@ -231,19 +241,21 @@ impl History {
         let sent = exit.sent;
         self.decode_ended(decode, ended);
         self.send(sent, false);
-        self.after_us(300..2_000, Happening::Turn(Worker::Decode(decode)));
+        let worker = Worker::Decode(decode);
+        let epoch = self.process(worker).epoch;
+        self.after_us(300..2_000, Happening::Turn { worker, epoch });
     }
 
     fn deliver(&mut self, packet: Packet) {
-        self.in_flight = self.in_flight.saturating_sub(1);
-        let Some(link) = self.links.get(&packet.link) else { return };
+        let Some(link) = self.links.get_mut(&packet.link) else { return };
+        if let Some((_, until)) = link.partitioned.filter(|&(_, until)| link.open && until > self.now) {
+            return self.at(until + Duration::from_micros(1), Happening::Deliver(packet));
+        }
+        self.in_flight -= 1;
+        link.in_flight -= usize::from(matches!(packet.to, Worker::Decode(_)));
         // Of a lost connection half of what travels still arrives, for whoever is there by now.
         if !link.open && self.rng.random_range(0..2) == 0 {
             return;
-        }
-        if let Some(until) = link.partitioned.filter(|&until| link.open && until > self.now) {
-            self.in_flight += 1;
-            return self.at(until + Duration::from_micros(1), Happening::Deliver(packet));
         }
         match packet.to {
             Worker::Decode(decode) => {
@@ -280,14 +292,15 @@ impl History {
         if self.process(Worker::Prefill(prefill)).epoch != epoch {
             return;
         }
-        let silent = self.process(Worker::Decode(decode)).paused.is_some_and(|until| until > self.now);
+        let silent = self.process(Worker::Decode(decode)).paused.is_some_and(|(_, until)| until > self.now);
         let now = self.base + self.now;
         if silent || self.once_in(30) {
             let ended = self.prefills[prefill].dial_failed(address, now, &mut self.tally);
             return self.prefill_ended(ended);
         }
         let link = self.links.len() as LinkId;
-        self.links.insert(link, Link { prefill, decode, open: true, partitioned: None });
+        let lossy = Duration::ZERO;
+        self.links.insert(link, Link { prefill, decode, open: true, partitioned: None, lossy, in_flight: 0 });
         // Decode hears of a connection before anything comes over it.
         let worker = format!("prefill-{prefill}");
         let ended = self.decodes[decode].connected(link, &worker, epoch, &mut self.tally);
@@ -322,7 +335,7 @@ impl History {
             let (prefill, receiving) = (request.prefill, request.at_decode);
             self.done(sequence, Worker::Prefill(prefill));
             if receiving {
-                self.meet(sequence, "prefill reported a failure");
+                self.meet_again(sequence, "prefill reported a failure");
                 self.after_us(1_000..5_000, Happening::Release(sequence));
             }
         }
@@ -339,33 +352,19 @@ impl History {
             let Some(&sequence) = self.by_ticket.get(&(decode, epoch, ticket)) else { continue };
             self.done(sequence, Worker::Decode(decode));
             if matches!(end, Ended::Otherwise(_)) {
-                self.meet(sequence, "decode reported a failure");
+                self.meet_again(sequence, "decode reported a failure");
                 self.after_us(1_000..5_000, Happening::Cancel(sequence));
             }
         }
     }
 
-    /// One end has forgotten a hand-off: how long after the fault that met it?
+    /// One end has forgotten a hand-off, or has committed it.
     fn done(&mut self, sequence: u64, worker: Worker) {
-        let resumed = self.process(worker).resumed;
+        self.measure(sequence, worker);
         let Some(request) = self.requests.get_mut(&sequence) else { return };
-        let open = match worker {
-            Worker::Prefill(_) => std::mem::take(&mut request.at_prefill),
-            Worker::Decode(_) => std::mem::take(&mut request.at_decode),
-        };
-        if open && let Some((met, by)) = request.met {
-            // A process that was stopped meanwhile has had only the time since.
-            let taken = self.now - met.max(resumed).min(self.now);
-            self.tally.met_by_fault += 1;
-            self.tally.baseline_max = self.tally.baseline_max.max(taken);
-            if taken > BASELINE_MAX {
-                self.tally.object(|| {
-                    format!(
-                        "sequence {sequence}: {worker:?} forgot it {taken:?} after {by}, at {:?}",
-                        self.now
-                    )
-                });
-            }
+        match worker {
+            Worker::Prefill(_) => request.at_prefill = false,
+            Worker::Decode(_) => request.at_decode = false,
         }
         if !request.at_prefill && !request.at_decode {
             let request = self.requests.remove(&sequence);

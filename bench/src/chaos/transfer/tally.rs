@@ -31,10 +31,12 @@ pub struct Tally {
     pub foreign_bytes: u64,
     /// Blocks that nobody gave back.
     pub leaked_blocks: u64,
-    /// Ends of hand-offs that a fault had met.
+    /// Times taken from a fault that met a hand-off: to one end's having forgotten or committed it, or to the next fault.
     pub met_by_fault: u64,
-    /// The longest time from a fault until both ends had forgotten a hand-off that it met.
+    /// The longest of them.
     pub baseline_max: Duration,
+    /// The longest from the first fault to an end, whatever came between; and how many faults had met that hand-off.
+    pub prolonged_max: (Duration, u32),
     /// What the oracle objects to.
     pub objections: Vec<String>,
 }
@@ -58,7 +60,7 @@ pub enum Fault {
     Repeat,
     /// A frame's body is damaged.
     Damage,
-    /// A frame is lost and its connection is not: what no transport here does.
+    /// A frame is lost, or all for a while, and their connection is not: what no transport here does.
     Lose,
 }
 
@@ -107,6 +109,7 @@ impl Tally {
         self.leaked_blocks += other.leaked_blocks;
         self.met_by_fault += other.met_by_fault;
         self.baseline_max = self.baseline_max.max(other.baseline_max);
+        self.prolonged_max = self.prolonged_max.max(other.prolonged_max);
         for objection in other.objections {
             self.object(|| objection);
         }
@@ -132,10 +135,11 @@ impl fmt::Display for Tally {
         writeln!(f, "  pieces repeated      {}", self.duplicates)?;
         writeln!(f, "  foreign bytes        {}", self.foreign_bytes)?;
         writeln!(f, "  leaked blocks        {}", self.leaked_blocks)?;
-        let (met, longest) = (self.met_by_fault, self.baseline_max);
-        write!(
+        let (met, longest, (prolonged, faults)) = (self.met_by_fault, self.baseline_max, self.prolonged_max);
+        writeln!(
             f,
-            "  back at the baseline {longest:.1?} after a fault at most, over {met} hand-offs that one met"
-        )
+            "  back at the baseline {longest:.1?} after a fault, or hit by the next one, at most: {met} times"
+        )?;
+        write!(f, "  longest after the first of a hand-off's faults {prolonged:.1?}, with {faults} of them")
     }
 }

@@ -23,8 +23,11 @@ pub(super) enum Happening {
         sequence: u64,
         ticket: Box<KvTicket>,
     },
-    /// A device thread comes round.
-    Turn(Worker),
+    /// A device thread comes round, while its process lives.
+    Turn {
+        worker: Worker,
+        epoch: u64,
+    },
     Deliver(Packet),
     /// A worker learns that a connection is lost.
     Told {
@@ -68,8 +71,12 @@ pub(super) struct Link {
     pub(super) prefill: usize,
     pub(super) decode: usize,
     pub(super) open: bool,
-    /// Nothing passes until then.
-    pub(super) partitioned: Option<Duration>,
+    /// Nothing passes from the one to the other moment.
+    pub(super) partitioned: Option<(Duration, Duration)>,
+    /// All frames are lost until then.
+    pub(super) lossy: Duration,
+    /// Frames of prefill's that have not arrived.
+    pub(super) in_flight: usize,
 }
 
 /// A process, as the others see it.
@@ -77,8 +84,8 @@ pub(super) struct Link {
 pub(super) struct Process {
     /// Counts its starts.
     pub(super) epoch: u64,
-    /// Stopped until then.
-    pub(super) paused: Option<Duration>,
+    /// Stopped from the one to the other moment.
+    pub(super) paused: Option<(Duration, Duration)>,
     /// When it last went on.
     pub(super) resumed: Duration,
 }
@@ -90,19 +97,31 @@ pub(super) struct Request {
     pub(super) prefill_epoch: u64,
     pub(super) decode: usize,
     pub(super) decode_epoch: u64,
-    /// When the first fault met it, and which.
-    pub(super) met: Option<(Duration, &'static str)>,
+    /// The faults that it has met.
+    pub(super) met: Option<Met>,
+    /// The connection that it has last pushed on.
+    pub(super) path: Option<LinkId>,
     /// The router has let go of prefill's end: its call will not arrive any more.
     pub(super) cancelled: bool,
     pub(super) at_prefill: bool,
     pub(super) at_decode: bool,
 }
 
+/// Faults that have met one hand-off.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Met {
+    pub(super) first: Duration,
+    pub(super) last: Duration,
+    /// What the last one was.
+    pub(super) by: &'static str,
+    pub(super) faults: u32,
+}
+
 impl Happening {
     /// Whose process has to run for it.
     pub(super) fn worker(&self, history: &History) -> Option<Worker> {
         match self {
-            Self::Turn(worker) | Self::Told { worker, .. } => Some(*worker),
+            Self::Turn { worker, .. } | Self::Told { worker, .. } => Some(*worker),
             Self::Deliver(packet) => Some(packet.to),
             Self::Dialled { prefill, .. } => Some(Worker::Prefill(*prefill)),
             Self::Finish { decode, .. } => Some(Worker::Decode(*decode)),
@@ -126,20 +145,24 @@ impl Worker {
     }
 }
 
+/// Frames in flight on one connection at most: beyond, its queue is full.
+const IN_FLIGHT_MAX: usize = 200;
+
 /// One side's way into the network.
 pub(super) struct Exit<'a> {
     pub(super) links: &'a BTreeMap<LinkId, Link>,
+    /// Nobody has room for a moment.
     pub(super) full: bool,
     pub(super) sent: Vec<(LinkId, Frame)>,
 }
 
 impl Outlet<LinkId> for Exit<'_> {
     fn try_send(&mut self, link: LinkId, frame: Frame) -> Result<(), Unsent> {
-        match self.links.get(&link) {
-            Some(link) if link.open => {}
+        let in_flight = match self.links.get(&link) {
+            Some(link) if link.open => link.in_flight,
             _ => return Err(Unsent::Gone),
-        }
-        if self.full {
+        };
+        if self.full || in_flight > IN_FLIGHT_MAX {
             return Err(Unsent::Full);
         }
         self.sent.push((link, frame));

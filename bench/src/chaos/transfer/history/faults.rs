@@ -7,8 +7,8 @@ use kvtransfer::TicketId;
 use kvtransfer::wire::{decode_push, decode_reply};
 
 use super::{
-    DECODES, Decode, Fault, Happening, History, LinkId, PREFILLS, Packet, Prefill, RngExt, SILENCE, Worker,
-    address, incarnation,
+    BASELINE_MAX, DECODES, Decode, Fault, Happening, History, LinkId, Met, PREFILLS, Packet, Prefill, RngExt,
+    SILENCE_MAX, Worker, address, incarnation,
 };
 
 impl History {
@@ -26,11 +26,58 @@ impl History {
         }
     }
 
-    /// Notes that a fault has met a hand-off.
+    /// Notes that a fault has met a hand-off. The time that its ends are allowed begins anew; what they have taken
+    /// since the fault before is measured first, so that no fault covers for another.
     pub(super) fn meet(&mut self, sequence: u64, by: &'static str) {
-        let now = self.now;
+        self.meet_since(sequence, by, self.now);
+    }
+
+    /// Notes that a hand-off meets a fault that has been there since `since`: from there on it is counted.
+    pub(super) fn meet_since(&mut self, sequence: u64, by: &'static str, since: Duration) {
+        let Some(request) = self.requests.get(&sequence) else { return };
+        for worker in [Worker::Prefill(request.prefill), Worker::Decode(request.decode)] {
+            // One that is stopped can do nothing: it is measured from when it goes on.
+            if self.process(worker).paused.is_none() {
+                self.measure(sequence, worker);
+            }
+        }
         if let Some(request) = self.requests.get_mut(&sequence) {
-            request.met.get_or_insert((now, by));
+            let met = request.met.get_or_insert(Met { first: since, last: since, by, faults: 0 });
+            met.faults += 1;
+            if since >= met.last {
+                (met.last, met.by) = (since, by);
+            }
+        }
+    }
+
+    /// Notes what follows from a fault: the time that is allowed runs on, unless the fault was before the hand-off.
+    pub(super) fn meet_again(&mut self, sequence: u64, by: &'static str) {
+        if self.requests.get(&sequence).is_some_and(|request| request.met.is_none()) {
+            self.meet(sequence, by);
+        }
+    }
+
+    /// How long an end has held a hand-off since the last fault that met it, if it does; and since the first.
+    pub(super) fn measure(&mut self, sequence: u64, worker: Worker) {
+        let (now, resumed) = (self.now, self.process(worker).resumed);
+        let Some(request) = self.requests.get(&sequence) else { return };
+        let open = match worker {
+            Worker::Prefill(_) => request.at_prefill,
+            Worker::Decode(_) => request.at_decode,
+        };
+        let Some(met) = request.met.filter(|_| open) else { return };
+        // A process that was stopped meanwhile has had only the time since.
+        let taken = |fault: Duration| now - fault.max(resumed).min(now);
+        self.tally.met_by_fault += 1;
+        self.tally.baseline_max = self.tally.baseline_max.max(taken(met.last));
+        self.tally.prolonged_max = self.tally.prolonged_max.max((taken(met.first), met.faults));
+        if taken(met.last) > BASELINE_MAX {
+            self.tally.object(|| {
+                format!(
+                    "sequence {sequence}: {worker:?} had it {:?} after {met:?}, at {now:?}",
+                    taken(met.last)
+                )
+            });
         }
     }
 
@@ -58,7 +105,7 @@ impl History {
     /// At once where the kernel tells, after silence where it does not; and whether it was silence.
     fn notice(&mut self) -> (Duration, bool) {
         let jitter = Duration::from_micros(self.rng.random_range(100..50_000));
-        if self.once_in(2) { (jitter, false) } else { (SILENCE + jitter, true) }
+        if self.once_in(2) { (jitter, false) } else { (SILENCE_MAX + jitter, true) }
     }
 
     fn kill(&mut self) {
@@ -81,6 +128,8 @@ impl History {
             }
         }
         self.resume(worker);
+        self.process(worker).epoch = epoch;
+        self.come_round(worker);
         for sequence in met {
             self.done(sequence, worker);
             let after = self.now + self.notice().0;
@@ -92,7 +141,6 @@ impl History {
                 },
             );
         }
-        self.process(worker).epoch = epoch;
     }
 
     fn pause(&mut self) {
@@ -104,18 +152,24 @@ impl History {
         let long = self.once_in(3);
         let for_us = self.rng.random_range(if long { 1_500_000..4_000_000 } else { 1_000..300_000 });
         let until = self.now + Duration::from_micros(for_us);
-        self.process(worker).paused = Some(until);
-        if until < self.now + SILENCE {
-            return;
-        }
-        for link in self.links_of(worker) {
-            self.at(self.now + SILENCE, Happening::Cut(link));
-        }
+        let pause = (self.now, until);
+        self.process(worker).paused = Some(pause);
         for sequence in self.meet_where(worker, "a pause") {
-            // The router has given it up as well; at the stopped end that waits.
+            self.notice_pause(sequence, pause);
+        }
+        if until >= self.now + SILENCE_MAX {
+            for link in self.links_of(worker) {
+                self.at(self.now + SILENCE_MAX, Happening::Cut(link));
+            }
+        }
+    }
+
+    /// The router gives a hand-off up whose worker has been silent for too long; at the stopped end that waits.
+    pub(super) fn notice_pause(&mut self, sequence: u64, (since, until): (Duration, Duration)) {
+        if until >= since + SILENCE_MAX {
             let jitter = Duration::from_micros(self.rng.random_range(100..50_000));
-            self.at(self.now + SILENCE + jitter, Happening::Release(sequence));
-            self.at(self.now + SILENCE + jitter, Happening::Cancel(sequence));
+            self.at(since + SILENCE_MAX + jitter, Happening::Release(sequence));
+            self.at(since + SILENCE_MAX + jitter, Happening::Cancel(sequence));
         }
     }
 
@@ -150,12 +204,15 @@ impl History {
         let long = self.once_in(2);
         let for_us = self.rng.random_range(if long { 1_500_000..3_000_000 } else { 1_000..500_000 });
         let until = self.now + Duration::from_micros(for_us);
+        let since = self.now;
         if let Some(link) = self.links.get_mut(&link) {
-            link.partitioned = Some(until);
+            // One within another does not end it.
+            let (since, until) = link.partitioned.filter(|&(_, end)| end > until).unwrap_or((since, until));
+            link.partitioned = Some((since, until));
         }
-        if until >= self.now + SILENCE {
-            self.meet_on(link, "a partition");
-            self.at(self.now + SILENCE, Happening::Cut(link));
+        self.meet_on(link, "a partition");
+        if until >= self.now + SILENCE_MAX {
+            self.at(self.now + SILENCE_MAX, Happening::Cut(link));
         }
     }
 
@@ -169,7 +226,9 @@ impl History {
     /// A connection ends because one end has not heard of the other for too long.
     pub(super) fn cut_after_silence(&mut self, link: LinkId) {
         if self.links.get(&link).is_some_and(|link| link.open) {
-            self.meet_on(link, "silence");
+            // What the partition or the pause met that caused it is measured from there.
+            let on = self.on(link);
+            on.into_iter().for_each(|sequence| self.meet_again(sequence, "silence"));
         }
         // Also where it has broken meanwhile: who has not heard of that hears it now.
         self.lose(link, Duration::from_millis(30));
@@ -222,14 +281,21 @@ impl History {
     }
 
     fn meet_on(&mut self, link: LinkId, by: &'static str) {
+        self.on(link).into_iter().for_each(|sequence| self.meet(sequence, by));
+    }
+
+    /// Hand-offs whose path a connection is, or may become.
+    fn on(&self, link: LinkId) -> Vec<u64> {
         let Some((prefill, decode)) = self.links.get(&link).map(|link| (link.prefill, link.decode)) else {
-            return;
+            return Vec::new();
         };
-        let on =
-            self.requests.iter().filter(|(_, r)| r.prefill == prefill && r.decode == decode && r.at_prefill);
-        for sequence in on.map(|(&sequence, _)| sequence).collect::<Vec<_>>() {
-            self.meet(sequence, by);
-        }
+        let on = self.requests.iter().filter(|(_, request)| {
+            request.prefill == prefill
+                && request.decode == decode
+                && request.at_prefill
+                && request.path.is_none_or(|path| path == link)
+        });
+        on.map(|(&sequence, _)| sequence).collect()
     }
 
     /// Frames leave; what becomes of each on its way is drawn here.
@@ -241,7 +307,10 @@ impl History {
             let to = if from_prefill { Worker::Decode(decode) } else { Worker::Prefill(prefill) };
             let mut packet = Packet { link: id, to, head: frame.head, body: frame.body.concat().into() };
             let sequence = self.sequence_of(&packet, decode);
-            if self.once_in(2_000) {
+            if from_prefill && let Some(sequence) = sequence {
+                self.moved(sequence, id);
+            }
+            if self.loses(id) {
                 self.tally.fault(Fault::Lose);
                 sequence.into_iter().for_each(|sequence| self.meet(sequence, "a lost frame"));
                 continue;
@@ -256,15 +325,51 @@ impl History {
             }
             if self.once_in(30) {
                 self.tally.fault(Fault::Repeat);
-                self.in_flight += 1;
-                self.after_us(20..50_000, Happening::Deliver(packet.clone()));
+                self.depart(packet.clone(), 20..50_000);
             }
-            let delayed = self.once_in(40);
-            if delayed {
+            if self.once_in(40) {
                 self.tally.fault(Fault::Delay);
+                sequence.into_iter().for_each(|sequence| self.meet(sequence, "a delayed frame"));
+                self.depart(packet, 1_000..400_000);
+            } else {
+                self.depart(packet, 20..400);
             }
-            self.in_flight += 1;
-            self.after_us(if delayed { 1_000..400_000 } else { 20..400 }, Happening::Deliver(packet));
+        }
+    }
+
+    /// Whether a frame is lost: alone, or with all that come after it for a while.
+    fn loses(&mut self, id: LinkId) -> bool {
+        if self.links.get(&id).is_some_and(|link| link.lossy > self.now) {
+            return true;
+        }
+        let lost = self.once_in(2_000);
+        if lost && self.once_in(4) {
+            let lossy = self.now + Duration::from_micros(self.rng.random_range(0..2_000_000));
+            self.links.entry(id).and_modify(|link| link.lossy = lossy);
+        }
+        lost
+    }
+
+    /// A frame is on its way for some microseconds.
+    fn depart(&mut self, packet: Packet, for_us: std::ops::Range<u64>) {
+        self.in_flight += 1;
+        if let Some(link) = self.links.get_mut(&packet.link) {
+            link.in_flight += usize::from(matches!(packet.to, Worker::Decode(_)));
+        }
+        self.after_us(for_us, Happening::Deliver(packet));
+    }
+
+    /// A hand-off pushes on `path`. Where nothing passes there, that is a fault of its own: older perhaps than the
+    /// hand-off's being there, and counted from its beginning.
+    fn moved(&mut self, sequence: u64, path: LinkId) {
+        let partitioned = self.links.get(&path).and_then(|link| link.partitioned);
+        let Some(request) = self.requests.get_mut(&sequence) else { return };
+        let moved = request.path.replace(path) != Some(path);
+        if let Some((since, until)) = partitioned
+            && moved
+            && until > self.now
+        {
+            self.meet_since(sequence, "a path that was partitioned", since);
         }
     }
 
