@@ -3,9 +3,10 @@
 //! A pure function of what was measured. On prefill a prompt waits for those before it, is computed as far as prefill does not hold
 //! it, and is handed over:
 //!
-//! > remote = (tokens before it + missing on prefill) / prefill's pace + hand-over
+//! > remote = (tokens before it + missing on prefill + computed again) / prefill's pace + hand-over
 //!
-//! On decode it is computed in chunks between the steps of what runs there, and each of those sequences gets its next token
+//! *Computed again* is what decode holds and prefill does not, an answer's blocks above all: work that nobody had to do, which whoever
+//! comes next waits for. On decode it is computed in chunks between the steps of what runs there, and each of those sequences gets its next token
 //! later by as much. What that is worth grows with how full the batch is: an empty one has time to spare, a full
 //! one none:
 //!
@@ -101,7 +102,8 @@ pub fn decide(policy: PrefillOnDecode, local: &Local, remote: &Remote, only_pref
     let known = |own: u64, other: u64| if own > 0 { own } else { other };
     let local_pace = known(local.tokens_per_s, remote.tokens_per_s);
     let remote_pace = known(remote.tokens_per_s, local.tokens_per_s);
-    let (local_cost, remote_cost) = (local_cost(local, local_pace), remote_cost(remote, remote_pace));
+    let again = remote.missing_tokens.saturating_sub(local.missing_tokens);
+    let (local_cost, remote_cost) = (local_cost(local, local_pace), remote_cost(remote, again, remote_pace));
     let able = local.chunk_tokens > 0 && !only_prefill;
     let on_decode = match policy {
         PrefillOnDecode::Never => false,
@@ -111,8 +113,8 @@ pub fn decide(policy: PrefillOnDecode, local: &Local, remote: &Remote, only_pref
     Decision { on_decode, local: local_cost, remote: remote_cost }
 }
 
-fn remote_cost(remote: &Remote, pace: u64) -> Duration {
-    time(remote.waiting_tokens + remote.missing_tokens, pace) + remote.handover
+fn remote_cost(remote: &Remote, again: u64, pace: u64) -> Duration {
+    time(remote.waiting_tokens + remote.missing_tokens + again, pace) + remote.handover
 }
 
 fn local_cost(local: &Local, pace: u64) -> Duration {
@@ -172,6 +174,11 @@ mod tests {
         let cached = Local { missing_tokens: 30, ..half_full };
         assert!(on_decode(cached, REMOTE), "the rest of a long one does not");
         assert!(on_decode(half_full, Remote { waiting_tokens: 100_000, ..REMOTE }), "prefill is busier");
+        // A turn of 200 new tokens, its 100 of answer on decode alone, behind another of 150: 35 ms here or there.
+        let turn = Local { missing_tokens: 200, waiting_tokens: 150, ..LOCAL };
+        let remote = Remote { missing_tokens: 300, handover: Duration::ZERO, ..REMOTE };
+        assert!(on_decode(turn, remote), "to compute the answer again would hold others up");
+        assert!(!on_decode(turn, Remote { missing_tokens: 200, ..remote }), "nothing is computed again");
         assert!(!on_decode(Local { waiting_tokens: 2000, ..LOCAL }, REMOTE), "others are before it");
     }
 
