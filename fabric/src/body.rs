@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::checksum::checksum;
+use crate::checksum::{Stores, SummedCopy};
 use crate::inbox::Admission;
 use crate::rdma::StagedBody;
 use crate::shared::SharedBody;
@@ -66,14 +66,21 @@ impl Body {
         self.len() == 0
     }
 
-    /// Copies `into.len()` bytes from `start` on, and gives the copy's [`checksum`], taken while it is in cache.
+    /// Copies `into.len()` bytes from `start` on, and gives the copy's [`crate::checksum`], taken on the way.
     ///
     /// # Errors
     /// The body does not hold so many. Nothing was copied.
     pub fn copy_summed(&self, start: usize, into: &mut [u8]) -> Result<u64, OutsideBody> {
-        self.copy(start, into)?;
-        // Of the copy, whatever a peer does to its side meanwhile.
-        Ok(checksum(into))
+        self.bounds(start, into.len())?;
+        // Of what is stored, whatever a peer does to its side meanwhile. Nobody reads it soon, and it is far from the last write.
+        let mut copy = SummedCopy::new(into, Stores::Streaming);
+        match &self.0 {
+            Place::Own(bytes) => copy.append(&bytes[start..start + copy.left()]),
+            Place::Pieces(pieces) => pieces.0.parts(start, copy.left(), |part| copy.append(part)),
+            Place::Shared(shared) => shared.0.copy_summed(start, &mut copy),
+            Place::Staged(staged) => staged.0.copy_summed(start, &mut copy),
+        }
+        Ok(copy.finish())
     }
 
     /// Copies `into.len()` bytes from `start` on.
@@ -138,17 +145,25 @@ impl Pieces {
     }
 
     /// Copies `into.len()` bytes from `start` on. The caller has checked the bounds.
-    fn copy(&self, mut start: usize, mut into: &mut [u8]) {
+    fn copy(&self, start: usize, into: &mut [u8]) {
+        let mut at = 0;
+        self.parts(start, into.len(), |part| {
+            into[at..at + part.len()].copy_from_slice(part);
+            at += part.len();
+        });
+    }
+
+    /// The `bytes` bytes from `start` on, in the places in which they lie. The caller has checked the bounds.
+    fn parts<'a>(&'a self, mut start: usize, mut bytes: usize, mut take: impl FnMut(&'a [u8])) {
         let first = self.0.partition_point(|(end, _)| *end <= start);
         for (end, piece) in &self.0[first..] {
-            let here = &piece[piece.len() - (end - start)..];
-            let bytes = here.len().min(into.len());
-            let (now, rest) = into.split_at_mut(bytes);
-            now.copy_from_slice(&here[..bytes]);
-            (into, start) = (rest, *end);
-            if into.is_empty() {
+            if bytes == 0 {
                 return;
             }
+            let here = &piece[piece.len() - (end - start)..];
+            let part = &here[..here.len().min(bytes)];
+            take(part);
+            (bytes, start) = (bytes - part.len(), *end);
         }
     }
 
@@ -159,18 +174,20 @@ impl Pieces {
     }
 }
 
-/// Copies pieces into one body, taking each one's checksum while it is in cache.
+/// Copies pieces into one body, taking each one's checksum on the way.
 pub(crate) fn gather(pieces: &[&[u8]], spares: &Spares) -> (Bytes, Vec<u64>) {
-    let mut body = spares.take(pieces.iter().map(|piece| piece.len()).sum());
-    let checksums = pieces
-        .iter()
-        .map(|piece| {
-            let start = body.len();
-            body.extend_from_slice(piece);
-            checksum(&body[start..])
-        })
-        .collect();
-    (spares.lend(body), checksums)
+    let bytes = pieces.iter().map(|piece| piece.len()).sum();
+    let mut body = spares.take(bytes);
+    let mut rest = &mut body[..];
+    let checksums = pieces.iter().map(|piece| {
+        let (into, behind) = std::mem::take(&mut rest).split_at_mut(piece.len());
+        rest = behind;
+        let mut copy = SummedCopy::new(into, Stores::Cached);
+        copy.append(piece);
+        copy.finish()
+    });
+    let checksums = checksums.collect();
+    (spares.lend(body, bytes), checksums)
 }
 
 #[cfg(test)]

@@ -6,7 +6,13 @@
 
 #![expect(unsafe_code, reason = "vector instructions; every block argues its bounds")]
 
+mod copied;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
 use xxhash_rust::xxh3::xxh3_64;
+
+pub(crate) use copied::{Stores, SummedCopy};
 
 /// xxh3-64 of a piece. Guards gathering, scattering and staging; a forger is kept out by mutual TLS.
 pub fn checksum(piece: &[u8]) -> u64 {
@@ -22,170 +28,6 @@ pub fn checksum(piece: &[u8]) -> u64 {
         }
     }
     xxh3_64(piece)
-}
-
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use std::arch::x86_64::*;
-
-    /// Shorter inputs are hashed in another way.
-    pub(super) const SHORT_BYTES_MAX: usize = 240;
-
-    const STRIPE_BYTES: usize = 64;
-    /// After each stripe the secret moves on by so much; at its end a block ends.
-    const SECRET_STEP_BYTES: usize = 8;
-    const STRIPES_PER_BLOCK: usize = (SECRET.len() - STRIPE_BYTES) / SECRET_STEP_BYTES;
-    const BLOCK_BYTES: usize = STRIPES_PER_BLOCK * STRIPE_BYTES;
-
-    const PRIME32_1: u64 = 0x9E37_79B1;
-    const PRIME32_2: u64 = 0x85EB_CA77;
-    const PRIME32_3: u64 = 0xC2B2_AE3D;
-    const PRIME64_1: u64 = 0x9E37_79B1_85EB_CA87;
-    const PRIME64_2: u64 = 0xC2B2_AE3D_27D4_EB4F;
-    const PRIME64_3: u64 = 0x1656_67B1_9E37_79F9;
-    const PRIME64_4: u64 = 0x85EB_CA77_C2B2_AE63;
-    const PRIME64_5: u64 = 0x27D4_EB2F_1656_67C5;
-
-    const START: [u64; 8] =
-        [PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3, PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1];
-
-    /// Where each stripe of the input meets which part of the secret, and which blocks are scrambled: the same for every
-    /// width of vector.
-    macro_rules! hash {
-        ($input:expr, $accumulate:ident, $scramble:ident, $accumulators:expr) => {{
-            let (input, accumulators) = ($input, $accumulators);
-            let last_stripe = &input[input.len() - STRIPE_BYTES..];
-            // The last byte is left to the last stripe, whatever else it overlaps.
-            let whole = &input[..input.len() - 1];
-            let mut blocks = whole.chunks_exact(BLOCK_BYTES);
-            for block in &mut blocks {
-                for (stripe, secret) in
-                    block.chunks_exact(STRIPE_BYTES).zip(SECRET.windows(STRIPE_BYTES).step_by(8))
-                {
-                    $accumulate(accumulators, stripe, secret);
-                }
-                $scramble(accumulators, &SECRET[SECRET.len() - STRIPE_BYTES..]);
-            }
-            let rest = blocks.remainder().chunks_exact(STRIPE_BYTES);
-            for (stripe, secret) in rest.zip(SECRET.windows(STRIPE_BYTES).step_by(8)) {
-                $accumulate(accumulators, stripe, secret);
-            }
-            $accumulate(accumulators, last_stripe, &SECRET[SECRET.len() - STRIPE_BYTES - 7..]);
-        }};
-    }
-
-    #[target_feature(enable = "avx512f")]
-    pub(super) fn avx512(input: &[u8]) -> u64 {
-        // SAFETY: 64 bytes are read of 64.
-        let mut accumulators = unsafe { _mm512_loadu_si512(START.as_ptr().cast()) };
-        hash!(input, accumulate_512, scramble_512, &mut accumulators);
-        let mut lanes = START;
-        // SAFETY: 64 bytes are written to 64.
-        unsafe { _mm512_storeu_si512(lanes.as_mut_ptr().cast(), accumulators) };
-        merge(&lanes, input.len())
-    }
-
-    #[target_feature(enable = "avx512f")]
-    fn accumulate_512(accumulators: &mut __m512i, stripe: &[u8], secret: &[u8]) {
-        assert!(stripe.len() >= STRIPE_BYTES && secret.len() >= STRIPE_BYTES);
-        // SAFETY: 64 bytes are read of each, which they have.
-        let (data, key) = unsafe {
-            (_mm512_loadu_si512(stripe.as_ptr().cast()), _mm512_loadu_si512(secret.as_ptr().cast()))
-        };
-        let mixed = _mm512_xor_si512(data, key);
-        let product = _mm512_mul_epu32(mixed, _mm512_srli_epi64::<32>(mixed));
-        let swapped = _mm512_shuffle_epi32::<0b01_00_11_10>(data);
-        *accumulators = _mm512_add_epi64(*accumulators, _mm512_add_epi64(product, swapped));
-    }
-
-    #[target_feature(enable = "avx512f")]
-    fn scramble_512(accumulators: &mut __m512i, secret: &[u8]) {
-        assert!(secret.len() >= STRIPE_BYTES);
-        // SAFETY: 64 bytes are read, which there are.
-        let key = unsafe { _mm512_loadu_si512(secret.as_ptr().cast()) };
-        let shifted = _mm512_xor_si512(*accumulators, _mm512_srli_epi64::<47>(*accumulators));
-        let mixed = _mm512_xor_si512(shifted, key);
-        let prime = _mm512_set1_epi64(PRIME32_1 as i64);
-        let low = _mm512_mul_epu32(mixed, prime);
-        let high = _mm512_mul_epu32(_mm512_srli_epi64::<32>(mixed), prime);
-        *accumulators = _mm512_add_epi64(low, _mm512_slli_epi64::<32>(high));
-    }
-
-    #[target_feature(enable = "avx2")]
-    pub(super) fn avx2(input: &[u8]) -> u64 {
-        // SAFETY: twice 32 bytes are read of 64.
-        let mut accumulators = unsafe {
-            [_mm256_loadu_si256(START.as_ptr().cast()), _mm256_loadu_si256(START[4..].as_ptr().cast())]
-        };
-        hash!(input, accumulate_256, scramble_256, &mut accumulators);
-        let mut lanes = START;
-        // SAFETY: twice 32 bytes are written to 64.
-        unsafe {
-            _mm256_storeu_si256(lanes.as_mut_ptr().cast(), accumulators[0]);
-            _mm256_storeu_si256(lanes[4..].as_mut_ptr().cast(), accumulators[1]);
-        }
-        merge(&lanes, input.len())
-    }
-
-    #[target_feature(enable = "avx2")]
-    fn accumulate_256(accumulators: &mut [__m256i; 2], stripe: &[u8], secret: &[u8]) {
-        for (half, accumulator) in accumulators.iter_mut().enumerate() {
-            let (stripe, secret) = (&stripe[32 * half..][..32], &secret[32 * half..][..32]);
-            // SAFETY: 32 bytes are read of each, which they have.
-            let (data, key) = unsafe {
-                (_mm256_loadu_si256(stripe.as_ptr().cast()), _mm256_loadu_si256(secret.as_ptr().cast()))
-            };
-            let mixed = _mm256_xor_si256(data, key);
-            let product = _mm256_mul_epu32(mixed, _mm256_srli_epi64::<32>(mixed));
-            let swapped = _mm256_shuffle_epi32::<0b01_00_11_10>(data);
-            *accumulator = _mm256_add_epi64(*accumulator, _mm256_add_epi64(product, swapped));
-        }
-    }
-
-    #[target_feature(enable = "avx2")]
-    fn scramble_256(accumulators: &mut [__m256i; 2], secret: &[u8]) {
-        let prime = _mm256_set1_epi64x(PRIME32_1 as i64);
-        for (half, accumulator) in accumulators.iter_mut().enumerate() {
-            let secret = &secret[32 * half..][..32];
-            // SAFETY: 32 bytes are read, which there are.
-            let key = unsafe { _mm256_loadu_si256(secret.as_ptr().cast()) };
-            let shifted = _mm256_xor_si256(*accumulator, _mm256_srli_epi64::<47>(*accumulator));
-            let mixed = _mm256_xor_si256(shifted, key);
-            let low = _mm256_mul_epu32(mixed, prime);
-            let high = _mm256_mul_epu32(_mm256_srli_epi64::<32>(mixed), prime);
-            *accumulator = _mm256_add_epi64(low, _mm256_slli_epi64::<32>(high));
-        }
-    }
-
-    fn merge(lanes: &[u64; 8], bytes: usize) -> u64 {
-        let words = SECRET[11..].as_chunks::<8>().0;
-        let mut hash = (bytes as u64).wrapping_mul(PRIME64_1);
-        for (lanes, words) in lanes.as_chunks::<2>().0.iter().zip(words.as_chunks::<2>().0) {
-            let [a, b] = [0, 1].map(|i| lanes[i] ^ u64::from_le_bytes(words[i]));
-            let product = u128::from(a) * u128::from(b);
-            hash = hash.wrapping_add(product as u64 ^ (product >> 64) as u64);
-        }
-        hash ^= hash >> 37;
-        hash = hash.wrapping_mul(0x1656_6791_9E37_79F9);
-        hash ^ hash >> 32
-    }
-
-    /// The algorithm's default.
-    #[rustfmt::skip]
-    const SECRET: [u8; 192] = [
-        0xb8, 0xfe, 0x6c, 0x39, 0x23, 0xa4, 0x4b, 0xbe, 0x7c, 0x01, 0x81, 0x2c, 0xf7, 0x21, 0xad, 0x1c,
-        0xde, 0xd4, 0x6d, 0xe9, 0x83, 0x90, 0x97, 0xdb, 0x72, 0x40, 0xa4, 0xa4, 0xb7, 0xb3, 0x67, 0x1f,
-        0xcb, 0x79, 0xe6, 0x4e, 0xcc, 0xc0, 0xe5, 0x78, 0x82, 0x5a, 0xd0, 0x7d, 0xcc, 0xff, 0x72, 0x21,
-        0xb8, 0x08, 0x46, 0x74, 0xf7, 0x43, 0x24, 0x8e, 0xe0, 0x35, 0x90, 0xe6, 0x81, 0x3a, 0x26, 0x4c,
-        0x3c, 0x28, 0x52, 0xbb, 0x91, 0xc3, 0x00, 0xcb, 0x88, 0xd0, 0x65, 0x8b, 0x1b, 0x53, 0x2e, 0xa3,
-        0x71, 0x64, 0x48, 0x97, 0xa2, 0x0d, 0xf9, 0x4e, 0x38, 0x19, 0xef, 0x46, 0xa9, 0xde, 0xac, 0xd8,
-        0xa8, 0xfa, 0x76, 0x3f, 0xe3, 0x9c, 0x34, 0x3f, 0xf9, 0xdc, 0xbb, 0xc7, 0xc7, 0x0b, 0x4f, 0x1d,
-        0x8a, 0x51, 0xe0, 0x4b, 0xcd, 0xb4, 0x59, 0x31, 0xc8, 0x9f, 0x7e, 0xc9, 0xd9, 0x78, 0x73, 0x64,
-        0xea, 0xc5, 0xac, 0x83, 0x34, 0xd3, 0xeb, 0xc3, 0xc5, 0x81, 0xa0, 0xff, 0xfa, 0x13, 0x63, 0xeb,
-        0x17, 0x0d, 0xdd, 0x51, 0xb7, 0xf0, 0xda, 0x49, 0xd3, 0x16, 0x55, 0x26, 0x29, 0xd4, 0x68, 0x9e,
-        0x2b, 0x16, 0xbe, 0x58, 0x7d, 0x47, 0xa1, 0xfc, 0x8f, 0xf8, 0xb8, 0xd1, 0x7a, 0xd0, 0x31, 0xce,
-        0x45, 0xcb, 0x3a, 0x8f, 0x95, 0x16, 0x04, 0x28, 0xaf, 0xd7, 0xfb, 0xca, 0xbb, 0x4b, 0x40, 0x7e,
-    ];
 }
 
 #[cfg(test)]
@@ -210,6 +52,31 @@ mod tests {
             if length > x86::SHORT_BYTES_MAX && is_x86_feature_detected!("avx2") {
                 // SAFETY: the processor has the instructions.
                 assert_eq!(unsafe { x86::avx2(piece) }, expected, "{length} bytes in halves");
+            }
+        }
+    }
+
+    #[test]
+    fn a_copy_in_any_cuts_has_the_checksum_of_the_whole() {
+        let mut rng = SmallRng::seed_from_u64(4);
+        let mut bytes = vec![0_u8; 70_000];
+        rng.fill(&mut bytes[..]);
+        for length in (0..2_200).step_by(7).chain([240, 241, 1_024, 1_025, 9_216, 41_984, 65_537, 70_000]) {
+            let piece = &bytes[length % 61 % (bytes.len() - length + 1)..][..length];
+            for stores in [Stores::Cached, Stores::Streaming] {
+                for cuts in 0..4 {
+                    let mut cuts: Vec<usize> = (0..cuts).map(|_| rng.random_range(0..=length)).collect();
+                    cuts.extend([0, length]);
+                    cuts.sort_unstable();
+                    // On a cache line and off it.
+                    let mut room = vec![0; length + 128];
+                    let aligned = room.as_ptr().align_offset(64) + rng.random_range(0..2) * 9;
+                    let into = &mut room[aligned..][..length];
+                    let mut copy = SummedCopy::new(into, stores);
+                    cuts.windows(2).for_each(|cut| copy.append(&piece[cut[0]..cut[1]]));
+                    assert_eq!(copy.finish(), xxh3_64(piece), "{length} bytes, {cuts:?}, {stores:?}");
+                    assert_eq!(into, piece, "{length} bytes, {cuts:?}, {stores:?}");
+                }
             }
         }
     }

@@ -15,6 +15,7 @@
 //! worker's own memory. Over RDMA a peer writes into staging memory of its connection, and nowhere else; whatever the
 //! transport, a receiver copies out of a frame after its own checks.
 
+mod allocator;
 mod arrivals;
 mod body;
 mod checksum;
@@ -37,6 +38,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+pub use allocator::keep_freed_memory;
 pub use arrivals::Arrivals;
 pub use body::{Body, OutsideBody};
 pub use checksum::checksum;

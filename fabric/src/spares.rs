@@ -21,22 +21,23 @@ impl Spares {
         Self(Arc::new(Mutex::new(Vec::with_capacity(SPARES_MAX))))
     }
 
-    /// An empty buffer with room for `bytes`, used before where there is one.
+    /// A buffer of at least `bytes` bytes, used before where there is one: what lies in it means nothing.
     pub fn take(&self, bytes: usize) -> Vec<u8> {
         let spare = if SPARE_BYTES.contains(&bytes) { lock(&self.0).pop() } else { None };
         let mut buffer = spare.unwrap_or_default();
-        buffer.reserve(bytes);
+        if buffer.len() < bytes {
+            buffer.resize(bytes, 0);
+        }
         buffer
     }
 
-    /// A buffer as one piece of bytes; it comes back here with the last slice of it.
-    pub fn lend(&self, buffer: Vec<u8>) -> Bytes {
-        Bytes::from_owner(Lent { buffer, spares: self.clone() })
+    /// A buffer's first `bytes` bytes; it comes back here with the last slice of them.
+    pub fn lend(&self, buffer: Vec<u8>, bytes: usize) -> Bytes {
+        Bytes::from_owner(Lent { buffer, bytes, spares: self.clone() })
     }
 
-    fn put(&self, mut buffer: Vec<u8>) {
-        if SPARE_BYTES.contains(&buffer.capacity()) {
-            buffer.clear();
+    fn put(&self, buffer: Vec<u8>) {
+        if SPARE_BYTES.contains(&buffer.len()) {
             let mut spares = lock(&self.0);
             if spares.len() < SPARES_MAX {
                 spares.push(buffer);
@@ -47,12 +48,13 @@ impl Spares {
 
 struct Lent {
     buffer: Vec<u8>,
+    bytes: usize,
     spares: Spares,
 }
 
 impl AsRef<[u8]> for Lent {
     fn as_ref(&self) -> &[u8] {
-        &self.buffer
+        &self.buffer[..self.bytes]
     }
 }
 
@@ -69,16 +71,15 @@ mod tests {
     #[test]
     fn a_buffer_comes_back_with_its_last_slice() {
         let spares = Spares::new();
-        let mut buffer = spares.take(1 << 20);
-        buffer.resize(1 << 20, 7);
+        let buffer = spares.take(1 << 20);
         let place = buffer.as_ptr();
-        let whole = spares.lend(buffer);
+        let whole = spares.lend(buffer, 1 << 20);
         let slice = whole.slice(1000..);
         drop(whole);
         let other = spares.take(1 << 20);
         assert_ne!(other.as_ptr(), place, "a slice is still in use");
         drop(slice);
         let again = spares.take(1 << 20);
-        assert_eq!((again.as_ptr(), again.len()), (place, 0));
+        assert_eq!((again.as_ptr(), again.len()), (place, 1 << 20));
     }
 }

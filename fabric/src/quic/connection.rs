@@ -23,6 +23,9 @@ use crate::rdma;
 /// become one long write.
 const FRAMES_PER_WRITE: usize = 32;
 
+/// Above, frames are written one by one: the room of each comes back as it leaves.
+const JOINED_BYTES_MAX: usize = 64 << 10;
+
 /// Bodies up to this are copied off the network's buffers at once.
 const COPIED_BYTES_MAX: usize = 32 << 10;
 
@@ -214,19 +217,27 @@ async fn send(io: Arc<Io>, mut queue: Queue, mut stream: SendStream) -> Result<(
     let mut frames = Vec::with_capacity(FRAMES_PER_WRITE);
     let mut pieces: Vec<Bytes> = Vec::with_capacity(4 * FRAMES_PER_WRITE);
     while queue.take(&mut frames, FRAMES_PER_WRITE).await {
-        let (mut bytes, count) = (0, frames.len());
-        for frame in frames.drain(..) {
-            bytes += frame.bytes();
+        let (mut bytes, mut count, last) = (0, 0, frames.len() - 1);
+        for (nth, frame) in frames.drain(..).enumerate() {
+            (bytes, count) = (bytes + frame.bytes(), count + 1);
             append(&mut pieces, frame);
+            if bytes < JOINED_BYTES_MAX && nth < last {
+                continue;
+            }
+            if stream.write_all_chunks(&mut pieces).await.is_err() {
+                // The connection is lost, which `run` learns from itself; or the peer stopped a stream that it must keep.
+                return if stream_stopped(&mut stream).await {
+                    Err(ProtocolError::StreamEnded)
+                } else {
+                    Ok(())
+                };
+            }
+            pieces.clear();
+            queue.written(bytes);
+            io.peers.counters.frames_sent.fetch_add(count, Relaxed);
+            io.peers.counters.bytes_sent.fetch_add(bytes as u64, Relaxed);
+            (bytes, count) = (0, 0);
         }
-        if stream.write_all_chunks(&mut pieces).await.is_err() {
-            // The connection is lost, which `run` learns from itself; or the peer stopped a stream that it must keep.
-            return if stream_stopped(&mut stream).await { Err(ProtocolError::StreamEnded) } else { Ok(()) };
-        }
-        pieces.clear();
-        queue.written(bytes);
-        io.peers.counters.frames_sent.fetch_add(count as u64, Relaxed);
-        io.peers.counters.bytes_sent.fetch_add(bytes as u64, Relaxed);
     }
     Ok(())
 }

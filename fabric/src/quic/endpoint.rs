@@ -25,6 +25,7 @@ use super::{one_sided, socket, tls};
 use crate::arrivals::{Ring, Rings};
 use crate::error::DialError;
 use crate::event::{Event, LossReason, PeerId};
+use crate::frame::Channel;
 use crate::inbox::Inbox;
 use crate::limits::Limits;
 use crate::rdma::Rdma;
@@ -288,8 +289,8 @@ async fn greet(
             (producers.map(|producer| Outbox::Rdma(Mutex::new(producer))), None, None, Some(attached))
         }
         (None, None) => {
-            let (kv, kv_queue) = outbox(&io.limits);
-            let (experts, experts_queue) = outbox(&io.limits);
+            let (kv, kv_queue) = outbox(&io.limits, Channel::Kv);
+            let (experts, experts_queue) = outbox(&io.limits, Channel::Experts);
             queues = Some([kv_queue, experts_queue]);
             ([Outbox::Queue(kv), Outbox::Queue(experts)], None, None, None)
         }

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use crossbeam_channel::{Sender, TrySendError};
 
 use super::staging::{Arena, Staging};
-use crate::checksum::checksum;
+use crate::checksum::SummedCopy;
 use crate::error::SendError;
 use crate::frame::{Channel, Frame, FrameHeader};
 use crate::limits::Limits;
@@ -88,9 +88,7 @@ impl Producer {
         let mut at = self.arena() + place;
         let mut checksums = Vec::with_capacity(pieces.len());
         for piece in pieces {
-            self.link.staging.write(at, piece);
-            // Of the private side, which the copy has just brought into cache.
-            checksums.push(checksum(piece));
+            checksums.push(self.link.staging.write_summed(at, piece));
             at += piece.len();
         }
         let head = head(checksums);
@@ -155,6 +153,12 @@ impl StagedBody {
     pub fn copy(&self, start: usize, into: &mut [u8]) {
         assert!(start + into.len() <= self.bytes, "outside the body");
         self.link.staging.copy_out(self.at + start, into);
+    }
+
+    /// Copies as many bytes from `start` as `copy` still wants. The caller has checked the bounds.
+    pub fn copy_summed(&self, start: usize, copy: &mut SummedCopy<'_>) {
+        assert!(start + copy.left() <= self.bytes, "outside the body");
+        self.link.staging.copy_summed(self.at + start, copy);
     }
 
     pub fn to_vec(&self) -> Vec<u8> {

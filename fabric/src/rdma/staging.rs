@@ -13,6 +13,7 @@ use std::ptr::NonNull;
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
 
+use crate::checksum::{Stores, SummedCopy};
 use crate::frame::Channel;
 use crate::limits::Limits;
 use crate::shared::Layout;
@@ -85,6 +86,23 @@ impl Staging {
         let to = self.at(offset, from.len());
         // SAFETY: both sides hold `from.len()` bytes, and private memory does not overlap the mapping.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) }
+    }
+
+    /// The same, with the checksum of what was copied.
+    pub fn write_summed(&self, offset: usize, from: &[u8]) -> u64 {
+        let to = self.at(offset, from.len());
+        // SAFETY: within the mapping, which was zeroed and is never taken for a slice; senders have places of their own in it.
+        let mut copy = unsafe { SummedCopy::raw(to, from.len(), Stores::Cached) };
+        copy.append(from);
+        copy.finish()
+    }
+
+    /// Copies as many bytes from `offset` as `copy` still wants.
+    pub fn copy_summed(&self, offset: usize, copy: &mut SummedCopy<'_>) {
+        let bytes = copy.left();
+        let from = self.at(offset, bytes);
+        // SAFETY: within the mapping, as just checked, which no private memory overlaps.
+        unsafe { copy.append_raw(from, bytes) }
     }
 
     pub fn copy_out(&self, offset: usize, into: &mut [u8]) {

@@ -15,6 +15,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
+use crate::checksum::{Stores, SummedCopy};
+
 /// A mapping of `bytes` bytes from page-aligned `start`.
 struct Mapping {
     start: NonNull<u8>,
@@ -63,6 +65,14 @@ impl Mapping {
         let from = self.at(offset, into.len());
         // SAFETY: both sides hold `into.len()` bytes, and private memory does not overlap the mapping.
         unsafe { std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) }
+    }
+
+    /// Copies as many bytes from `offset` as `copy` still wants.
+    fn copy_summed(&self, offset: usize, copy: &mut SummedCopy<'_>) {
+        let bytes = copy.left();
+        let from = self.at(offset, bytes);
+        // SAFETY: within the mapping, as just checked, which no private memory overlaps.
+        unsafe { copy.append_raw(from, bytes) }
     }
 }
 
@@ -115,6 +125,15 @@ impl Ours {
         // SAFETY: both sides hold `from.len()` bytes, and private memory does not overlap the mapping.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) }
     }
+
+    /// The same, with the checksum of what was copied.
+    pub fn write_summed(&self, offset: usize, from: &[u8]) -> u64 {
+        let to = self.memory.at(offset, from.len());
+        // SAFETY: within the mapping, which was zeroed, which the peer can only read, and which nobody ever takes for a slice.
+        let mut copy = unsafe { SummedCopy::raw(to, from.len(), Stores::Cached) };
+        copy.append(from);
+        copy.finish()
+    }
 }
 
 /// Memory of a peer, which it may write at any time.
@@ -157,5 +176,8 @@ impl Theirs {
 
     pub fn copy_out(&self, offset: usize, into: &mut [u8]) {
         self.memory.copy_out(offset, into);
+    }
+    pub fn copy_summed(&self, offset: usize, copy: &mut SummedCopy<'_>) {
+        self.memory.copy_summed(offset, copy);
     }
 }

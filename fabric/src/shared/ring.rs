@@ -13,6 +13,7 @@ use bytes::Bytes;
 
 use super::layout::Layout;
 use super::memory::{Ours, Theirs};
+use crate::checksum::SummedCopy;
 use crate::error::SendError;
 use crate::frame::{Channel, Frame, FrameHeader, ProtocolError};
 use crate::limits::Limits;
@@ -73,9 +74,7 @@ impl Producer {
         let mut at = self.layout.arena(self.channel) + place;
         let mut checksums = Vec::with_capacity(pieces.len());
         for piece in pieces {
-            self.ours.write(at, piece);
-            // Of the private side, which the copy has just brought into cache.
-            checksums.push(crate::checksum::checksum(piece));
+            checksums.push(self.ours.write_summed(at, piece));
             at += piece.len();
         }
         let head = head(checksums);
@@ -205,6 +204,12 @@ impl SharedBody {
     pub fn copy(&self, start: usize, into: &mut [u8]) {
         assert!(start + into.len() <= self.bytes, "outside the body");
         self.theirs.copy_out(self.at + start, into);
+    }
+
+    /// Copies as many bytes from `start` as `copy` still wants. The caller has checked the bounds.
+    pub fn copy_summed(&self, start: usize, copy: &mut SummedCopy<'_>) {
+        assert!(start + copy.left() <= self.bytes, "outside the body");
+        self.theirs.copy_summed(self.at + start, copy);
     }
 
     pub fn to_vec(&self) -> Vec<u8> {
