@@ -3,7 +3,7 @@
 //! A sending and a receiving process on this host, as prefill and decode are: random blocks of a 256 MiB pool are gathered
 //! into messages, and every block must lie at its own place of another 256 MiB pool, which is looked at afterwards (`pool`).
 //! Our transports run under the whole hand-off, ticket, checksums and commit included (`push`); beside them stand what a
-//! copy costs at all (`copies`), TCP (`tcp`), and our shared memory without fence and checksums (`bare`), which exists
+//! copy costs at all (`copies`), TCP (`tcp`), quinn on its own (`quinn`), and our shared memory without fence and checksums (`bare`), which exists
 //! nowhere else. `--mode` runs one of them once and prints one line of JSON, with the options and fields of the harness that
 //! the peers are driven by; without it all of them take turns.
 
@@ -14,6 +14,7 @@ mod peer;
 mod plan;
 mod pool;
 mod push;
+mod quinn;
 mod rounds;
 mod tcp;
 
@@ -102,6 +103,8 @@ pub(crate) enum Mode {
     ShmBare,
     /// Our QUIC with mutual TLS.
     Quic,
+    /// quinn driven directly, with mutual TLS: nothing is gathered, nothing is checked.
+    Quinn,
     /// RDMA as we use it, through NIXL: over its TCP and CMA where there is no device (`UCX_TLS` chooses).
     Rdma,
     /// One TCP connection under tokio, unencrypted, unchecked.
@@ -139,6 +142,7 @@ fn once(mode: Mode, shape: &Shape) -> anyhow::Result<Outcome> {
         Mode::MemcpySum => copies::run(&plan, true),
         Mode::Shm | Mode::Quic | Mode::Rdma => push::run(mode, &plan, shape),
         Mode::ShmBare => bare::run(&plan, shape),
+        Mode::Quinn => quinn::run(&plan, shape),
         Mode::Tcp => tcp::run(&plan, shape),
     }
 }

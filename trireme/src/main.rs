@@ -11,6 +11,7 @@ use trireme::{
 };
 
 fn main() -> ExitCode {
+    fabric::keep_freed_memory();
     let cli = Cli::parse();
     // Lives until everything else has ended: then the last spans leave.
     let _spans = trireme::tracing_setup::install(match cli.command {

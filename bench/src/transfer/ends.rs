@@ -10,9 +10,9 @@ use super::{Mode, Shape};
 /// One end's certificate, key and authority.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Credentials {
-    ca_pem: String,
-    cert_pem: String,
-    key_pem: String,
+    pub ca_pem: String,
+    pub cert_pem: String,
+    pub key_pem: String,
 }
 
 impl Credentials {

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::ends::Credentials;
 use super::plan::{self, Plan, cpu_time};
 use super::pool::Pool;
-use super::{Mode, Shape, bare, push, tcp};
+use super::{Mode, Shape, bare, push, quinn, tcp};
 
 /// What the receiving process starts from: its first line.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -101,6 +101,7 @@ pub(crate) fn receive() -> anyhow::Result<()> {
         Mode::Shm | Mode::Quic | Mode::Rdma => push::receive(&setup, questions)?,
         Mode::ShmBare => bare::receive(&setup, questions)?,
         Mode::Tcp => tcp::receive(&setup, questions)?,
+        Mode::Quinn => quinn::receive(&setup, questions)?,
         Mode::Memcpy | Mode::MemcpySum => bail!("needs no second process"),
     };
     say(&ready)?;

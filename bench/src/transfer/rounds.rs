@@ -53,7 +53,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 fn cases(args: &Args) -> Vec<Case> {
-    let all = [Mode::Memcpy, Mode::MemcpySum, Mode::Shm, Mode::ShmBare, Mode::Tcp, Mode::Quic];
+    let all = [Mode::Memcpy, Mode::MemcpySum, Mode::Shm, Mode::ShmBare, Mode::Tcp, Mode::Quic, Mode::Quinn];
     let mut all = all.to_vec();
     all.extend(args.shape.nixl_library.is_some().then_some(Mode::Rdma));
     let modes = if args.modes.is_empty() { all } else { args.modes.clone() };
@@ -61,7 +61,7 @@ fn cases(args: &Args) -> Vec<Case> {
     for mode in modes {
         cases.push(Case { mode, mtu: args.shape.mtu });
         // The datagrams of 9,000-byte Ethernet, beside those of loopback.
-        if mode == Mode::Quic && args.shape.mtu.is_none() {
+        if matches!(mode, Mode::Quic | Mode::Quinn) && args.shape.mtu.is_none() {
             cases.push(Case { mode, mtu: Some(8972) });
         }
     }
