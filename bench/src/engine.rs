@@ -106,7 +106,7 @@ pub struct Figures {
     pub generation_tok_per_s: Spread,
     /// Bytes of weights that a generation step reads, as stored in the checkpoint, the mean over its steps.
     pub weight_bytes_per_step: f64,
-    /// Those bytes per second of all generation steps, as a share of what the probes beside them read.
+    /// Those bytes over the time of a round's median step, as a share of what the probes beside it read.
     pub bandwidth_share: Spread,
     /// Microseconds of a generation step by part, the mean of all rounds.
     pub step_us: Vec<StageTime>,
@@ -231,10 +231,8 @@ fn figures(args: &Args, batch: u16, rounds: &[Round]) -> Figures {
     let count = rounds.len().max(1) as f64;
     let steps = f64::from(args.generate);
     let bytes = rounds.iter().map(|round| round.weight_bytes as f64).sum::<f64>() / count / steps;
-    let share = |round: &Round| {
-        let bytes_per_s = round.weight_bytes as f64 / round.generation.seconds().max(1e-9);
-        bytes_per_s / (round.read_gb_per_s * 1e9)
-    };
+    let share =
+        |round: &Round| round.weight_bytes as f64 / steps / round.step_s / (round.read_gb_per_s * 1e9);
     Figures {
         batch: usize::from(batch),
         prompt_tok_per_s: rate(args.prompt, &|round| round.prompt.seconds()),

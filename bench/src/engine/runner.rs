@@ -1,5 +1,7 @@
 //! One engine and its rounds: all prompts in chunks, then one token of every sequence a step.
 
+use std::time::Instant;
+
 use anyhow::Context as _;
 use engine::{Engine, EngineOptions, LogitsWanted, SequenceInput, SequenceSampler};
 use model::{BlockId, Checkpoint, KvFormat, KvLayout, SamplingParams, TokenId};
@@ -18,6 +20,8 @@ pub(super) struct Round {
     pub generation: Times,
     /// Bytes of weights that the generation steps had to read.
     pub weight_bytes: u64,
+    /// Seconds of the generation step in the middle.
+    pub step_s: f64,
     /// What memory gave to plain reads just before and after the generation steps, the mean.
     pub read_gb_per_s: f64,
 }
@@ -94,14 +98,19 @@ impl Runner {
         self.traffic.take();
         let before = bandwidth();
         let mut generation = Times::start();
+        let mut steps = Vec::with_capacity(self.generate);
         for token in 0..self.generate {
+            let started = Instant::now();
             let from = self.prompt + token;
             let step: Vec<Chunk> =
                 (0..batch).map(|sequence| Chunk { sequence, from, to: from + 1 }).collect();
             self.run(&mut sequences, &step, &mut generation)?;
+            steps.push(started.elapsed().as_secs_f64());
         }
+        steps.sort_by(f64::total_cmp);
+        let step_s = steps.get(steps.len() / 2).copied().unwrap_or(f64::NAN);
         let read_gb_per_s = f64::midpoint(before, bandwidth());
-        Ok(Round { prompt, generation, weight_bytes: self.traffic.take(), read_gb_per_s })
+        Ok(Round { prompt, generation, weight_bytes: self.traffic.take(), step_s, read_gb_per_s })
     }
 
     /// Prompts drawn from the seed, each sequence with blocks of its own.
