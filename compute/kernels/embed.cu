@@ -4,6 +4,7 @@
 
 extern "C" __global__ void __launch_bounds__(256)
 embed_f32(const float *w, const float *, const u32 *tokens, u32 n, u32 k, float *out) {
+    previous_done();
     u32 token = tokens[blockIdx.x];
     require(token < n);
     for (u32 i = threadIdx.x; i < k; i += 256) out[(u64)blockIdx.x * k + i] = w[(u64)token * k + i];
@@ -11,6 +12,7 @@ embed_f32(const float *w, const float *, const u32 *tokens, u32 n, u32 k, float 
 
 extern "C" __global__ void __launch_bounds__(256)
 embed_bf16(const u16 *w, const float *, const u32 *tokens, u32 n, u32 k, float *out) {
+    previous_done();
     u32 token = tokens[blockIdx.x];
     require(token < n);
     for (u32 i = threadIdx.x; i < k; i += 256) out[(u64)blockIdx.x * k + i] = from_bf16(w[(u64)token * k + i]);
@@ -18,6 +20,7 @@ embed_bf16(const u16 *w, const float *, const u32 *tokens, u32 n, u32 k, float *
 
 extern "C" __global__ void __launch_bounds__(256)
 embed_fp8(const u8 *w, const float *scales, const u32 *tokens, u32 n, u32 k, float *out) {
+    previous_done();
     u32 token = tokens[blockIdx.x];
     require(token < n);
     scales += (u64)(token / BLOCK) * div_up(k, BLOCK);

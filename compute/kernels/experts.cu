@@ -8,6 +8,7 @@
 // on its neighbours. Shared memory: three words for each expert.
 extern "C" __global__ void __launch_bounds__(1024)
 group_rows(const u16 *ids, u32 count, u32 experts, u32 tile_rows, u32 tiles_max, u32 *order, uint4 *tiles, u32 *totals) {
+    previous_done();
     extern __shared__ u32 words[];
     u32 *counts = words, *starts = words + experts, *first_tiles = starts + experts;
     for (u32 i = threadIdx.x; i < experts; i += 1024) counts[i] = 0;
@@ -84,10 +85,12 @@ __device__ __forceinline__ void combine(float *hidden, const float *shared, cons
 
 extern "C" __global__ void __launch_bounds__(256)
 combine_f32(float *hidden, const float *shared, const void *x, const u16 *ids, const float *weights, u32 top_k, u32 dim) {
+    previous_done();
     combine<false>(hidden, shared, x, ids, weights, top_k, dim);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
 combine_bf16(float *hidden, const float *shared, const void *x, const u16 *ids, const float *weights, u32 top_k, u32 dim) {
+    previous_done();
     combine<true>(hidden, shared, x, ids, weights, top_k, dim);
 }

@@ -44,6 +44,7 @@ __device__ __forceinline__ void encode(const Cache &c, u32 block, u32 row, const
 
 extern "C" __global__ void __launch_bounds__(128)
 kv_write(const __grid_constant__ Cache c, const float *latent, const float *rope) {
+    previous_done();
     __shared__ float shared[32];
     u32 block = c.slots[2 * (u64)blockIdx.x], row = c.slots[2 * (u64)blockIdx.x + 1];
     if (block == ALL) return;
@@ -55,6 +56,7 @@ kv_write(const __grid_constant__ Cache c, const float *latent, const float *rope
 extern "C" __global__ void __launch_bounds__(128)
 latent_write(const __grid_constant__ Cache c, const float *x, u32 stride, const float *w, float eps, const u32 *positions,
              const float *table, u32 positions_max) {
+    previous_done();
     __shared__ float shared[32];
     extern __shared__ float row_values[];
     u32 block = c.slots[2 * (u64)blockIdx.x], row = c.slots[2 * (u64)blockIdx.x + 1];

@@ -38,6 +38,7 @@ __device__ __forceinline__ void load4(const u8 *p, bool vector, u32 left, float 
 // blockIdx.z is the head.
 template <class W, class X, bool W_SCALED, bool X_SCALED>
 __device__ __forceinline__ void product(const Product &p) {
+    previous_done();
     u32 lane = threadIdx.x % WARP, out = blockIdx.x * WARPS + threadIdx.x / WARP;
     u32 head = blockIdx.z, blocks = div_up(p.k, BLOCK);
     Rows rows;

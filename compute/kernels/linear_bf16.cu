@@ -20,6 +20,9 @@ template <u32 TILE, u32 STAGES, u32 PARTS> __device__ __forceinline__ void produ
     extern __shared__ u8 memory[];
     u32 base = ((u32)__cvta_generic_to_shared(memory) + 1023) & ~1023u;
     u32 thread = threadIdx.x, chunk = thread % 8, out = blockIdx.x * CHANNELS;
+    // Where it does not depend on the rows which weights are read, the first of them are asked for while the rows are being made.
+    bool early = !p.tiles;
+    if (!early) previous_done();
     Rows tile_rows;
     if (!find_rows(p, TILE, tile_rows)) return;
     u32 first = tile_rows.first, end = tile_rows.end;
@@ -27,6 +30,17 @@ template <u32 TILE, u32 STAGES, u32 PARTS> __device__ __forceinline__ void produ
     u32 steps = PARTS == 1 ? p.k / STEP : (min(p.k, start + SLICE) - start) / STEP;
     Weights matrix = find_weights<2>(p, tile_rows.expert + head, out);
     const u8 *w = matrix.w + ((u64)(matrix.channel + thread / 8) * p.k + start) * 2 + chunk * 16;
+    auto load_weights = [&](u32 step) {
+        u32 weights = base + step % STAGES * (WEIGHTS + INPUTS), channel = step / PARTS * STEP;
+#pragma unroll
+        for (u32 i = 0; i < CHANNELS / 16; i++) {
+            copy16(weights + swizzled(thread / 8 + 16 * i, chunk), w + ((u64)(16 * i) * p.k + channel) * 2, 16);
+        }
+    };
+    if (early) {
+        for (u32 step = 0; step < STAGES - 1 && step < PARTS * steps; step++) load_weights(step);
+        previous_done();
+    }
     const u8 *inputs[TILE / 16];
     u32 there[TILE / 16];
 #pragma unroll
@@ -37,13 +51,9 @@ template <u32 TILE, u32 STAGES, u32 PARTS> __device__ __forceinline__ void produ
         inputs[i] = (const u8 *)p.x + 2 * at + chunk * 16;
     }
     // A step is 64 channels of one part: all parts of 64 channels, then the next.
-    auto load = [&](u32 step) {
-        u32 stage = step % STAGES, weights = base + stage * (WEIGHTS + INPUTS), rows = weights + WEIGHTS;
+    auto load_inputs = [&](u32 step) {
+        u32 rows = base + step % STAGES * (WEIGHTS + INPUTS) + WEIGHTS;
         u32 channel = step / PARTS * STEP, part = step % PARTS;
-#pragma unroll
-        for (u32 i = 0; i < CHANNELS / 16; i++) {
-            copy16(weights + swizzled(thread / 8 + 16 * i, chunk), w + ((u64)(16 * i) * p.k + channel) * 2, 16);
-        }
 #pragma unroll
         for (u32 i = 0; i < TILE / 16; i++) {
             copy16(rows + swizzled(thread / 8 + 16 * i, chunk), inputs[i] + (channel + part * p.k) * 2, there[i]);
@@ -53,7 +63,9 @@ template <u32 TILE, u32 STAGES, u32 PARTS> __device__ __forceinline__ void produ
 #pragma unroll
     for (u32 i = 0; i < TILE / 2; i++) sums[i] = d[i] = 0.0f;
     for (u32 step = 0; step < STAGES - 1; step++) {
-        if (step < PARTS * steps) load(step);
+        // Weights that were asked for early are of the first group.
+        if (step < PARTS * steps && !early) load_weights(step);
+        if (step < PARTS * steps) load_inputs(step);
         copies_commit();
     }
     for (u32 step = 0; step < PARTS * steps; step++) {
@@ -61,7 +73,7 @@ template <u32 TILE, u32 STAGES, u32 PARTS> __device__ __forceinline__ void produ
         written_for_matrix_unit();
         // Also: everybody is done with the stage that is filled next.
         __syncthreads();
-        if (step + STAGES - 1 < PARTS * steps) load(step + STAGES - 1);
+        if (step + STAGES - 1 < PARTS * steps) load_weights(step + STAGES - 1), load_inputs(step + STAGES - 1);
         copies_commit();
         u32 at = base + step % STAGES * (WEIGHTS + INPUTS);
         u64 a = tile(at), b = tile(at + WEIGHTS);

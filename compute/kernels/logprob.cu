@@ -2,6 +2,7 @@
 // A block of 1,024 threads per row; NaN never wins and does not count for the largest.
 extern "C" __global__ void __launch_bounds__(1024)
 logprob(const float *logits, u32 vocab, const u32 *given, u32 *tokens, float *logprobs) {
+    previous_done();
     __shared__ float shared[32];
     __shared__ u32 winner;
     logits += (u64)blockIdx.x * vocab;

@@ -43,6 +43,7 @@ struct Attention {
 };
 
 template <class Row> __device__ __forceinline__ void attention(const Attention &a) {
+    previous_done();
     extern __shared__ float memory[];
     __shared__ float scores[TOKENS];
     __shared__ const u8 *tokens[TOKENS];

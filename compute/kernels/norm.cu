@@ -43,6 +43,9 @@ __device__ __forceinline__ void store(float *p, u32 left, bool vector, float4 v)
 
 extern "C" __global__ void __launch_bounds__(THREADS) norm_rows(const __grid_constant__ Norm n) {
     __shared__ float shared[32];
+    // A line of 128 bytes each.
+    for (u32 i = 32 * threadIdx.x; i < n.dim; i += 32 * THREADS) prefetch(n.w + i);
+    previous_done();
     u32 row = n.rows ? n.rows[blockIdx.x] : blockIdx.x, lane = threadIdx.x % WARP;
     require(row < n.x_rows);
     float *x = n.x + (u64)row * n.stride;

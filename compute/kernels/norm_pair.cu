@@ -9,6 +9,7 @@ struct Half {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS) norm_pair(Half a, Half b, u32 dim, float *out) {
+    previous_done();
     __shared__ float shared[32];
     Half half = blockIdx.x % 2 ? b : a;
     const float *x = half.x + (u64)(blockIdx.x / 2) * dim;

@@ -19,6 +19,20 @@ __device__ __forceinline__ void require(bool holds) {
     if (!holds) asm volatile("trap;");
 }
 
+// A kernel may be started while the one before it in the stream still runs: here it waits until that one is done and what it
+// wrote can be read, and lets the one behind it be started. Every thread of every such kernel comes by here first, also those
+// that then have nothing to do: a kernel that ended without would let the next one overtake the last one. Before it nothing is
+// read but what no kernel writes, such as weights, and nothing is written.
+__device__ __forceinline__ void previous_done() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// To the level-2 cache.
+__device__ __forceinline__ void prefetch(const void *from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
 __device__ __forceinline__ u32 div_up(u32 a, u32 b) { return a / b + (a % b != 0); }
 
 __device__ __forceinline__ float from_bf16(u16 bits) { return __uint_as_float((u32)bits << 16); }

@@ -5,6 +5,7 @@
 extern "C" __global__ void __launch_bounds__(256)
 quantise_e4m3(const float *x, u32 k, u32 scale_count, u32 vector, float amax_min, u32 power_of_two, u8 *codes,
               float *scales) {
+    previous_done();
     u32 at = blockIdx.x * 8 + threadIdx.x / WARP, blocks = div_up(k, BLOCK);
     if (at >= scale_count) return;
     u64 row = at / blocks;
@@ -36,12 +37,14 @@ quantise_e4m3(const float *x, u32 k, u32 scale_count, u32 vector, float amax_min
 }
 
 extern "C" __global__ void __launch_bounds__(256) round_bf16(const float *x, u64 len, u16 *out) {
+    previous_done();
     u64 i = (u64)blockIdx.x * 256 + threadIdx.x;
     if (i < len) out[i] = to_bf16(x[i]);
 }
 
 // What a value suffers that goes over the wire as bf16.
 extern "C" __global__ void __launch_bounds__(256) round_bf16_in_place(float *x, u64 len) {
+    previous_done();
     u64 i = (u64)blockIdx.x * 256 + threadIdx.x;
     if (i < len) x[i] = from_bf16(to_bf16(x[i]));
 }

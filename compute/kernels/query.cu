@@ -29,11 +29,13 @@ __device__ __forceinline__ void split(const float *q, u32 heads, u32 nope_dim, u
 extern "C" __global__ void __launch_bounds__(256)
 split_queries_f32(const float *q, u32 heads, u32 nope_dim, u32 rope_dim, const u32 *positions, const float *table,
                   u32 positions_max, u64 len, float *nope, float *rope) {
+    previous_done();
     split(q, heads, nope_dim, rope_dim, positions, table, positions_max, len, nope, rope);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
 split_queries_bf16(const float *q, u32 heads, u32 nope_dim, u32 rope_dim, const u32 *positions, const float *table,
                    u32 positions_max, u64 len, u16 *nope, u16 *rope) {
+    previous_done();
     split(q, heads, nope_dim, rope_dim, positions, table, positions_max, len, nope, rope);
 }

@@ -14,6 +14,7 @@ __device__ __forceinline__ float4 load(const float *p, u32 left, bool vector) {
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 rms_norm(const float *x, const float *w, u32 dim, u32 vector, float eps, float *y) {
+    previous_done();
     __shared__ float shared[32];
     x += (u64)blockIdx.x * dim;
     y += (u64)blockIdx.x * dim;

@@ -2,6 +2,7 @@
 extern "C" __global__ void __launch_bounds__(256)
 rope_interleaved(float *x, u32 stride, u32 offset, u32 per_position, const u32 *positions, const float *table,
                  u32 positions_max, u32 pairs, u64 len) {
+    previous_done();
     u64 i = (u64)blockIdx.x * 256 + threadIdx.x;
     if (i >= len) return;
     u64 row = i / pairs;

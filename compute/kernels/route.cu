@@ -1,4 +1,6 @@
-// The router's choice, a warp a row. Values that were taken become NaN, as on the CPU.
+// The router's choice, a block a row. Values that were taken become NaN, as on the CPU.
+
+#define THREADS 256u
 
 #define SIGMOID 0u
 #define NOAUX_TC 2u
@@ -30,9 +32,10 @@ __device__ __forceinline__ u32 warp_argmax(const float *values, u32 len) {
 
 // logits [slices, m, experts], added in order, to ids and weights [m, top_k], in descending order of the score that
 // selected them. A row at or past *row_count (null: none) is padding: its ids are 0xFFFF, its weights zero.
-extern "C" __global__ void __launch_bounds__(32)
+extern "C" __global__ void __launch_bounds__(THREADS)
 route(const float *logits, u32 slices, u32 experts, const float *bias, u32 scoring, u32 selection, u32 top_k, u32 groups,
       u32 kept, u32 normalise, float factor, const u32 *row_count, u16 *ids, float *weights) {
+    previous_done();
     extern __shared__ float memory[];
     float *scores = memory, *choice = memory + experts, *ranks = choice + experts;
     const float nan = __int_as_float(0x7FC00000);
@@ -40,19 +43,27 @@ route(const float *logits, u32 slices, u32 experts, const float *bias, u32 scori
     ids += (u64)blockIdx.x * top_k;
     weights += (u64)blockIdx.x * top_k;
     if (row_count && blockIdx.x >= *row_count) {
-        for (u32 i = lane; i < top_k; i += WARP) ids[i] = 0xFFFF, weights[i] = 0.0f;
+        for (u32 i = lane; i < top_k; i += THREADS) ids[i] = 0xFFFF, weights[i] = 0.0f;
         return;
     }
-    for (u32 i = lane; i < experts; i += WARP) {
-        float sum = logits[(u64)blockIdx.x * experts + i];
-        for (u32 slice = 1; slice < slices; slice++) {
-            sum += logits[((u64)slice * gridDim.x + blockIdx.x) * experts + i];
+    // All threads add slices, eight of which are under way at once; what follows is the first warp's.
+    u64 stride = (u64)gridDim.x * experts;
+    for (u32 i = lane; i < experts; i += THREADS) {
+        const float *at = logits + (u64)blockIdx.x * experts + i;
+        float sum = at[0];
+        for (u32 slice = 1; slice < slices; slice += 8) {
+            float parts[8];
+#pragma unroll
+            for (u32 j = 0; j < 8; j++) parts[j] = slice + j < slices ? at[(slice + j) * stride] : 0.0f;
+#pragma unroll
+            for (u32 j = 0; j < 8; j++)
+                if (slice + j < slices) sum += parts[j];
         }
-        scores[i] = sum;
+        scores[i] = scoring == SIGMOID ? 1.0f / (1.0f + expf(-sum)) : sum;
     }
-    if (scoring == SIGMOID) {
-        for (u32 i = lane; i < experts; i += WARP) scores[i] = 1.0f / (1.0f + expf(-scores[i]));
-    } else {
+    __syncthreads();
+    if (threadIdx.x >= WARP) return;
+    if (scoring != SIGMOID) {
         float largest = -INFINITE, sum = 0.0f;
         for (u32 i = lane; i < experts; i += WARP) largest = fmaxf(largest, scores[i]);
         largest = warp_max(largest);

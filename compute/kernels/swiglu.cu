@@ -15,6 +15,7 @@ struct Swiglu {
 };
 
 extern "C" __global__ void __launch_bounds__(256) swiglu(const __grid_constant__ Swiglu s) {
+    previous_done();
     u32 at = blockIdx.x * 8 + threadIdx.x / WARP, blocks = div_up(s.dim, BLOCK), row = at / blocks;
     if (at >= s.warps || (s.row_count && row >= *s.row_count)) return;
     u32 channel = at % blocks * BLOCK + threadIdx.x % WARP * 4, left = channel < s.dim ? s.dim - channel : 0;

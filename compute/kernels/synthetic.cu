@@ -14,12 +14,14 @@ __device__ __forceinline__ float value_at(u64 seed, u64 i) {
 }
 
 extern "C" __global__ void __launch_bounds__(256) synthetic_f32(float *out, u64 len, u64 seed, float mean, float deviation) {
+    previous_done();
     for (u64 i = (u64)blockIdx.x * 256 + threadIdx.x; i < len; i += (u64)gridDim.x * 256) {
         out[i] = mean + deviation * value_at(seed, i);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(256) synthetic_bf16(u16 *out, u64 len, u64 seed, float deviation) {
+    previous_done();
     for (u64 i = (u64)blockIdx.x * 256 + threadIdx.x; i < len; i += (u64)gridDim.x * 256) {
         out[i] = to_bf16(deviation * value_at(seed, i));
     }
@@ -27,6 +29,7 @@ extern "C" __global__ void __launch_bounds__(256) synthetic_bf16(u16 *out, u64 l
 
 // `len` in fours.
 extern "C" __global__ void __launch_bounds__(256) synthetic_e4m3(u32 *out, u64 len, u64 seed, float deviation) {
+    previous_done();
     for (u64 i = (u64)blockIdx.x * 256 + threadIdx.x; i < len / 4; i += (u64)gridDim.x * 256) {
         u32 codes = 0;
         for (u32 j = 0; j < 4; j++) codes |= (u32)to_e4m3(deviation * value_at(seed, 4 * i + j)) << 8 * j;

@@ -7,15 +7,17 @@
 //! engine and [`crate::BlockPool`]; nobody else ever writes here.
 
 use std::borrow::Cow;
-use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Arc;
 
-use compute::cuda::{self, Buffer, CudaError, Pinned};
+use compute::cuda::{self, Buffer};
 use compute::{KvFormat as StoredFormat, KvGeometry, KvView, KvViewMut};
 use model::{BlockId, KvFormat, KvLayout};
 
 use crate::error::EngineError;
+use device::DeviceMemory;
+
+mod device;
 
 /// Memory of all KV blocks of a worker.
 pub struct KvPool {
@@ -27,26 +29,6 @@ pub struct KvPool {
 enum Memory {
     Host(Vec<u8>),
     Device(DeviceMemory),
-}
-
-struct DeviceMemory {
-    device: Arc<cuda::Device>,
-    bytes: Buffer<u8>,
-    /// One layer of one block, page-locked, on its way to or from the device.
-    staging: RefCell<Pinned<u8>>,
-    /// Likewise, written in place by whoever asked for it, and where its first bytes belong.
-    landing: Pinned<u8>,
-    landed: Option<Range<usize>>,
-}
-
-impl DeviceMemory {
-    /// Sends what was written in place.
-    fn settle(&mut self) {
-        if let Some(range) = self.landed.take() {
-            let rows = &self.landing[..range.len()];
-            expect_device(self.device.copy_in(rows, &mut self.bytes.slice_mut(range)));
-        }
-    }
 }
 
 impl KvPool {
@@ -65,12 +47,8 @@ impl KvPool {
         blocks: usize,
         device: &Arc<cuda::Device>,
     ) -> Result<Self, EngineError> {
-        let mut bytes = device.alloc(size_of_pool(&layout, blocks)?)?;
-        device.fill(&mut bytes.view_mut(), 0)?;
-        let staging = RefCell::new(device.pinned(layout.layer_stride())?);
-        let (landing, device) = (device.pinned(layout.layer_stride())?, Arc::clone(device));
-        let memory = Memory::Device(DeviceMemory { device, bytes, staging, landing, landed: None });
-        Ok(Self { layout, blocks, memory })
+        let memory = DeviceMemory::new(device, &layout, size_of_pool(&layout, blocks)?)?;
+        Ok(Self { layout, blocks, memory: Memory::Device(memory) })
     }
 
     /// How a row, a layer and a block are laid out.
@@ -89,18 +67,35 @@ impl KvPool {
     /// Where block or layer does not exist: both come from tables that their owner has checked. Where the device has
     /// failed, which ends the thread that owns it.
     pub fn block_layer(&self, block: BlockId, layer: usize) -> Cow<'_, [u8]> {
-        let start = self.offset(block, layer);
-        let range = start..start + self.layout.layer_stride();
+        let mut rows = Cow::Borrowed(&[][..]);
+        self.each_block_layer(&[block], layer, &mut |_, found| rows = found);
+        rows
+    }
+
+    /// As [`Self::block_layer`] for several blocks, which a device gives faster together: `each(i, rows)` for the i-th.
+    ///
+    /// # Panics
+    /// As [`Self::block_layer`].
+    pub fn each_block_layer<'a>(
+        &'a self,
+        blocks: &[BlockId],
+        layer: usize,
+        each: &mut dyn FnMut(usize, Cow<'a, [u8]>),
+    ) {
+        let mut ranges = blocks.iter().map(|&block| {
+            let start = self.offset(block, layer);
+            start..start + self.layout.layer_stride()
+        });
         match &self.memory {
-            Memory::Host(bytes) => Cow::Borrowed(&bytes[range]),
-            Memory::Device(DeviceMemory { device, bytes, staging, landing, landed }) => {
-                let mut staging = staging.borrow_mut();
-                // Beside the step that may be running: these rows are stored, or their observer was not told.
-                expect_device(device.copy_out_beside(bytes.slice(range), &mut staging));
-                if let Some(landed) = landed.as_ref().filter(|landed| landed.start == start) {
-                    staging[..landed.len()].copy_from_slice(&landing[..landed.len()]);
-                }
-                Cow::Owned(staging.to_vec())
+            Memory::Host(bytes) => {
+                ranges.enumerate().for_each(|(index, range)| each(index, Cow::Borrowed(&bytes[range])));
+            }
+            Memory::Device(memory) => {
+                let mut index = 0;
+                memory.read(&mut ranges, |rows| {
+                    each(index, Cow::Owned(rows.to_vec()));
+                    index += 1;
+                });
             }
         }
     }
@@ -117,10 +112,8 @@ impl KvPool {
         match &mut self.memory {
             Memory::Host(bytes) => bytes[range].copy_from_slice(rows),
             Memory::Device(memory) => {
-                memory.settle();
-                memory.landing[..rows.len()].copy_from_slice(rows);
-                memory.landed = Some(range);
-                memory.settle();
+                memory.land(range).copy_from_slice(rows);
+                memory.send();
             }
         }
     }
@@ -137,11 +130,7 @@ impl KvPool {
         let start = self.offset(block, layer);
         match &mut self.memory {
             Memory::Host(pool) => pool.get_mut(start..start + bytes),
-            Memory::Device(memory) => {
-                memory.settle();
-                memory.landed = Some(start..start + bytes);
-                memory.landing.get_mut(..bytes)
-            }
+            Memory::Device(memory) => Some(memory.land(start..start + bytes)),
         }
     }
 
@@ -150,8 +139,12 @@ impl KvPool {
     /// # Panics
     /// As [`Self::block_layer`], or where `out` has another length.
     pub fn read_block(&self, block: BlockId, out: &mut [u8]) {
-        for (layer, out) in out.chunks_exact_mut(self.layout.layer_stride()).enumerate() {
-            out.copy_from_slice(&self.block_layer(block, layer));
+        let range = self.whole(block);
+        match &self.memory {
+            Memory::Host(bytes) => out.copy_from_slice(&bytes[range]),
+            Memory::Device(memory) => {
+                memory.read(std::iter::once(range), |bytes| out.copy_from_slice(bytes));
+            }
         }
     }
 
@@ -160,9 +153,17 @@ impl KvPool {
     /// # Panics
     /// As [`Self::write_block_layer`].
     pub fn write_block(&mut self, block: BlockId, bytes: &[u8]) {
-        for (layer, rows) in bytes.chunks_exact(self.layout.layer_stride()).enumerate() {
-            self.write_block_layer(block, layer, rows);
+        let range = self.whole(block);
+        assert_eq!(bytes.len(), range.len(), "a whole block");
+        match &mut self.memory {
+            Memory::Host(pool) => pool[range].copy_from_slice(bytes),
+            Memory::Device(memory) => memory.write(range, bytes),
         }
+    }
+
+    fn whole(&self, block: BlockId) -> Range<usize> {
+        let start = self.offset(block, 0);
+        start..start + self.layout.block_bytes()
     }
 
     fn offset(&self, block: BlockId, layer: usize) -> usize {
@@ -213,16 +214,7 @@ impl KvPool {
         let Memory::Device(memory) = &mut self.memory else {
             unreachable!("a device's engine has its pool on the device")
         };
-        memory.settle();
-        (geometry(&self.layout), &mut memory.bytes)
-    }
-}
-
-/// A device that has failed gives nothing any more: its thread ends here, loudly, and the worker with it.
-fn expect_device(outcome: Result<(), CudaError>) {
-    if let Err(error) = outcome {
-        tracing::error!(%error, cause = ?std::error::Error::source(&error), "the device failed");
-        panic!("the device failed: {error}");
+        (geometry(&self.layout), memory.bytes())
     }
 }
 

@@ -309,9 +309,8 @@ impl Outgoing {
             let last_rows = pool.rows(end - 1, self.prompt_tokens);
             let mut blocks = [const { Cow::Borrowed::<[u8]>(&[]) }; RUN_BLOCKS_MAX];
             let mut pieces = [&[][..]; RUN_BLOCKS_MAX];
-            for (copy, block) in blocks.iter_mut().zip(run.clone()) {
-                *copy = pool.kv.block_layer(pool.block_table[block], layer);
-            }
+            let places = &pool.block_table[run.clone()];
+            pool.kv.each_block_layer(places, layer, &mut |index, copy| blocks[index] = copy);
             for ((piece, copy), block) in pieces.iter_mut().zip(&blocks).zip(run.clone()) {
                 *piece = &copy[..pool.rows(block, self.prompt_tokens) * pool.row_bytes];
             }

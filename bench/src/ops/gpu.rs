@@ -103,6 +103,8 @@ impl Bench<'_> {
 /// There is no such device, or it fails.
 pub(super) fn run(ordinal: usize, json: Option<JsonFile>) -> anyhow::Result<()> {
     let device = Device::open(ordinal)?;
+    // Each by itself: what a step gains by starting the next one early shows in `bench engine`.
+    device.overlap(false);
     let mut bench = Bench { device: &device, figures: Vec::new(), seed: 0 };
     eprintln!("{} {} …", device.name(), device.architecture());
     products::dense(&mut bench)?;

@@ -34,7 +34,9 @@ impl Device {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the device's own stream, not capturing: recording does not nest.
         unsafe { result::stream::begin_capture(stream, mode) }.doing("record a step")?;
+        self.await_all();
         let outcome = work();
+        self.await_all();
         // SAFETY: begun above; ended in any case.
         let graph = unsafe { result::stream::end_capture(stream) }.doing("record a step");
         outcome?;
@@ -51,6 +53,7 @@ impl Device {
     /// Does what was recorded.
     pub fn replay(&self, graph: &Graph) -> Result<(), CudaError> {
         self.bind()?;
+        self.await_all();
         // SAFETY: an executable graph of this device, whose memory its owner keeps.
         unsafe { sys::cuGraphLaunch(graph.executable, self.stream.cu_stream()) }
             .result()

@@ -1,13 +1,29 @@
 //! Starting kernels.
+//!
+//! A kernel may be started while the one before it in its stream still runs (programmatic dependent launch): it waits in
+//! `previous_done` of `kernels/numbers.cu` until that one is done, and has asked for its first weights by then.
 
 use std::ffi::c_void;
+use std::sync::atomic::Ordering;
 
-use cudarc::driver::{CudaFunction, result};
+use cudarc::driver::{CudaFunction, sys};
 
 use super::{CudaError, Device};
 
 /// Dynamic shared memory a kernel may have without asking for more: 48 KiB less what the kernels declare themselves.
 pub(super) const SHARED_MAX: usize = 46 * 1024;
+
+/// Kernels that do not wait by themselves: they are started when all before them is done.
+pub(super) const IN_TURN: &[&str] = &[
+    "sample",
+    "mla_attention_wgmma",
+    "mla_combine",
+    "linear_fp8_wide",
+    "linear_fp8_wide_picked",
+    "linear_fp8_wgmma_16",
+    "linear_fp8_wgmma_64",
+    "linear_fp8_wgmma_128",
+];
 
 /// What a kernel's parameter may be: the same bytes on both sides.
 ///
@@ -76,18 +92,46 @@ impl Device {
         arguments: &mut [*mut c_void],
     ) -> Result<(), CudaError> {
         self.bind()?;
-        // SAFETY: the caller's promise.
+        let in_turn = self.in_turn.swap(false, Ordering::Relaxed) || IN_TURN.contains(&kernel);
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid.blocks.0,
+            gridDimY: grid.blocks.1,
+            gridDimZ: grid.blocks.2,
+            blockDimX: grid.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: grid.shared as u32,
+            hStream: self.launching().cu_stream(),
+            attrs: &mut attribute,
+            numAttrs: u32::from(self.overlaps.load(Ordering::Relaxed) && !in_turn),
+        };
+        // SAFETY: the caller's promise; a kernel that is started early waits before it reads or writes what others do.
         unsafe {
-            result::launch_kernel(
+            sys::cuLaunchKernelEx(
+                &config,
                 function.cu_function(),
-                grid.blocks,
-                (grid.threads, 1, 1),
-                grid.shared as u32,
-                self.stream.cu_stream(),
-                arguments,
+                arguments.as_mut_ptr(),
+                std::ptr::null_mut(),
             )
         }
+        .result()
         .map_err(|source| CudaError::Kernel { kernel, source })
+    }
+
+    /// Whether kernels are started before the one before them has ended; so it is at first, where the device can. For whoever
+    /// wants to know what one takes by itself.
+    pub fn overlap(&self, wanted: bool) {
+        self.overlaps.store(wanted && !self.architecture.starts_with("sm_8"), Ordering::Relaxed);
+    }
+
+    /// The next kernel comes after something that is no kernel of its stream.
+    pub(super) fn await_all(&self) {
+        self.in_turn.store(true, Ordering::Relaxed);
     }
 }
 
@@ -104,3 +148,6 @@ macro_rules! launch {
 }
 
 pub(super) use launch;
+
+#[cfg(test)]
+mod tests;

@@ -209,6 +209,7 @@ impl Device {
             return Ok(());
         }
         self.bind()?;
+        self.await_all();
         // SAFETY: both sides have the length; `values` outlives the copy, which is waited for.
         unsafe { result::memcpy_htod_async(to.address, values, self.stream.cu_stream()) }
             .doing("copy to the device")?;
@@ -225,6 +226,7 @@ impl Device {
             return Ok(());
         }
         self.bind()?;
+        self.await_all();
         // SAFETY: both sides have the length; any bits are values; `values` outlives the copy, which is waited for.
         unsafe { result::memcpy_dtoh_async(values, from.address, self.stream.cu_stream()) }
             .doing("copy from the device")?;
@@ -245,27 +247,11 @@ impl Device {
             return Ok(());
         }
         self.bind()?;
+        self.await_all();
         let bytes = from.len * size_of::<T>();
         // SAFETY: both sides have the length.
         unsafe { result::memcpy_dtod_async(to.address, from.address, bytes, self.stream.cu_stream()) }
             .doing("copy on the device")
-    }
-
-    /// As [`Self::copy_out`], beside the work that was asked for: what is copied must be there already, which
-    /// [`super::Mark::wait`] tells.
-    ///
-    /// # Panics
-    /// If the lengths differ.
-    pub fn copy_out_beside<T: Element>(&self, from: View<'_, T>, values: &mut [T]) -> Result<(), CudaError> {
-        assert_eq!(values.len(), from.len(), "values and room for them");
-        if values.is_empty() {
-            return Ok(());
-        }
-        self.bind()?;
-        // SAFETY: both sides have the length; any bits are values; `values` outlives the copy, which is waited for.
-        unsafe { result::memcpy_dtoh_async(values, from.address, self.copies.cu_stream()) }
-            .doing("copy from the device")?;
-        self.copies.synchronize().doing("finish a copy")
     }
 
     /// Sets every byte.
@@ -274,6 +260,7 @@ impl Device {
             return Ok(());
         }
         self.bind()?;
+        self.await_all();
         // SAFETY: inside the borrowed memory.
         unsafe { result::memset_d8_async(to.address, byte, to.len * size_of::<T>(), self.stream.cu_stream()) }
             .doing("fill memory")

@@ -10,6 +10,8 @@
 //! is out of range (a token, a block) ends the context instead of reading elsewhere.
 
 mod activations;
+mod beside;
+mod copies;
 mod elementwise;
 mod embed;
 mod error;
@@ -40,10 +42,12 @@ mod synthetic;
 mod uploads;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use cudarc::driver::{CudaContext, CudaStream, result, sys};
 
 pub use activations::{Activations, InputFormat, RowStaging};
+pub use beside::Beside;
 pub use error::CudaError;
 pub use experts::{GroupStaging, Groups, ResultBuffer, ResultStaging, Results};
 pub use graph::Graph;
@@ -63,6 +67,7 @@ pub use sample::{Adjustment, DRAWN_WORDS, DrawRow};
 pub use store::{BuildError, KernelStore};
 pub use uploads::Uploads;
 
+use beside::Branch;
 use error::Doing;
 use kernels::Functions;
 
@@ -74,6 +79,11 @@ pub struct Device {
     stream: Arc<CudaStream>,
     /// Copies beside the work of `stream`.
     copies: Arc<CudaStream>,
+    branch: Branch,
+    /// Whether kernels are started before the one before them has ended; none knows better.
+    overlaps: AtomicBool,
+    /// The next kernel waits for all that was asked for.
+    in_turn: AtomicBool,
     functions: Functions,
     name: String,
     architecture: String,
@@ -116,9 +126,22 @@ impl Device {
         }
         let stream = context.new_stream().doing("create a stream")?;
         let copies = context.new_stream().doing("create a stream")?;
+        let branch = Branch::new(&context)?;
+        let (overlaps, in_turn) = (AtomicBool::new(capability.0 >= 9), AtomicBool::new(true));
         let fp8_linear = if has_wgmma { "wgmma where the shape allows" } else { "plain" };
         tracing::info!(device = name, architecture, prebuilt, cached, compiled, fp8_linear, "kernels loaded");
-        Ok(Self { stream, copies, functions, name, architecture, has_wgmma, multiprocessors })
+        Ok(Self {
+            stream,
+            copies,
+            branch,
+            overlaps,
+            in_turn,
+            functions,
+            name,
+            architecture,
+            has_wgmma,
+            multiprocessors,
+        })
     }
 
     /// The device's name, such as `NVIDIA H200`.

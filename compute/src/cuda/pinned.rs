@@ -72,6 +72,7 @@ impl Device {
             return Ok(());
         }
         self.bind()?;
+        self.await_all();
         let to = &mut to[start..start + from.len()];
         // SAFETY: both sides have the length; `Pinned` waits before it is freed.
         unsafe { result::memcpy_dtoh_async(to, from.address(), self.stream.cu_stream()) }
@@ -92,6 +93,7 @@ impl Device {
             return Ok(());
         }
         self.bind()?;
+        self.await_all();
         // SAFETY: both sides have the length; `Pinned` waits before it is freed.
         unsafe { result::memcpy_htod_async(to.address(), &from[..to.len()], self.stream.cu_stream()) }
             .doing("copy to the device")

@@ -49,9 +49,9 @@ impl Device {
             Selection::GroupLimitedGreedy => 1,
             Selection::NoauxTc => 2,
         };
-        let grid = Grid::line(rows, 32).with_shared((2 * experts + groups) * size_of::<f32>());
+        let grid = Grid::line(rows, 256).with_shared((2 * experts + groups) * size_of::<f32>());
         let row_count = row_count.map_or(0, |count| count.address());
-        // SAFETY: a warp a row; lengths checked above; a null bias is none.
+        // SAFETY: a thread block a row; lengths checked above; a null bias is none.
         unsafe {
             launch!(self, route, grid;
                 logits.address(), size(slices), size(experts), bias, scoring, selection, size(rule.top_k),

@@ -69,6 +69,13 @@ impl Moe {
         hidden: &mut Buffer<f32>,
     ) -> Result<(), StepError> {
         let (device, rows, top_k) = (step.device, step.inputs.rows(), self.rule.top_k);
+        // Its products run while the router's small kernels leave the device idle. Whoever measures wants one after the other.
+        let beside = match &self.shared {
+            Some(shared) if !step.watched.stages && self.experts.is_some() => {
+                Some(device.beside(|| shared.forward(device, &mut work.shared, input, rows, shared_out))?)
+            }
+            _ => None,
+        };
         let (experts, width) = (self.router.matrix.rows(), self.router.matrix.cols());
         let assignments = rows * top_k;
         let read = router_input.unwrap_or(input).inputs(rows);
@@ -108,7 +115,10 @@ impl Moe {
         step.stage(Stage::Experts)?;
         let shared = match &self.shared {
             Some(shared) => {
-                shared.forward(device, &mut work.shared, input, rows, shared_out)?;
+                match beside {
+                    Some(beside) => device.join(beside)?,
+                    None => shared.forward(device, &mut work.shared, input, rows, shared_out)?,
+                }
                 Some(shared_out.slice(0..rows * width))
             }
             None => None,
