@@ -11,7 +11,7 @@ use std::time::Instant;
 use anyhow::{Context as _, ensure};
 use engine::{
     DraftInput, Drafter, Draw, Engine, EngineOptions, FollowedInput, LogitsWanted, SequenceInput,
-    SequenceSampler,
+    SequenceSampler, SyntheticWeights,
 };
 use model::{
     BlockId, Checkpoint, Device, KvFormat, KvLayout, ModelConfig, Numerics, SamplingParams, TokenId,
@@ -196,7 +196,7 @@ impl Bench {
         };
         let engine = match &checkpoint {
             Some(checkpoint) => Engine::load_with_experts(checkpoint, &options, &mut |_, _| {})?,
-            None => Engine::synthetic(&config, &options, args.seed)?,
+            None => Engine::synthetic(&config, &options, SyntheticWeights::from_seed(args.seed))?,
         };
         let sampler = SequenceSampler::new(&SamplingParams::greedy(), 0, &[]);
         let mut bench =

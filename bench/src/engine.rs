@@ -36,6 +36,10 @@ pub struct Args {
     /// Not a checkpoint but DeepSeek-V3's dimensions cut to so many layers, with weights made on the GPU.
     #[arg(long, value_name = "LAYERS", conflicts_with = "model", value_parser = clap::value_parser!(u16).range(2..=61))]
     pub synthetic: Option<u16>,
+    /// With --synthetic: standard deviation of the routers' correction biases. 0 routes evenly; with 100 all tokens of a layer go
+    /// to the same experts, as with the dummy weights of other engines.
+    #[arg(long, value_name = "DEVIATION", default_value_t = 0.0, requires = "synthetic")]
+    pub router_bias: f32,
     /// Prompts whose rate is measured, on a GPU: count and tokens, several with commas between them.
     #[arg(long, value_delimiter = ',', default_value = "32x1024,8x4096")]
     pub prefill: Vec<Prompts>,

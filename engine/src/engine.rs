@@ -8,7 +8,7 @@ use crate::drawing::{Drafter, Draw, Drawn};
 use crate::error::{EngineError, StepError};
 use crate::experts::{ExpertBank, Experts, LocalExperts};
 use crate::kv_cache::KvPool;
-use crate::options::EngineOptions;
+use crate::options::{EngineOptions, SyntheticWeights};
 use crate::step::{CpuEngine, DraftInput, FollowedInput, FollowedOutput, MtpInput, StepObserver, StepOutput};
 
 /// A model ready to step, with its KV cache.
@@ -63,15 +63,19 @@ impl Engine {
         }
     }
 
-    /// An engine whose weights, experts included, are made on its device from `seed`: for measurements at sizes that
-    /// nobody wants to store.
+    /// An engine whose weights, experts included, are made on its device: for measurements at sizes that nobody wants to
+    /// store.
     ///
     /// # Errors
     /// As [`Self::load`]; [`EngineError::NoBackEnd`] where the device makes no weights.
-    pub fn synthetic(config: &ModelConfig, options: &EngineOptions, seed: u64) -> Result<Self, EngineError> {
+    pub fn synthetic(
+        config: &ModelConfig,
+        options: &EngineOptions,
+        weights: SyntheticWeights,
+    ) -> Result<Self, EngineError> {
         match options.device {
             Device::Cpu => Err(EngineError::NoBackEnd { device: options.device }),
-            Device::Cuda(ordinal) => CudaEngine::synthetic(config, options, ordinal, seed).map(Self::cuda),
+            Device::Cuda(ordinal) => CudaEngine::synthetic(config, options, ordinal, weights).map(Self::cuda),
         }
     }
 

@@ -37,7 +37,7 @@ pub use fingerprint::{ARITHMETIC_REVISION, execution_fingerprint};
 pub use kv_cache::KvPool;
 pub use kv_tier::{Behind, BlockRows, DiskError, DiskOptions, Found, KvTier, KvTierOptions, TierStats};
 pub use lower_tier::{Evicted, LowerTier, Source};
-pub use options::{EngineOptions, ResultFormat, wire_activation_format};
+pub use options::{EngineOptions, ResultFormat, SyntheticWeights, wire_activation_format};
 pub use sampler::{Sampled, SequenceSampler};
 pub use stage::Stage;
 pub use step::{DraftInput, FollowedInput, FollowedOutput, MtpInput, StepObserver, StepOutput, Watched};

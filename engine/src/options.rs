@@ -24,6 +24,23 @@ pub struct EngineOptions {
     pub mtp: bool,
 }
 
+/// Weights that a device makes for itself.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SyntheticWeights {
+    /// What they are made from.
+    pub seed: u64,
+    /// Standard deviation of the routers' correction biases, where the model has them. Scores lie between 0 and 1: with 0 tokens are
+    /// routed evenly, from some 10 on all tokens of a layer go to the same experts.
+    pub router_bias: f32,
+}
+
+impl SyntheticWeights {
+    /// Such that tokens are routed evenly.
+    pub fn from_seed(seed: u64) -> Self {
+        Self { seed, router_bias: 0.0 }
+    }
+}
+
 impl EngineOptions {
     /// How an engine with these options lays out its cache.
     ///

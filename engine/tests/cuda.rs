@@ -7,7 +7,7 @@ mod support;
 
 use engine::{
     DraftInput, Draw, Engine, EngineOptions, FollowedInput, LogitsWanted, Sampled, SequenceInput,
-    SequenceSampler,
+    SequenceSampler, SyntheticWeights,
 };
 use model::{BlockId, Device, ModelConfig, Numerics, SamplingParams, TokenId};
 use support::{argmax, assert_same_bits, device};
@@ -46,7 +46,7 @@ fn engine() -> Option<Engine> {
         step_tokens_max: 1024,
         mtp: true,
     };
-    Some(Engine::synthetic(&config, &options, 7).expect("an engine"))
+    Some(Engine::synthetic(&config, &options, SyntheticWeights::from_seed(7)).expect("an engine"))
 }
 
 fn tokens(seed: u32, count: usize) -> Vec<TokenId> {

@@ -9,7 +9,8 @@ use std::time::Instant;
 
 use anyhow::ensure;
 use engine::{
-    Draw, Engine, EngineOptions, LogitsWanted, SequenceInput, SequenceSampler, Stage, StepObserver, Watched,
+    Draw, Engine, EngineOptions, LogitsWanted, SequenceInput, SequenceSampler, Stage, StepObserver,
+    SyntheticWeights, Watched,
 };
 use model::{BlockId, Checkpoint, KvFormat, KvLayout, ModelConfig, SamplingParams, TokenId};
 
@@ -65,7 +66,10 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     };
     let engine = match &checkpoint {
         Some(checkpoint) => Engine::load_with_experts(checkpoint, &options, &mut |_, _| {})?,
-        None => Engine::synthetic(&config, &options, args.seed)?,
+        None => {
+            let weights = SyntheticWeights { seed: args.seed, router_bias: args.router_bias };
+            Engine::synthetic(&config, &options, weights)?
+        }
     };
     let sampler = SequenceSampler::new(&SamplingParams::greedy(), 0, &[]);
     let mut bench = Bench { engine, sampler, vocab: config.vocab_size as u32, chunk: args.chunk as usize };
@@ -81,7 +85,8 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     print!("{}", aligned(&prompts));
     let mut sequences = bench.sequences(batch_max, prompt, context);
     bench.prefill(&mut sequences, &mut ())?;
-    let mut steps = vec![["batch", "context", "step ms (min–max)", "tok/s"].map(str::to_owned).to_vec()];
+    let header = ["batch", "context", "step ms (min–max)", "tok/s", "experts a layer"];
+    let mut steps = vec![header.map(str::to_owned).to_vec()];
     let mut parts = Vec::new();
     for &batch in &args.batch {
         let batch = &mut sequences[..usize::from(batch)];
@@ -97,11 +102,15 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
         let median = times[times.len() / 2];
         let spread = format!("{median:.3} ({:.3}–{:.3})", times[0], times[times.len() - 1]);
         let rate = number(batch.len() as f64 / median * 1e3);
-        steps.push(vec![batch.len().to_string(), batch[0].tokens.len().to_string(), spread, rate]);
+        let context = batch[0].tokens.len().to_string();
         let mut clock = Clock::default();
         bench.generate(batch, &mut clock.start())?;
         parts.push((format!("batch {}", batch.len()), clock));
         batch.iter_mut().for_each(|sequence| sequence.tokens.truncate(sequence.tokens.len() - 1));
+        let mut distinct = Distinct::default();
+        bench.generate(batch, &mut distinct)?;
+        batch.iter_mut().for_each(|sequence| sequence.tokens.truncate(sequence.tokens.len() - 1));
+        steps.push(vec![batch.len().to_string(), context, spread, rate, distinct.text()]);
     }
     print!("{}", aligned(&steps));
     let mut chunk = bench.sequences(1, bench.chunk.min(prompt), context);
@@ -233,6 +242,32 @@ impl Bench {
             sequence.tokens.push(token);
         }
         Ok(())
+    }
+}
+
+/// How many experts of each layer a step goes to, which is what it reads of them.
+#[derive(Default)]
+struct Distinct(Vec<usize>);
+
+impl Distinct {
+    fn text(&self) -> String {
+        let (least, most) = (self.0.iter().min(), self.0.iter().max());
+        let mean = self.0.iter().sum::<usize>() as f64 / self.0.len().max(1) as f64;
+        match (least, most) {
+            (Some(least), Some(most)) => format!("{mean:.1} ({least}–{most})"),
+            _ => "-".to_owned(),
+        }
+    }
+}
+
+impl StepObserver for Distinct {
+    fn watched(&self) -> Watched {
+        Watched { layers_done: false, values: true, stages: false }
+    }
+
+    fn routed(&mut self, _: usize, ids: &[u16], _: &[f32]) {
+        let ids: std::collections::BTreeSet<u16> = ids.iter().copied().collect();
+        self.0.push(ids.len());
     }
 }
 

@@ -72,13 +72,8 @@ impl DrawPlan {
         }
     }
 
-    /// Draws, and waits for the tokens.
-    pub fn run(
-        &mut self,
-        device: &Device,
-        logits: &mut Buffer<f32>,
-        vocab: usize,
-    ) -> Result<DeviceRows<'_>, CudaError> {
+    /// Asks for the tokens.
+    pub fn ask(&mut self, device: &Device, logits: &mut Buffer<f32>, vocab: usize) -> Result<(), CudaError> {
         let rows = self.tokens.len();
         self.make_room(device, rows, vocab)?;
         self.pinned[..self.words.len()].copy_from_slice(&self.words);
@@ -93,6 +88,11 @@ impl DrawPlan {
                 device.copy_out_later_at(from, &mut self.logits, place as usize * vocab)?;
             }
         }
+        Ok(())
+    }
+
+    /// Waits for the tokens that were asked for.
+    pub fn wait(&mut self, device: &Device, vocab: usize) -> Result<DeviceRows<'_>, CudaError> {
         device.synchronize()?;
         for (token, drawn) in self.tokens.iter_mut().zip(self.host.chunks_exact(DRAWN_WORDS)) {
             token.token = drawn[0];
@@ -126,18 +126,24 @@ impl CudaEngine {
         observer: &mut dyn StepObserver,
     ) -> Result<Drawn<'_>, StepError> {
         self.run(inputs.iter().copied(), observer)?;
-        self.draw(draws)
+        self.draw(draws, observer)
     }
 
     /// Draws of the wanted rows, and waits for the tokens; with an MTP module to feed for their states too.
-    fn draw(&mut self, draws: &mut dyn Iterator<Item = Option<Draw<'_>>>) -> Result<Drawn<'_>, StepError> {
+    fn draw(
+        &mut self,
+        draws: &mut dyn Iterator<Item = Option<Draw<'_>>>,
+        observer: &mut dyn StepObserver,
+    ) -> Result<Drawn<'_>, StepError> {
         let wanted = self.batch.wanted.len();
         let hidden = if self.mtp.is_some() { wanted * self.config.hidden_size } else { 0 };
         let Self { draw_plan, device, workspace, config, .. } = self;
         let Workspace { logits, normed, host, .. } = workspace;
         device.copy_out_later(normed.slice(0..hidden), &mut host.hidden)?;
         draw_plan.take(wanted, draws);
-        let rows = draw_plan.run(device, logits, config.vocab_size)?;
-        Ok(Drawn::from_device(rows, &host.hidden[..hidden]))
+        draw_plan.ask(device, logits, config.vocab_size)?;
+        self.tell_stored(observer)?;
+        let rows = self.draw_plan.wait(&self.device, self.config.vocab_size)?;
+        Ok(Drawn::from_device(rows, &self.workspace.host.hidden[..hidden]))
     }
 }

@@ -16,11 +16,12 @@ mod plan;
 mod recorded;
 mod step;
 mod weights;
+mod workspace;
 
 use std::sync::Arc;
 
 use compute::Cpu;
-use compute::cuda::{self, Activations, Buffer, CudaError, Device, InputFormat, Inputs, NormRows, Pinned};
+use compute::cuda::{self, Device, InputFormat, Mark};
 use model::{Checkpoint, ExecutionFingerprint, KvLayout, ModelConfig, Numerics, schema};
 
 use crate::batch::{BatchLimits, RowsOf, SequenceInput, StepBatch};
@@ -29,18 +30,19 @@ use crate::error::{EngineError, StepError};
 use crate::experts::Experts;
 use crate::fingerprint::fingerprint_of;
 use crate::kv_cache::KvPool;
-use crate::options::{EngineOptions, wire_activation_format};
+use crate::options::{EngineOptions, SyntheticWeights, wire_activation_format};
 use crate::stage::Stage;
 use crate::step::{StepObserver, StepOutput};
 pub(crate) use bank::{DeviceBank, DeviceScratch};
 use drawing::DrawPlan;
 use inputs::StepInputs;
-use layer::{Layer, LayerWorkspace};
+use layer::Layer;
 use mtp::Mtp;
 use plan::Plan;
 use recorded::{RECORDED_ROWS_MAX, Recorded, recorded_rows};
 use step::{Remote, Step};
 use weights::{Linear, Norm, Origin, Weights};
+use workspace::{Tail, Workspace};
 
 /// Blocks of all block tables of a step at first; more make the room grow.
 const TABLE_BLOCKS: usize = 1 << 16;
@@ -64,6 +66,8 @@ pub(crate) struct CudaEngine {
     workspace: Workspace,
     recorded: Vec<Recorded>,
     draw_plan: DrawPlan,
+    /// When each layer's cache rows of the step that was asked for will be stored, for an observer that wants to know.
+    stored: Vec<(usize, Mark)>,
 }
 
 /// The main model.
@@ -72,13 +76,6 @@ struct Model {
     layers: Vec<Layer>,
     norm: Norm,
     head: Linear,
-}
-
-/// What makes logits of the residual stream.
-#[derive(Clone, Copy)]
-struct Tail<'a> {
-    norm: &'a Norm,
-    head: &'a Linear,
 }
 
 /// Where the routed experts are.
@@ -118,16 +115,16 @@ impl CudaEngine {
         Self::build(config, options, layout, ordinal, experts, origin, (weight_bytes, hash))
     }
 
-    /// An engine with weights made from a seed, experts included.
+    /// An engine with weights made on the device, experts included.
     pub fn synthetic(
         config: &ModelConfig,
         options: &EngineOptions,
         ordinal: u32,
-        seed: u64,
+        weights: SyntheticWeights,
     ) -> Result<Self, EngineError> {
         let layout = options.kv_layout(config)?;
         let bytes = schema::all(config).map(|spec| spec.elements() as u64).sum();
-        let origin = Origin::Synthetic { config, seed };
+        let origin = Origin::Synthetic { config, weights };
         Self::build(
             config,
             options,
@@ -184,6 +181,7 @@ impl CudaEngine {
             numerics: options.numerics,
             config: config.clone(),
             recorded: Vec::new(),
+            stored: Vec::new(),
             draw_plan: DrawPlan::new(&device)?,
             mtp: module.map(|module| Mtp::new(&device, module, config, rows_max)).transpose()?,
             model,
@@ -227,36 +225,53 @@ impl CudaEngine {
     ) -> Result<StepOutput<'_>, StepError> {
         let _span = tracing::debug_span!("step", hop = 7, sequences = inputs.len()).entered();
         self.run(inputs.iter().copied(), observer)?;
-        self.fetch(self.batch.wanted.len())
+        self.fetch(self.batch.wanted.len(), observer)
     }
 
     /// Brings logits and hidden states of the `wanted` wanted rows to the host, when everything is done that was asked for.
-    fn fetch(&mut self, wanted: usize) -> Result<StepOutput<'_>, StepError> {
+    fn fetch(&mut self, wanted: usize, observer: &mut dyn StepObserver) -> Result<StepOutput<'_>, StepError> {
         let (logits, hidden) = (wanted * self.config.vocab_size, wanted * self.config.hidden_size);
         let Workspace { normed, host, .. } = &mut self.workspace;
         self.device.copy_out_later(normed.slice(0..hidden), &mut host.hidden)?;
-        self.fetch_logits(wanted)?;
+        self.ask_for_logits(wanted)?;
+        self.tell_stored(observer)?;
+        self.device.synchronize()?;
         let host = &self.workspace.host;
         Ok(StepOutput { logits: &host.logits[..logits], hidden: &host.hidden[..hidden] })
     }
 
     /// Brings the logits alone.
     fn fetch_logits(&mut self, wanted: usize) -> Result<(), StepError> {
+        self.ask_for_logits(wanted)?;
+        Ok(self.device.synchronize()?)
+    }
+
+    /// Tells of each layer's cache rows when they are stored. Comes when everything of the step has been asked for: the device
+    /// goes on while the host pushes.
+    fn tell_stored(&mut self, observer: &mut dyn StepObserver) -> Result<(), StepError> {
+        for (layer, mark) in self.stored.drain(..) {
+            mark.wait()?;
+            observer.layer_done(layer, &self.kv);
+        }
+        Ok(())
+    }
+
+    fn ask_for_logits(&mut self, wanted: usize) -> Result<(), StepError> {
         let size = wanted * self.config.vocab_size;
         let Workspace { logits, host, .. } = &mut self.workspace;
         if host.logits.len() < size {
             host.logits = self.device.pinned(size)?;
         }
-        self.device.copy_out_later(logits.slice(0..size), &mut host.logits)?;
-        Ok(self.device.synchronize()?)
+        Ok(self.device.copy_out_later(logits.slice(0..size), &mut host.logits)?)
     }
 
-    /// Leaves logits and hidden states of the wanted rows on the device.
+    /// Leaves logits and hidden states of the wanted rows on the device, and in `stored` when each layer's rows will be there.
     fn run<'a>(
         &mut self,
         inputs: impl Iterator<Item = SequenceInput<'a>>,
         observer: &mut dyn StepObserver,
     ) -> Result<(), StepError> {
+        self.stored.clear();
         self.batch.form(RowsOf::Model, inputs, &self.limits)?;
         let watched = observer.watched();
         let count = self.batch.rows();
@@ -328,7 +343,9 @@ impl CudaEngine {
         wanted: usize,
         observer: &mut dyn StepObserver,
     ) -> Result<(), StepError> {
-        let Self { device, cpu, remote, model, kv, rope, inputs, workspace, config, numerics, .. } = self;
+        let Self {
+            device, cpu, remote, model, kv, rope, inputs, workspace, config, numerics, stored, ..
+        } = self;
         let rows = inputs.rows();
         let watched = observer.watched();
         let remote = Remote::of(remote, cpu, config, *numerics);
@@ -341,7 +358,7 @@ impl CudaEngine {
             rope,
             context_max,
             remote,
-            observer: &mut *observer,
+            observer,
             watched,
             stored: Vec::new(),
         };
@@ -361,11 +378,7 @@ impl CudaEngine {
             workspace.finish(device, tail, inputs, wanted)?;
         }
         step.stage(Stage::Head)?;
-        let Step { stored, .. } = step;
-        for (layer, mark) in stored.into_iter().enumerate() {
-            mark.wait()?;
-            observer.layer_done(layer, kv);
-        }
+        stored.extend(step.stored.into_iter().enumerate());
         Ok(())
     }
 }
@@ -394,105 +407,5 @@ impl Model {
             .collect::<Result<_, _>>()?;
         let norm = weights.norm(&global.norm, config.rms_norm_eps)?;
         Ok(Self { embedding, layers, norm, head: weights.head(&global.lm_head)? })
-    }
-}
-
-/// Buffers of a step, sized for the largest one.
-struct Workspace {
-    /// `[rows, hidden]`: the residual stream.
-    hidden: Buffer<f32>,
-    layer: LayerWorkspace,
-    /// `[wanted, hidden]`, after the final norm.
-    normed: Buffer<f32>,
-    head_input: Activations,
-    /// `[wanted, vocab]`; both grow to the most rows ever wanted at once.
-    logits: Buffer<f32>,
-    host: Host,
-    wanted_max: usize,
-    head_format: InputFormat,
-    vocab_size: usize,
-    hidden_size: usize,
-}
-
-/// What comes back.
-struct Host {
-    logits: Pinned<f32>,
-    hidden: Pinned<f32>,
-}
-
-impl Workspace {
-    fn new(
-        device: &Device,
-        config: &ModelConfig,
-        kv: &KvPool,
-        (format, router_format, head_format): (InputFormat, Option<InputFormat>, InputFormat),
-        (rows_max, local): (usize, bool),
-    ) -> Result<Self, EngineError> {
-        Ok(Self {
-            hidden: device.alloc(rows_max * config.hidden_size)?,
-            layer: LayerWorkspace::new(
-                device,
-                config,
-                &kv.geometry(),
-                (format, router_format),
-                rows_max,
-                local,
-            )?,
-            normed: device.alloc(0)?,
-            head_input: Activations::new(device, head_format, 0, config.hidden_size)?,
-            logits: device.alloc(0)?,
-            host: Host { logits: device.pinned(0)?, hidden: device.pinned(0)? },
-            wanted_max: 0,
-            head_format,
-            vocab_size: config.vocab_size,
-            hidden_size: config.hidden_size,
-        })
-    }
-
-    /// Makes room for the logits of `wanted` rows. Recorded steps name the old room.
-    fn make_room(
-        &mut self,
-        device: &Device,
-        wanted: usize,
-        recorded: &mut Vec<Recorded>,
-    ) -> Result<(), CudaError> {
-        if wanted <= self.wanted_max {
-            return Ok(());
-        }
-        recorded.clear();
-        let room = wanted.next_power_of_two();
-        // The old room goes first: both may not fit.
-        self.logits = device.alloc(0)?;
-        self.logits = device.alloc(room * self.vocab_size)?;
-        self.normed = device.alloc(room * self.hidden_size)?;
-        self.head_input = Activations::new(device, self.head_format, room, self.hidden_size)?;
-        self.host.hidden = device.pinned(room * self.hidden_size)?;
-        self.wanted_max = room;
-        Ok(())
-    }
-
-    /// Final norm and head for the first `wanted` wanted rows.
-    fn finish(
-        &mut self,
-        device: &Device,
-        Tail { norm, head }: Tail<'_>,
-        inputs: &StepInputs,
-        wanted: usize,
-    ) -> Result<(), CudaError> {
-        let size = inputs.rows() * self.hidden_size;
-        let rows = NormRows {
-            x: &mut self.hidden.slice_mut(0..size),
-            stride: self.hidden_size,
-            add: None,
-            index: Some(inputs.wanted_rows(wanted)),
-        };
-        let (weight, normed) = (norm.weight.view(), &mut self.normed.slice_mut(0..wanted * self.hidden_size));
-        let logits = &mut self.logits.slice_mut(0..wanted * self.vocab_size);
-        if self.head_format == InputFormat::F32 {
-            device.norm(rows, weight, norm.eps, Some(normed), &mut [])?;
-            return device.linear(&head.matrix, Inputs::F32(normed.view()), logits);
-        }
-        device.norm(rows, weight, norm.eps, Some(normed), &mut [&mut self.head_input])?;
-        device.linear(&head.matrix, self.head_input.inputs(wanted), logits)
     }
 }

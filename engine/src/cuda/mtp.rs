@@ -98,7 +98,7 @@ impl CudaEngine {
         observer: &mut dyn StepObserver,
     ) -> Result<FollowedOutput<'_>, StepError> {
         self.run_followed(inputs, observer)?;
-        let StepOutput { logits, hidden } = self.fetch(self.batch.wanted.len())?;
+        let StepOutput { logits, hidden } = self.fetch(self.batch.wanted.len(), observer)?;
         let (logits, hidden) = (logits.len(), hidden.len());
         let last = inputs.len() * self.config.hidden_size;
         let host = &self.workspace.host;
@@ -119,13 +119,16 @@ impl CudaEngine {
     ) -> Result<(Drawn<'_>, &[f32]), StepError> {
         self.run_followed(inputs, observer)?;
         self.draw_plan.take(self.batch.wanted.len(), draws);
-        let Self { draw_plan, device, workspace, config, mtp, .. } = self;
-        let rows = draw_plan.run(device, &mut workspace.logits, config.vocab_size)?;
+        let Self { draw_plan, device, workspace, config, .. } = self;
+        draw_plan.ask(device, &mut workspace.logits, config.vocab_size)?;
+        self.tell_stored(observer)?;
+        let Self { draw_plan, device, config, mtp, .. } = self;
+        let rows = draw_plan.wait(device, config.vocab_size)?;
         let mtp = mtp.as_ref().ok_or(InvalidBatch::NoMtp)?;
         Ok((Drawn::from_device(rows, &[]), &mtp.host_last[..inputs.len() * config.hidden_size]))
     }
 
-    /// Runs the main model, then stores the module's rows of its tokens.
+    /// Asks for the main model's step, then for the module's rows of its tokens.
     fn run_followed(
         &mut self,
         inputs: &[FollowedInput<'_>],
@@ -138,7 +141,7 @@ impl CudaEngine {
         self.follow(inputs, observer)
     }
 
-    /// Stores the module's rows of the tokens that have just been run. A row whose state before it is not known is padding.
+    /// Stores the module's rows of the tokens that are being run. A row whose state before it is not known is padding.
     fn follow(
         &mut self,
         inputs: &[FollowedInput<'_>],
@@ -200,7 +203,7 @@ impl CudaEngine {
 
     /// Stores the module's rows that its inputs hold, made of the states that are there.
     fn store(&mut self, observer: &mut dyn StepObserver) -> Result<(), StepError> {
-        let Self { device, model, kv, rope, workspace, mtp, .. } = &mut *self;
+        let Self { device, model, kv, rope, workspace, mtp, stored, .. } = &mut *self;
         let mtp = mtp.as_mut().ok_or(InvalidBatch::NoMtp)?;
         let Mtp { module, pairing, storing, .. } = mtp;
         storing.send(device)?;
@@ -215,17 +218,13 @@ impl CudaEngine {
             rope,
             context_max: 0,
             remote: None,
-            observer: &mut *observer,
+            observer,
             watched,
             stored: Vec::new(),
         };
         module.layer.store(&mut step, &mut workspace.layer, &mut workspace.hidden)?;
-        let stored = step.stored;
+        stored.extend(step.stored.into_iter().map(|mark| (model.layers.len(), mark)));
         mtp.stored = Some(device.mark()?);
-        for mark in stored {
-            mark.wait()?;
-            observer.layer_done(model.layers.len(), kv);
-        }
         Ok(())
     }
 
@@ -238,7 +237,7 @@ impl CudaEngine {
         self.form_mtp(inputs)?;
         self.send_states(inputs.iter().map(|input| input.hidden))?;
         self.run_mtp(observer)?;
-        self.fetch(self.batch.wanted.len())
+        self.fetch(self.batch.wanted.len(), observer)
     }
 
     /// As [`crate::Engine::mtp_store`].
@@ -312,7 +311,8 @@ impl CudaEngine {
         self.draft_rounds(inputs, &mut |engine, drafting| {
             let Self { draw_plan, device, workspace, config, .. } = engine;
             draw_plan.take(drafting.len(), &mut drafting.iter().map(|(index, _)| drafter.draw(*index)));
-            let drawn = draw_plan.run(device, &mut workspace.logits, config.vocab_size)?;
+            draw_plan.ask(device, &mut workspace.logits, config.vocab_size)?;
+            let drawn = draw_plan.wait(device, config.vocab_size)?;
             for ((index, token), drawn) in drafting.iter_mut().zip(drawn.tokens) {
                 let guess = TokenId(drawn.token);
                 *token = drafter.take(*index, guess).then_some(guess);
@@ -391,6 +391,7 @@ impl CudaEngine {
     /// Runs the batch that was formed on the states that were sent; leaves logits and states of the wanted rows on the
     /// device.
     fn run_mtp(&mut self, observer: &mut dyn StepObserver) -> Result<(), StepError> {
+        self.stored.clear();
         let watched = observer.watched();
         let count = self.batch.rows();
         let wanted = self.batch.wanted.len();
@@ -425,7 +426,8 @@ impl CudaEngine {
         wanted: usize,
         observer: &mut dyn StepObserver,
     ) -> Result<(), StepError> {
-        let Self { device, cpu, remote, model, kv, rope, workspace, config, numerics, mtp, .. } = self;
+        let Self { device, cpu, remote, model, kv, rope, workspace, config, numerics, mtp, stored, .. } =
+            self;
         let mtp = mtp.as_mut().ok_or(InvalidBatch::NoMtp)?;
         let Mtp { module, inputs, pairing, .. } = mtp;
         pairing.run(device, (&*module, &model.embedding), inputs, &mut workspace.hidden)?;
@@ -439,7 +441,7 @@ impl CudaEngine {
             rope,
             context_max,
             remote: step::Remote::of(remote, cpu, config, *numerics),
-            observer: &mut *observer,
+            observer,
             watched,
             stored: Vec::new(),
         };
@@ -454,11 +456,7 @@ impl CudaEngine {
             workspace.finish(device, tail, inputs, wanted)?;
         }
         step.stage(Stage::Head)?;
-        let stored = step.stored;
-        for mark in stored {
-            mark.wait()?;
-            observer.layer_done(model.layers.len(), kv);
-        }
+        stored.extend(step.stored.into_iter().map(|mark| (model.layers.len(), mark)));
         Ok(())
     }
 

@@ -11,7 +11,7 @@ use model::{ExpertId, ModelConfig, Numerics, schema};
 
 use crate::deepseek::{Loader, absorb};
 use crate::error::EngineError;
-use crate::options::fp8_activation_format;
+use crate::options::{SyntheticWeights, fp8_activation_format};
 
 /// A weight matrix and what its input is rounded to.
 pub(super) struct Linear {
@@ -38,7 +38,7 @@ pub(super) enum Origin<'a, 'b> {
     /// As a checkpoint of this configuration would store them, with values from a seed.
     Synthetic {
         config: &'a ModelConfig,
-        seed: u64,
+        weights: SyntheticWeights,
     },
 }
 
@@ -51,7 +51,7 @@ pub(super) enum Source<'a, 'b> {
         started: Instant,
     },
     /// As a checkpoint of this configuration would store them, with values from a seed.
-    Synthetic { config: &'a ModelConfig, seed: u64 },
+    Synthetic { config: &'a ModelConfig, weights: SyntheticWeights },
 }
 
 /// Brings weights to a device.
@@ -74,7 +74,7 @@ impl<'a, 'b> Origin<'a, 'b> {
                 let uploads = Uploads::new(device, readers(threads, loader.bytes_total()))?;
                 Source::Checkpoint { loader, uploads, started: Instant::now() }
             }
-            Self::Synthetic { config, seed } => Source::Synthetic { config, seed },
+            Self::Synthetic { config, weights } => Source::Synthetic { config, weights },
         })
     }
 }
@@ -170,10 +170,13 @@ impl Weights<'_, '_> {
     pub fn values(&mut self, spec: &TensorSpec) -> Result<Buffer<f32>, EngineError> {
         match &mut self.source {
             Source::Checkpoint { loader, .. } => Ok(self.device.upload(&loader.values(spec)?)?),
-            Source::Synthetic { seed, .. } => {
+            Source::Synthetic { weights, .. } => {
                 let mut values = self.device.alloc(spec.elements())?;
-                // A norm's weight, or a correction bias, which adds the same to every expert's score.
-                self.device.fill_normal(&mut values.view_mut(), seed_of(*seed, &spec.name), 1.0, 0.0)?;
+                // A norm's weight is one; a correction bias says which experts are preferred by all tokens alike.
+                let is_bias = spec.name.ends_with("e_score_correction_bias");
+                let deviation = if is_bias { weights.router_bias } else { 0.0 };
+                let seed = seed_of(weights.seed, &spec.name);
+                self.device.fill_normal(&mut values.view_mut(), seed, 1.0, deviation)?;
                 Ok(values)
             }
         }
@@ -203,7 +206,7 @@ impl Weights<'_, '_> {
                 };
                 Ok((copy(&key)?, copy(&value)?))
             }
-            Source::Synthetic { config, seed } => {
+            Source::Synthetic { config, weights: SyntheticWeights { seed, .. } } => {
                 let (heads, latent) = (config.num_attention_heads, config.kv_lora_rank);
                 let mut key = HeadMatrices::alloc_bf16(device, heads, latent, config.qk_nope_head_dim)?;
                 let mut value = HeadMatrices::alloc_bf16(device, heads, config.v_head_dim, latent)?;
@@ -254,7 +257,7 @@ impl Weights<'_, '_> {
                 }
                 experts.ok_or(EngineError::NoSuchExpert { layer, expert: ExpertId(0) })
             }
-            Source::Synthetic { seed, .. } => {
+            Source::Synthetic { weights: SyntheticWeights { seed, .. }, .. } => {
                 let mut experts = alloc(made_format)?;
                 let seed = seed_of(*seed, &format!("experts of layer {layer}"));
                 device.fill_experts(&mut experts.gate, seed)?;
@@ -288,7 +291,7 @@ impl Weights<'_, '_> {
     }
 
     fn made(&self, spec: &TensorSpec, format: WeightFormat) -> Result<Matrix, EngineError> {
-        let Source::Synthetic { seed, .. } = self.source else {
+        let Source::Synthetic { weights: SyntheticWeights { seed, .. }, .. } = self.source else {
             unreachable!("only a seed makes weights");
         };
         let cols = spec.shape.last().copied().unwrap_or(1);
