@@ -1,9 +1,9 @@
 //! How many tokens to draft in a step: a function of what drafts and steps have been worth so far.
 //!
 //! Two things are measured as the worker goes. *Acceptance*: the share of first, second, … drafts that stood, given that the
-//! ones before them did. *Cost*: what a step with drafts took, as a multiple of a step without at the same time, by the number of
-//! its sequences and of the tokens drafted for each, so that what a row costs on this machine, beside these neighbours, needs
-//! no model. Costs come from pairs alone: now and then one step is done otherwise than its neighbours, and compared with the middle
+//! ones before them did. *Cost*: what a step with drafts took, from its beginning to the next one's, as a multiple of a step without
+//! at the same time, by the number of its sequences and of the tokens drafted for each, so that what a row costs on this machine,
+//! beside these neighbours, needs no model. Costs come from pairs alone: now and then one step is done otherwise than its neighbours, and compared with the middle
 //! of theirs. So a machine that slows down, or a step that was interrupted, speaks for nobody.
 //!
 //! A batch drafts nothing until a few pairs say that drafts give clearly more tokens per second, and then as many as give the
@@ -192,9 +192,9 @@ impl Speculation {
         }
     }
 
-    /// A step of `sequences` took `took`, drafting included. `planned` drafts were meant for each, `drafted` were made in
-    /// all.
-    pub(crate) fn observe_step(&mut self, sequences: usize, planned: usize, drafted: usize, took: Duration) {
+    /// A round of `sequences` took `took`: drafting, their step, and all else until the next could start. `planned` drafts were meant
+    /// for each, `drafted` were made in all.
+    pub(crate) fn observe_round(&mut self, sequences: usize, planned: usize, drafted: usize, took: Duration) {
         // Where many sat out, the time says little about what was planned.
         if sequences == 0 || planned > self.drafts_max || drafted * 4 < planned * sequences * 3 {
             return;

@@ -83,6 +83,8 @@ pub(crate) struct Worker {
     buffers: step::Buffers,
     sampled: Vec<step::Token>,
     speculation: Option<Speculation>,
+    /// With drafts: what the last step's round takes is not known yet.
+    round: Option<step::Round>,
     prompts: prompt::Prompts,
     /// One row of logits, reused.
     sampled_row: Vec<f32>,
@@ -135,6 +137,7 @@ impl Worker {
             buffers: step::Buffers::new(batch_max, vocab_size),
             sampled: Vec::with_capacity(batch_max * step_rows_max),
             speculation,
+            round: None,
             prompts: prompt::Prompts::new(prefill_tokens_max),
             sampled_row: Vec::new(),
         }
@@ -162,6 +165,7 @@ impl Worker {
     /// Takes in what has arrived, waiting for it when there is nothing to step. `false` once drained.
     fn receive(&mut self) -> bool {
         if self.scheduler.runnable() == 0 {
+            self.round_ended(Instant::now());
             self.wait();
         }
         let now = Instant::now();

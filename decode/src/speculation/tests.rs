@@ -36,7 +36,7 @@ impl World {
                 took *= 20.0;
             }
             let took = Duration::from_secs_f64(took);
-            self.speculation.observe_step(sequences, drafts, drafts * sequences, took);
+            self.speculation.observe_round(sequences, drafts, drafts * sequences, took);
         }
         (planned, tokens as f64 / seconds)
     }
@@ -153,7 +153,7 @@ fn noise_alone_makes_nobody_draft() {
             }
             let slow = if rng.random_bool(0.3) { rng.random_range(1.0..3.0) } else { 1.0 };
             let took = Duration::from_secs_f64(slow * overhead_bound(4, drafts));
-            speculation.observe_step(4, drafts, 4 * drafts, took);
+            speculation.observe_round(4, drafts, 4 * drafts, took);
         }
         assert!(drafted < 700, "{drafted}");
     }
@@ -198,7 +198,7 @@ fn without_drafts_nothing_is_drafted() {
     for sequences in [1, 5, 600] {
         for _ in 0..300 {
             assert_eq!(speculation.plan(sequences), 0);
-            speculation.observe_step(sequences, 0, 0, Duration::from_millis(1));
+            speculation.observe_round(sequences, 0, 0, Duration::from_millis(1));
         }
     }
 }

@@ -63,6 +63,14 @@ impl Buffers {
     }
 }
 
+/// A step whose round has not ended: what drafts cost shows when the worker is ready for the next, tokens on their way included.
+pub(super) struct Round {
+    sequences: usize,
+    planned: usize,
+    drafted: usize,
+    started: Instant,
+}
+
 /// A token that a step gave, and what became of the drafts for it and behind it.
 pub(super) struct Token {
     pub id: SequenceId,
@@ -74,10 +82,11 @@ impl Worker {
     /// Runs the scheduled batch and samples its sequences' next tokens, one or more for each, into `sampled`.
     pub(super) fn step(&mut self) -> Result<(), StepError> {
         self.sampled.clear();
+        let started = Instant::now();
+        self.round_ended(started);
         if self.batch.is_empty() {
             return Ok(());
         }
-        let started = Instant::now();
         let planned = self.prepare();
         if self.batch.iter().any(|id| self.seats.get(id).is_some_and(|seat| seat.rows.owed.is_due())) {
             let Self { engine, scheduler, seats, batch, buffers, .. } = self;
@@ -87,12 +96,17 @@ impl Worker {
             self.draft();
         }
         let drafted = self.run_rows()?;
-        let took = started.elapsed();
-        if let Some(speculation) = &mut self.speculation {
-            speculation.observe_step(self.batch.len(), planned, drafted, took);
-        }
-        self.record_step(took);
+        self.round = Some(Round { sequences: self.batch.len(), planned, drafted, started });
+        self.record_step(started.elapsed());
         Ok(())
+    }
+
+    /// The worker is ready for another step, or has nothing to run.
+    pub(super) fn round_ended(&mut self, now: Instant) {
+        if let (Some(speculation), Some(round)) = (&mut self.speculation, self.round.take()) {
+            let Round { sequences, planned, drafted, started } = round;
+            speculation.observe_round(sequences, planned, drafted, now.saturating_duration_since(started));
+        }
     }
 
     /// Puts down each sequence's last token and how many drafts it may have; returns how many are planned.
