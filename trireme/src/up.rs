@@ -53,9 +53,10 @@ pub struct Shape {
     /// Expert workers; 0 keeps the experts inside prefill and decode. Default: 2, on a GPU 0.
     #[arg(long, value_parser = clap::value_parser!(u16).range(0..=256))]
     pub expert: Option<u16>,
-    /// What the workers compute on: cpu or cuda:N.
-    #[arg(long, default_value = "cpu")]
-    pub device: Device,
+    /// What the workers compute on: cpu or cuda:N; several, with commas between them, are taken in turn by prefill, decode and
+    /// expert workers: with cuda:0,cuda:1 prefill is on the first, decode on the second.
+    #[arg(long, value_delimiter = ',', num_args = 1, default_value = "cpu")]
+    pub device: Vec<Device>,
     /// Threads of each worker's device. Default: the machine's cores divided among the workers.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
@@ -178,13 +179,16 @@ impl Shape {
         config.router.http_listen = http;
         config.router.grpc_listen = grpc;
         config.router.control_listen = control;
-        let expert = self.expert.unwrap_or(if self.device == Device::Cpu { 2 } else { 0 });
+        let expert = self.expert.unwrap_or(if self.device.contains(&Device::Cpu) { 2 } else { 0 });
         let workers = usize::from(self.prefill + self.decode + expert);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = self.threads.map_or_else(|| (cores / workers).max(1), usize::from);
-        for (role, count) in
-            [(Role::Expert, expert), (Role::Prefill, self.prefill), (Role::Decode, self.decode)]
-        {
+        let (prefill, decode) = (usize::from(self.prefill), usize::from(self.decode));
+        for (role, count, before) in [
+            (Role::Expert, expert, prefill + decode),
+            (Role::Prefill, self.prefill, 0),
+            (Role::Decode, self.decode, prefill),
+        ] {
             for i in 0..count {
                 config.workers.push(Worker {
                     id: format!("{}-{i}", role.name()),
@@ -192,7 +196,7 @@ impl Shape {
                     control: address()?,
                     fabric: address()?,
                     admin: Some(address()?),
-                    device: self.device,
+                    device: self.device[(before + usize::from(i)) % self.device.len()],
                     threads,
                 });
             }
