@@ -8,8 +8,8 @@
 Each round runs every path once; a run is appended to --out as it ends, so that rounds may be run in several calls on a
 machine that is quiet only for a while. A run during which other processes used more than --others cores is
 repeated, twice at most, and the last one kept; the table says how many such there are. The table has the median of the runs in
-the file with the slowest and the fastest. The peers: `pip install --no-deps nixl-cu12==1.5.1`, `pip install numpy`;
-`pip install mooncake-transfer-engine-non-cuda==0.3.13.post1` with Debian's libibverbs1 and libnuma1.
+the file with the slowest and the fastest. The peers: `pip install --no-deps nixl-cu12==1.5.1`;
+`pip install mooncake-transfer-engine-non-cuda==0.3.13.post1` with Debian's libibverbs1 and libnuma1; numpy for both.
 """
 import argparse
 import glob
@@ -76,7 +76,8 @@ def run(command, environment):
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60)
     others = (busy() - busy_before - (used() - used_before)) / (time.monotonic() - start)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode != 0 or not lines:
+    # The status says nothing of NIXL: its libraries' destructors may fail when all is done.
+    if not lines or "bad=0" not in lines[-1]:
         raise SystemExit(f"{' '.join(command)}: {done.stderr[-400:]}")
     return {**json.loads(lines[-1]), "others": round(max(0, others), 2)}
 

@@ -25,7 +25,6 @@ use super::{one_sided, socket, tls};
 use crate::arrivals::{Ring, Rings};
 use crate::error::DialError;
 use crate::event::{Event, LossReason, PeerId};
-use crate::frame::Channel;
 use crate::inbox::Inbox;
 use crate::limits::Limits;
 use crate::rdma::Rdma;
@@ -289,8 +288,8 @@ async fn greet(
             (producers.map(|producer| Outbox::Rdma(Mutex::new(producer))), None, None, Some(attached))
         }
         (None, None) => {
-            let (kv, kv_queue) = outbox(&io.limits, Channel::Kv);
-            let (experts, experts_queue) = outbox(&io.limits, Channel::Experts);
+            let (kv, kv_queue) = outbox(&io.limits);
+            let (experts, experts_queue) = outbox(&io.limits);
             queues = Some([kv_queue, experts_queue]);
             ([Outbox::Queue(kv), Outbox::Queue(experts)], None, None, None)
         }

@@ -11,17 +11,13 @@ use tokio::sync::mpsc::error::TrySendError;
 
 use crate::body;
 use crate::error::SendError;
-use crate::frame::{Channel, Frame};
+use crate::frame::Frame;
 use crate::limits::Limits;
 use crate::rdma;
 use crate::shared::Producer;
 use crate::spares::Spares;
 use crate::stats::Counters;
 use crate::sync::lock;
-
-/// KV that is gathered ahead of what the connection has under way: as much again. What waits for longer leaves the cache, and is
-/// read from memory a second time; the sender offers it again as soon as there is room.
-const AHEAD_BYTES_MAX: usize = 4 << 20;
 
 /// Where a peer's frames go.
 pub(crate) enum Outbox {
@@ -48,15 +44,12 @@ pub(crate) struct Queue {
     bytes: Arc<AtomicUsize>,
 }
 
-pub(crate) fn outbox(limits: &Limits, channel: Channel) -> (Queued, Queue) {
+pub(crate) fn outbox(limits: &Limits) -> (Queued, Queue) {
     let (sender, receiver) = mpsc::channel(limits.send_frames_max);
     let bytes = Arc::new(AtomicUsize::new(0));
     let queue = Queue { frames: receiver, bytes: Arc::clone(&bytes) };
-    let bytes_max = match channel {
-        Channel::Kv => limits.send_bytes_max.min(AHEAD_BYTES_MAX),
-        Channel::Experts => limits.send_bytes_max,
-    };
-    (Queued { frames: sender, bytes, bytes_max, spares: Spares::new() }, queue)
+    let queued = Queued { frames: sender, bytes, bytes_max: limits.send_bytes_max, spares: Spares::new() };
+    (queued, queue)
 }
 
 impl Outbox {
@@ -159,7 +152,7 @@ mod tests {
     #[test]
     fn full_by_bytes_and_by_frames_until_written() {
         let limits = Limits { send_frames_max: 3, send_bytes_max: 100, ..Limits::default() };
-        let (outbox, mut queue) = outbox(&limits, Channel::Kv);
+        let (outbox, mut queue) = outbox(&limits);
         assert!(outbox.offer(frame(500)).is_ok(), "an empty queue takes any frame");
         assert!(matches!(outbox.offer(frame(1)), Err(SendError::Full(f)) if f.bytes() == 1));
 

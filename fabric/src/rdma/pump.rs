@@ -27,8 +27,9 @@ use crate::limits::Limits;
 use crate::places::InOrder;
 use crate::stats::Counters;
 
-/// Without a pause after something has happened.
-const EAGER: Duration = Duration::from_micros(200);
+/// Without a pause after something has happened. What a looking thread takes of a core is missing where bytes are gathered and copied:
+/// at 200 µs a transfer took a fifth longer with one core at each end.
+const EAGER: Duration = Duration::from_micros(20);
 /// Often after something has happened.
 const WATCHFUL: Duration = Duration::from_millis(100);
 /// Between two looks, watchful and idle.
