@@ -1,5 +1,6 @@
 //! Counters of one end.
 
+use std::iter::Sum;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// What an end has carried and refused since it was opened.
@@ -33,6 +34,31 @@ pub struct Stats {
     pub packets_lost: u64,
     /// The smallest datagram payload limit among live connections; 0 in process and without peers.
     pub mtu_bytes_min: u64,
+}
+
+/// What several ends have done together.
+impl Sum for Stats {
+    fn sum<I: Iterator<Item = Self>>(ends: I) -> Self {
+        ends.fold(Self::default(), |all, end| Self {
+            peers: all.peers + end.peers,
+            peers_shared: all.peers_shared + end.peers_shared,
+            peers_rdma: all.peers_rdma + end.peers_rdma,
+            peers_up: all.peers_up + end.peers_up,
+            peers_lost: all.peers_lost + end.peers_lost,
+            handshakes_failed: all.handshakes_failed + end.handshakes_failed,
+            protocol_errors: all.protocol_errors + end.protocol_errors,
+            frames_sent: all.frames_sent + end.frames_sent,
+            bytes_sent: all.bytes_sent + end.bytes_sent,
+            frames_received: all.frames_received + end.frames_received,
+            bytes_received: all.bytes_received + end.bytes_received,
+            sends_full: all.sends_full + end.sends_full,
+            packets_lost: all.packets_lost + end.packets_lost,
+            mtu_bytes_min: match (all.mtu_bytes_min, end.mtu_bytes_min) {
+                (0, one) | (one, 0) => one,
+                (one, other) => one.min(other),
+            },
+        })
+    }
 }
 
 /// The counters behind [`Stats`], written from any thread.

@@ -58,11 +58,11 @@ impl Admin {
     }
 }
 
-/// The role's metrics followed by its fabric's, as one OpenMetrics text.
-pub fn with_fabric(role: &str, fabric: &Fabric) -> String {
+/// The role's metrics followed by those of its ends of the fabric, as one OpenMetrics text.
+pub fn with_fabric(role: &str, ends: &[Fabric]) -> String {
     // A text has one end mark; the role's own comes off before more is added.
     let role = role.strip_suffix("# EOF\n").unwrap_or(role);
-    let stats = fabric.stats();
+    let stats: fabric::Stats = ends.iter().map(Fabric::stats).sum();
     let mut registry = Registry::with_prefix("fabric");
     for (name, help, value) in [
         ("peers_up", "Connections that came up", stats.peers_up),

@@ -64,17 +64,17 @@ pub async fn start(config: Config, options: Options) -> anyhow::Result<Cluster> 
     let mut parts = Vec::new();
     for worker in &surroundings.config.workers {
         let incarnation = rand::random();
-        let fabric = fabric(&hub, worker, incarnation, &surroundings, options)?;
-        parts.push((worker.clone(), fabric, incarnation));
+        let ends = ends(&hub, worker, incarnation, &surroundings, options)?;
+        parts.push((worker.clone(), ends, incarnation));
     }
     surroundings.experts = parts
         .iter()
         .filter(|(worker, ..)| worker.role == Role::Expert)
-        .map(|(_, f, _)| f.address())
+        .filter_map(|(_, ends, _)| Some(ends.first()?.address()))
         .collect();
     let mut workers = Vec::new();
-    for (worker, fabric, incarnation) in parts {
-        let handle = node::start_worker(&surroundings, &worker, fabric, incarnation).await?;
+    for (worker, ends, incarnation) in parts {
+        let handle = node::start_worker(&surroundings, &worker, ends, incarnation).await?;
         workers.push((worker.id, handle));
     }
     let client = Client::new(&format!("http://{}", router.http_address()), None, READY_TIMEOUT)?;
@@ -82,16 +82,17 @@ pub async fn start(config: Config, options: Options) -> anyhow::Result<Cluster> 
     Ok(Cluster { router, workers })
 }
 
-fn fabric(
+/// A worker's ends of the fabric, by rail. Within a process there is one.
+fn ends(
     hub: &Hub,
     worker: &Worker,
     incarnation: u64,
     surroundings: &Surroundings,
     options: Options,
-) -> anyhow::Result<Fabric> {
+) -> anyhow::Result<Vec<Fabric>> {
     match options.carrier {
         Carrier::InProcess => {
-            Ok(Fabric::in_process(hub, worker.id.clone(), incarnation, Default::default())?)
+            Ok(vec![Fabric::in_process(hub, worker.id.clone(), incarnation, Default::default())?])
         }
         Carrier::Quic => node::quic(&surroundings.config, worker, incarnation, &surroundings.identity),
     }

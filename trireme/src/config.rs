@@ -10,6 +10,7 @@ use std::{
 };
 
 use model::{Device, KvFormat, ModelConfig, Numerics};
+use proto::ticket::RAILS_MAX;
 use serde::{Deserialize, Serialize};
 
 use crate::identity;
@@ -205,6 +206,10 @@ pub struct Worker {
     pub control: SocketAddr,
     /// Where its fabric endpoint listens (UDP).
     pub fabric: SocketAddr,
+    /// Where it has further ones, each on a network of its own: rails, over which a prefill or decode worker's hand-offs spread, and
+    /// which take over from each other. At most 8.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub fabric_rails: Vec<SocketAddr>,
     /// Where it answers `/metrics` and `/health`, if anywhere.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub admin: Option<SocketAddr>,
@@ -214,6 +219,24 @@ pub struct Worker {
     /// Threads of its device.
     #[serde(default = "default_threads")]
     pub threads: usize,
+}
+
+impl Worker {
+    fn validate_rails(&self) -> Result<(), String> {
+        let rails = &self.fabric_rails;
+        if self.role == Role::Expert && !rails.is_empty() {
+            return Err("expert workers are reached at one address, fabric".to_owned());
+        }
+        if rails.len() > RAILS_MAX {
+            return Err(format!("{} addresses, at most {RAILS_MAX} beside fabric", rails.len()));
+        }
+        let mut seen = HashSet::from([self.fabric]);
+        // Port 0 is another one each time.
+        match rails.iter().find(|&&rail| !seen.insert(rail) && rail.port() != 0) {
+            Some(twice) => Err(format!("{twice} is there twice")),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Why a configuration cannot be used.
@@ -291,6 +314,7 @@ impl Config {
                 return Err(invalid(&field("role"), "the router is configured in [router]".to_owned()));
             }
             range(&field("threads"), worker.threads, 1, 1024)?;
+            worker.validate_rails().map_err(|reason| invalid(&field("fabric_rails"), reason))?;
         }
         Ok(())
     }

@@ -4,6 +4,7 @@
 //! role, which never learns whether its experts are local or remote, or which transport carries them.
 
 use std::{
+    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -13,7 +14,7 @@ use compute::Cpu;
 use engine::{BlockRows, Engine, EngineOptions, ExpertBank, Experts, KvTier, LocalExperts};
 use expert::{Placement, RemoteExperts, RemoteOptions, WireFormats};
 use fabric::{Fabric, QuicOptions, RdmaOptions};
-use kvtransfer::{Receiver, ReceiverOptions};
+use kvtransfer::{Rails, Receiver, ReceiverOptions};
 use model::{
     ChatTemplate, Checkpoint, Device, ExecutionFingerprint, GenerationDefaults, ModelConfig, Tokenizer,
 };
@@ -113,12 +114,12 @@ pub async fn run(role: Role, args: RoleArgs) -> anyhow::Result<()> {
     }
     let worker = chosen(&surroundings.config, role, args.id.as_deref())?.clone();
     let incarnation = rand::random();
-    let fabric = quic(&surroundings.config, &worker, incarnation, &surroundings.identity)?;
-    let handle = Arc::new(start_worker(&surroundings, &worker, fabric.clone(), incarnation).await?);
+    let ends = quic(&surroundings.config, &worker, incarnation, &surroundings.identity)?;
+    let handle = Arc::new(start_worker(&surroundings, &worker, ends.clone(), incarnation).await?);
     let admin = match worker.admin {
         Some(address) => {
             let source = handle.clone();
-            Some(Admin::start(address, move || admin::with_fabric(&source.metrics_text(), &fabric)).await?)
+            Some(Admin::start(address, move || admin::with_fabric(&source.metrics_text(), &ends)).await?)
         }
         None => None,
     };
@@ -158,13 +159,16 @@ pub async fn start_router(surroundings: &Surroundings) -> anyhow::Result<router:
     Ok(router::start(settings, router::Node { identity: identity.clone(), model }).await?)
 }
 
-/// Loads what the worker needs and starts it on `fabric`.
+/// Loads what the worker needs and starts it on its ends of the fabric, one for each rail.
 pub async fn start_worker(
     surroundings: &Surroundings,
     worker: &Worker,
-    fabric: Fabric,
+    mut ends: Vec<Fabric>,
     incarnation: u64,
 ) -> anyhow::Result<Handle> {
+    anyhow::ensure!(!ends.is_empty(), "{}: no end of the fabric", worker.id);
+    let fabric = ends.remove(0);
+    let rails = ends;
     let Surroundings { config, identity, routers, .. } = surroundings;
     let (worker_id, identity, routers) = (worker.id.clone(), identity.clone(), routers.clone());
     let handle = match worker.role {
@@ -195,7 +199,7 @@ pub async fn start_worker(
             let mut settings = config.prefill.clone();
             settings.listen = worker.control;
             let fabric_address = fabric.address();
-            let sender = kvtransfer::Sender::new(fabric);
+            let sender = kvtransfer::Sender::new(Rails::new(fabric, rails));
             let node = prefill::Node {
                 worker_id,
                 incarnation,
@@ -217,7 +221,7 @@ pub async fn start_worker(
             settings.listen = worker.control;
             let fabric_address = fabric.address();
             let receiver = Receiver::new(
-                fabric,
+                Rails::new(fabric, rails),
                 ReceiverOptions {
                     worker_id: worker_id.clone(),
                     incarnation,
@@ -247,15 +251,26 @@ pub async fn start_worker(
     Ok(handle)
 }
 
-/// A worker's QUIC endpoint.
+/// A worker's QUIC endpoints: the one that everybody knows, and one for each further rail.
 pub fn quic(
     config: &Config,
     worker: &Worker,
     incarnation: u64,
     identity: &Identity,
+) -> anyhow::Result<Vec<Fabric>> {
+    let addresses = std::iter::once(&worker.fabric).chain(&worker.fabric_rails);
+    addresses.map(|&bind| quic_end(config, worker, bind, incarnation, identity)).collect()
+}
+
+fn quic_end(
+    config: &Config,
+    worker: &Worker,
+    bind: SocketAddr,
+    incarnation: u64,
+    identity: &Identity,
 ) -> anyhow::Result<Fabric> {
     Fabric::quic(QuicOptions {
-        bind: worker.fabric,
+        bind,
         ca_pem: identity.ca_pem.clone(),
         cert_pem: identity.cert_pem.clone(),
         key_pem: identity.key_pem.clone(),
@@ -266,7 +281,7 @@ pub fn quic(
         share_memory: config.fabric.share_memory,
         rdma: RdmaOptions { when: config.fabric.rdma.into(), library: config.fabric.nixl_library.clone() },
     })
-    .with_context(|| format!("{}: fabric on {}", worker.id, worker.fabric))
+    .with_context(|| format!("{}: fabric on {bind}", worker.id))
 }
 
 /// The static placement: contiguous shares, one for each expert worker.

@@ -195,6 +195,7 @@ impl Shape {
                     role,
                     control: address()?,
                     fabric: address()?,
+                    fabric_rails: Vec::new(),
                     admin: Some(address()?),
                     device: self.device[(before + usize::from(i)) % self.device.len()],
                     threads,

@@ -42,6 +42,15 @@ fn what_is_wrong_is_named() {
     check(&with_worker("threads = 0\n"), Err("worker[0].threads"));
     check(&with_worker("threads = -1\n"), Err("threads"));
     check(&with_worker("admin = 'here'\n"), Err("admin"));
+    let rail = "'127.0.0.1:3'";
+    check(&with_worker(&format!("fabric_rails = [{rail}]\n")), Ok(()));
+    check(&with_worker("fabric_rails = ['127.0.0.1:0', '127.0.0.1:0']\n"), Ok(()));
+    check(&with_worker("fabric_rails = ['eth1']\n"), Err("fabric_rails"));
+    check(&with_worker(&format!("fabric_rails = [{rail}, {rail}]\n")), Err("worker[0].fabric_rails"));
+    check(&with_worker("fabric_rails = ['127.0.0.1:2']\n"), Err("127.0.0.1:2 is there twice"));
+    check(&with_worker(&format!("fabric_rails = [{}]\n", [rail; 9].join(", "))), Err("at most 8"));
+    let expert = with_worker(&format!("fabric_rails = [{rail}]\n")).replace("'prefill'\n", "'expert'\n");
+    check(&expert, Err("worker[0].fabric_rails"));
     check(&with_worker("").replace("'prefill'\n", "'oracle'\n"), Err("oracle"));
     check(&with_worker("").replace("'prefill'\n", "'router'\n"), Err("worker[0].role"));
     check(&with_worker("").replace("'prefill-0'", "'a b'"), Err("worker[0].id"));
