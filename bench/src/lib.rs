@@ -4,11 +4,12 @@
 //! [`simulate`] loads the workers' schedulers in simulated time, with the same requests ([`workload`]). [`ops`] times the
 //! operators that a step is made of and holds them against what the machine can do. [`engine`] runs a model's steps in this
 //! process, without anything around them, and [`drafts`] says what drafts among them cost. [`transfer`] moves KV blocks
-//! between two processes, and [`handover`] times a prompt's from one device thread to another. [`chaos`] puts the hand-off's
-//! state machines under faults. [`perplexity`] and [`niah`] ask whether what is served is still the model: how well it
+//! between two processes, and [`handover`] times a prompt's from one device thread to another; [`cancel`] times how soon both
+//! ends are free without its client. [`chaos`] puts the hand-off's state machines under faults. [`perplexity`] and [`niah`] ask whether what is served is still the model: how well it
 //! predicts a text, how far back it remembers.
 //! Deliberately absent: anything that a worker needs to run.
 
+pub mod cancel;
 pub mod chaos;
 pub mod client;
 mod demo;
@@ -43,6 +44,8 @@ pub enum BenchCommand {
     Drafts(drafts::Args),
     /// What a hand-over of V3-shaped KV adds to a prompt's time, from prefill's last layer to decode's commit.
     Handover(handover::Args),
+    /// How soon prefill and decode of a running cluster are free once clients have gone away.
+    Cancel(cancel::Args),
     /// The protocols' state machines under faults, judged by an oracle.
     #[command(subcommand)]
     Chaos(chaos::Command),
@@ -66,6 +69,7 @@ pub async fn run(command: BenchCommand) -> anyhow::Result<()> {
         BenchCommand::Engine(args) => engine::run(&args),
         BenchCommand::Drafts(args) => drafts::run(&args),
         BenchCommand::Handover(args) => tokio::task::spawn_blocking(move || handover::run(&args)).await?,
+        BenchCommand::Cancel(args) => cancel::run(&args).await,
         BenchCommand::Chaos(command) => chaos::run(&command),
         // On a thread of its own: some paths bring a runtime along.
         BenchCommand::Transfer(args) => tokio::task::spawn_blocking(move || transfer::run(&args)).await?,
