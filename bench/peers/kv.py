@@ -83,10 +83,9 @@ def run(command, environment):
 
 
 def measure(args):
-    only = set(args.only.split(",")) if args.only else None
     for _ in range(args.rounds):
         for name, command, environment in paths(args):
-            if only and name not in only:
+            if args.only and name not in args.only:
                 continue
             for _ in range(3):
                 result = run(command, environment)
@@ -126,7 +125,7 @@ def main():
     p.add_argument("--block", type=int, default=9216, help="bytes of a block")
     p.add_argument("--total-mib", type=int, default=512, help="what is timed of each run")
     p.add_argument("--rounds", type=int, default=1)
-    p.add_argument("--only", help="names of paths, with commas between")
+    p.add_argument("--only", action="append", help="a path's name; may be given several times")
     p.add_argument("--others", type=float, default=0.12, help="cores that others may use during a run")
     p.add_argument("--out", default="kv.jsonl")
     args = p.parse_args()

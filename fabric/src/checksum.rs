@@ -12,7 +12,7 @@ mod x86;
 
 use xxhash_rust::xxh3::xxh3_64;
 
-pub(crate) use copied::{Stores, SummedCopy};
+pub(crate) use copied::{Stores, SummedCopy, copy_streaming};
 
 /// xxh3-64 of a piece. Guards gathering, scattering and staging; a forger is kept out by mutual TLS.
 pub fn checksum(piece: &[u8]) -> u64 {

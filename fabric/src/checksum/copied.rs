@@ -16,6 +16,23 @@ pub(crate) enum Stores {
     Streaming,
 }
 
+/// A copy without a checksum, past the cache where the machine can.
+///
+/// # Safety
+/// `from` can be read for as many bytes as `into` has, none of them of `into`.
+pub(crate) unsafe fn copy_streaming(from: *const u8, into: &mut [u8]) {
+    // SAFETY: as the caller promises.
+    #[cfg(target_arch = "x86_64")]
+    let done = unsafe { x86::stream(from, into) };
+    #[cfg(not(target_arch = "x86_64"))]
+    let done = 0;
+    // SAFETY: both sides have so many bytes left.
+    unsafe {
+        let (rest, left) = (into.as_mut_ptr().add(done), into.len() - done);
+        std::ptr::copy_nonoverlapping(from.add(done), rest, left);
+    }
+}
+
 /// A destination that is filled from its beginning.
 pub(crate) struct SummedCopy<'a> {
     into: *mut u8,

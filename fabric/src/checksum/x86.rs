@@ -237,6 +237,33 @@ impl Hash {
     }
 }
 
+/// Copies whole stripes past the cache; how many bytes that were.
+///
+/// # Safety
+/// `from` can be read for as many bytes as `into` has, none of them of `into`.
+pub(super) unsafe fn stream(from: *const u8, into: &mut [u8]) -> usize {
+    let aligned = into.as_ptr().cast::<__m512i>().is_aligned();
+    if !aligned || !is_x86_feature_detected!("avx512f") {
+        return 0;
+    }
+    // SAFETY: the machine has the instructions, and the destination is aligned, as just asked.
+    unsafe { stream_512(from, into) }
+}
+
+/// # Safety
+/// As [`stream`]; `into` is aligned to a stripe.
+#[target_feature(enable = "avx512f")]
+unsafe fn stream_512(from: *const u8, into: &mut [u8]) -> usize {
+    let (stripes, into) = (into.len() / STRIPE_BYTES, into.as_mut_ptr());
+    for at in (0..stripes).map(|stripe| stripe * STRIPE_BYTES) {
+        // SAFETY: within both sides, aligned.
+        unsafe { _mm512_stream_si512(into.add(at).cast(), _mm512_loadu_si512(from.add(at).cast())) }
+    }
+    // What went past the cache is seen by whoever is told of it.
+    _mm_sfence();
+    stripes * STRIPE_BYTES
+}
+
 /// # Safety
 /// As [`Hash::stripes`].
 #[target_feature(enable = "avx512f")]

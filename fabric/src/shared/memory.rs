@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
-use crate::checksum::{Stores, SummedCopy};
+use crate::checksum::{Stores, SummedCopy, copy_streaming};
 
 /// A mapping of `bytes` bytes from page-aligned `start`.
 struct Mapping {
@@ -65,6 +65,12 @@ impl Mapping {
         let from = self.at(offset, into.len());
         // SAFETY: both sides hold `into.len()` bytes, and private memory does not overlap the mapping.
         unsafe { std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) }
+    }
+
+    fn copy_streaming(&self, offset: usize, into: &mut [u8]) {
+        let from = self.at(offset, into.len());
+        // SAFETY: within the mapping, as just checked, which no private memory overlaps.
+        unsafe { copy_streaming(from, into) }
     }
 
     /// Copies as many bytes from `offset` as `copy` still wants.
@@ -177,6 +183,11 @@ impl Theirs {
     pub fn copy_out(&self, offset: usize, into: &mut [u8]) {
         self.memory.copy_out(offset, into);
     }
+    /// Copies past the cache, to where nobody reads it soon.
+    pub fn copy_streaming(&self, offset: usize, into: &mut [u8]) {
+        self.memory.copy_streaming(offset, into);
+    }
+
     pub fn copy_summed(&self, offset: usize, copy: &mut SummedCopy<'_>) {
         self.memory.copy_summed(offset, copy);
     }

@@ -203,7 +203,7 @@ impl SharedBody {
     /// Copies `into.len()` bytes from `start` on. The caller has checked the bounds.
     pub fn copy(&self, start: usize, into: &mut [u8]) {
         assert!(start + into.len() <= self.bytes, "outside the body");
-        self.theirs.copy_out(self.at + start, into);
+        self.theirs.copy_streaming(self.at + start, into);
     }
 
     /// Copies as many bytes from `start` as `copy` still wants. The caller has checked the bounds.
