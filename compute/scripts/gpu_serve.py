@@ -5,8 +5,8 @@ usage: gpu_serve.py TRIREME [DEVICE...]
 
 For each shape of cluster (experts inside prefill and decode, experts as two workers of their own): the time from the process'
 start to the first token, with kernels to compile and with kernels cached; then the same requests, greedy and drawn from
-seeds, one at a time and together. Every shape must answer with the same tokens. With two devices, prefill runs on the first and
-decode on the second.
+seeds, one at a time and together. Every shape must answer with the same tokens and log-probabilities. With two devices prefill
+and decode run on one each, either way round, experts inside or on a worker of each device, and must answer as one device does.
 """
 
 import json, os, re, signal, subprocess, sys, tempfile, threading, time, urllib.request
@@ -75,15 +75,22 @@ def model_name():
     return json.load(urllib.request.urlopen(f"http://127.0.0.1:{PORT}/v1/models"))["data"][0]["id"]
 
 
-trireme, device = sys.argv[1], (sys.argv[2:] or ["cuda:0"])[0]
+trireme, devices = sys.argv[1], sys.argv[2:] or ["cuda:0"]
 status, expected = 0, None
 cache = tempfile.mkdtemp()
-for name, flags in [
-    ("experts inside, kernels compiled", ["--expert", "0"]),
-    ("experts inside, kernels cached", ["--expert", "0"]),
-    ("2 expert workers, kernels cached", ["--expert", "2"]),
-]:
-    process, first = up(trireme, ["--device", device, *flags], cache)
+shapes = [
+    ("experts inside, kernels compiled", devices[:1], 0),
+    ("experts inside, kernels cached", devices[:1], 0),
+    ("2 expert workers, kernels cached", devices[:1], 2),
+]
+if len(devices) > 1:
+    shapes = shapes[1:] + [
+        ("prefill and decode on a device each", devices, 0),
+        ("the other way round", devices[::-1], 0),
+        ("and an expert worker on each", devices, 2),
+    ]
+for name, on, experts in shapes:
+    process, first = up(trireme, ["--device", ",".join(on), "--expert", str(experts)], cache)
     MODEL = model_name()
     one_by_one, together = answers()
     expected = expected or one_by_one
