@@ -63,6 +63,8 @@ pub(crate) struct Speculation {
     /// Share of drafts that stood, by place, among those whose predecessors did.
     stood: [Average; DRAFTS_MAX],
     sizes: [Size; SIZES.len()],
+    /// Prompts of sequences that come here are computed on the same device.
+    prefill_beside: bool,
     /// Draft as much as possible whatever it costs: tests of the bits must not depend on measured times.
     #[cfg(test)]
     pub(crate) always: bool,
@@ -109,9 +111,21 @@ impl Speculation {
             drafts_max: drafts_max.min(DRAFTS_MAX),
             stood: [Average { value: PRIOR, drafts: PRIOR_DRAFTS }; DRAFTS_MAX],
             sizes: [size; SIZES.len()],
+            prefill_beside: false,
             #[cfg(test)]
             always: false,
         }
+    }
+
+    /// Says whether prefill computes on the same device.
+    pub(crate) fn beside_prefill(self, prefill_beside: bool) -> Self {
+        Self { prefill_beside, ..self }
+    }
+
+    /// Whether drafts must wait while `awaited` sequences' prompts are being computed. What drafts shorten is the running sequences'
+    /// part, with time of the device that those prompts get otherwise: no round here shows how much later they come.
+    pub(crate) fn holds_back(&self, awaited: usize) -> bool {
+        self.prefill_beside && awaited > 0
     }
 
     /// Drafts for each sequence of the next step.

@@ -54,6 +54,8 @@ pub struct Node {
     pub engine: Engine,
     /// What keeps the blocks that the pool has no room for.
     pub tier: KvTier,
+    /// Whether a prefill worker computes on the engine's device: drafts then wait while prompts are awaited.
+    pub prefill_beside: bool,
 }
 
 /// A running decode worker. Dropping it stops it at once.
@@ -87,8 +89,13 @@ pub async fn start(config: Config, node: Node) -> Result<Handle, Error> {
     let metrics = Metrics::new(node.engine.kv().blocks());
     let intake = Arc::new(Intake::new(node.engine.config(), node.engine.fingerprint().clone()));
     let prefill_tokens_max = config.prefill_tokens_max.min(node.engine.step_tokens_max());
-    let device =
-        start_device(&config, (node.engine, node.tier), node.receiver, Arc::clone(&intake), metrics.clone())?;
+    let device = start_device(
+        &config,
+        (node.engine, node.tier, node.prefill_beside),
+        node.receiver,
+        Arc::clone(&intake),
+        metrics.clone(),
+    )?;
     let service = DecodeService {
         intake,
         submissions: device.submissions,
@@ -186,7 +193,7 @@ struct Device {
 
 fn start_device(
     config: &Config,
-    (engine, tier): (Engine, KvTier),
+    (engine, tier, prefill_beside): (Engine, KvTier, bool),
     receiver: Receiver,
     intake: Arc<Intake>,
     metrics: Metrics,
@@ -208,7 +215,9 @@ fn start_device(
         rerun_tokens: usize::from(config.drafts_with(&engine)),
     });
     let inputs = Inputs { submissions: submitted, finishes: finished, doorbell: heard, drain: drain_by };
-    let speculation = config.drafts_with(&engine).then(|| Speculation::new(config.draft_tokens_max));
+    let speculation = config
+        .drafts_with(&engine)
+        .then(|| Speculation::new(config.draft_tokens_max).beside_prefill(prefill_beside));
     let prefill_tokens_max = config.prefill_tokens_max.min(engine.step_tokens_max());
     let worker = Worker::new(Parts {
         engine,

@@ -46,6 +46,7 @@ impl Cluster {
             receiver: support::receiver(fabric, &engine, lease),
             engine,
             tier: engine::KvTier::none(),
+            prefill_beside: false,
         };
         let handle = start(Config::default(), node).await.expect("a decode worker");
         let endpoint = identity.endpoint(&handle.control_address().to_string()).expect("an address");

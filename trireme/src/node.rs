@@ -243,6 +243,7 @@ pub async fn start_worker(
                 receiver,
                 engine,
                 tier,
+                prefill_beside: prefill_beside(&config.workers, worker),
             };
             Handle::Decode(Box::new(decode::start(settings, node).await?))
         }
@@ -299,6 +300,12 @@ pub fn open_checkpoint(config: &Config) -> anyhow::Result<Arc<Checkpoint>> {
     config.validate_for(checkpoint.config())?;
     engine_options(config, checkpoint.config(), Device::Cpu, 1).kv_layout(checkpoint.config())?;
     Ok(Arc::new(checkpoint))
+}
+
+/// Whether a prefill worker is on the same device of the same host. Workers on a CPU divide its cores instead.
+fn prefill_beside(workers: &[Worker], worker: &Worker) -> bool {
+    let same = |other: &&Worker| other.device == worker.device && other.control.ip() == worker.control.ip();
+    worker.device != Device::Cpu && workers.iter().any(|other| other.role == Role::Prefill && same(&other))
 }
 
 fn engine_options(

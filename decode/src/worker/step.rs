@@ -87,7 +87,8 @@ impl Worker {
         if self.batch.is_empty() {
             return Ok(());
         }
-        let planned = self.prepare();
+        let held_back = self.speculation.as_ref().is_some_and(|s| s.holds_back(self.scheduler.waiting()));
+        let planned = self.prepare(held_back);
         if self.batch.iter().any(|id| self.seats.get(id).is_some_and(|seat| seat.rows.owed.is_due())) {
             let Self { engine, scheduler, seats, batch, buffers, .. } = self;
             store_owed(engine, scheduler, seats, batch, &mut buffers.owed);
@@ -96,7 +97,9 @@ impl Worker {
             self.draft();
         }
         let drafted = self.run_rows()?;
-        self.round = Some(Round { sequences: self.batch.len(), planned, drafted, started });
+        // What is compared with others is a step whose drafts were chosen.
+        let sequences = self.batch.len();
+        self.round = (!held_back).then_some(Round { sequences, planned, drafted, started });
         self.record_step(started.elapsed());
         Ok(())
     }
@@ -110,9 +113,10 @@ impl Worker {
     }
 
     /// Puts down each sequence's last token and how many drafts it may have; returns how many are planned.
-    fn prepare(&mut self) -> usize {
+    fn prepare(&mut self, held_back: bool) -> usize {
         let Self { engine, scheduler, seats, batch, speculation, .. } = self;
-        let planned = speculation.as_mut().map_or(0, |speculation| speculation.plan(batch.len()));
+        let plan = speculation.as_mut().filter(|_| !held_back);
+        let planned = plan.map_or(0, |speculation| speculation.plan(batch.len()));
         // Each may have a row that is run again.
         let mut rows_left = engine.step_tokens_max().saturating_sub(2 * batch.len());
         let block_tokens = engine.kv_layout().block_tokens;

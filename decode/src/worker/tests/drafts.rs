@@ -56,6 +56,29 @@ fn sequences_that_draft_give_the_bits_of_single_runs() {
     assert!(rig.worker.metrics.steps.get() < rig.worker.metrics.tokens.get());
 }
 
+/// On a device that prefill shares, while a prompt is awaited.
+#[test]
+fn drafts_wait_for_prompts_on_the_same_device() {
+    for beside in [false, true] {
+        let mut rig = rig();
+        rig.worker.speculation = rig.worker.speculation.take().map(|s| s.beside_prefill(beside));
+        let oracle = support::engine_of(support::DEMO);
+        let (_inbox, _) = rig.start(&request(&oracle, 1, 20, 60));
+        let awaited = rig.reserve(&request(&oracle, 2, 20, 10), EVENTS_MAX);
+        for _ in 0..6 {
+            rig.round();
+        }
+        let name = "decode_drafted_tokens_total{position=\"1\"}";
+        assert_eq!(metric(&rig, name) == 0, beside, "beside prefill: {beside}");
+        drop(awaited);
+        for _ in 0..6 {
+            rig.round();
+        }
+        assert!(metric(&rig, name) > 0);
+        rig.rounds_until_empty();
+    }
+}
+
 /// Every way for a sequence to end, at every place of a run.
 #[test]
 fn a_run_ends_where_its_sequence_does() {
