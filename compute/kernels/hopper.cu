@@ -128,6 +128,12 @@ template <> struct MmaFp8<16> {
     }
 };
 
+template <> struct MmaFp8<32> {
+    static __device__ __forceinline__ void run(float (&d)[16], u64 a, u64 b, u32 accumulate) {
+        WGMMA("m64n32k32.f32.e4m3.e4m3", 16, 16, 17, 18, "");
+    }
+};
+
 template <> struct MmaFp8<64> {
     static __device__ __forceinline__ void run(float (&d)[32], u64 a, u64 b, u32 accumulate) {
         WGMMA("m64n64k32.f32.e4m3.e4m3", 32, 32, 33, 34, "");

@@ -14,6 +14,7 @@
 template <u32 TILE, u32 STAGES> __device__ __forceinline__ void product(const Product &p) {
     constexpr u32 WEIGHTS = CHANNELS * 128, INPUTS = TILE * 128, SCALES = 4 * (TILE + 4);
     extern __shared__ u8 memory[];
+    previous_done();
     Rows tile_rows;
     if (!find_rows(p, TILE, tile_rows)) return;
     u32 base = ((u32)__cvta_generic_to_shared(memory) + 1023) & ~1023u;

@@ -53,6 +53,7 @@ template <bool PICKED>
 __device__ __forceinline__ void product(const Product &p, const Map &w_map, const Map &w2_map, const Map &x_map) {
     extern __shared__ u8 memory[];
     __shared__ u64 barriers[2 * STAGES];
+    previous_done();
     u32 base = ((u32)__cvta_generic_to_shared(memory) + 1023) & ~1023u;
     u32 scales_at = base + STAGES * (WEIGHTS + INPUTS);
     const u8 *aligned = memory + (scales_at - (u32)__cvta_generic_to_shared(memory));

@@ -2,11 +2,12 @@
 // and V3's widths. Queries and results are bf16, sums f32; latents, weights and latent queries are multiplied as f16, which
 // holds a cached code exactly and its product with a scale to 11 bits, keys of the rotation as the bf16 they are.
 //
-// A block has one query row, 64 of its heads (fewer are padded with zeros) and SPLIT tokens of its context, which it walks
-// in tiles of 64 with an online softmax. Four warpgroups: one decodes cache rows into shared memory, a tile ahead; one
-// scores; two sum up, half of the channels each, while the next tile is scored. Where a context is longer than SPLIT, its
-// parts are stored and mla_combine adds them in order. Splits lie at fixed positions, so that what a head gets does not
-// depend on the heads, rows or contexts beside it. Rows past the context are never read.
+// A block has one query row, 64 of its heads (fewer are padded with zeros) and one or several parts of SPLIT tokens of its
+// context, which it walks in tiles of 64 with an online softmax that begins anew with each part. Four warpgroups: one decodes
+// cache rows into shared memory, a tile ahead; one scores; two sum up, half of the channels each, while the next tile is
+// scored. Where a context is longer than SPLIT, its parts are stored and mla_combine adds them in order. Parts lie at fixed
+// positions, so that what a head gets does not depend on the heads, rows or contexts beside it, nor on how many parts a
+// block has. Rows past the context are never read.
 
 #define LATENT 512u
 #define ROPE 64u
@@ -14,6 +15,9 @@
 #define HEADS 64u
 #define THREADS 512u
 #define SPLIT 1024u
+#define PART_TILES (SPLIT / TOKENS)
+// A block has so many parts at most.
+#define PARTS_MAX 4u
 // Fewer tokens in a block of the cache are not for this kernel.
 #define BLOCK_TOKENS_MIN 16u
 // 64 rows of 64 channels: what the matrix unit's 128-byte swizzle spans.
@@ -25,6 +29,9 @@
 // Latents are held so many times as large: f16 has more room above them than below.
 #define STRETCH 16.0f
 
+// Barriers among some of the warpgroups (0 is everybody's): queries are there; a half's means are staged (two).
+enum { QUERIES = 1, STAGED = 2 };
+
 // As in mla_attention.cu; q_latent, q_rope and out are bf16.
 struct Attention {
     const u8 *pool;
@@ -35,7 +42,8 @@ struct Attention {
     u32 row_bytes, block_tokens, blocks, table_len;
     u32 heads, latent, rope;
     float scale;
-    u32 first, splits;
+    // Parts that there is room for, and that a block computes.
+    u32 first, splits, block_parts;
     // [rows, heads, splits, 512] weighted means in f16, and their (reference score, sum of weights).
     u16 *parts;
     float2 *part_sums;
@@ -103,12 +111,31 @@ __device__ __forceinline__ uint2 decode(u32 codes, u32 scale) {
     return make_uint2(times(v.x, scale), times(v.y, scale));
 }
 
+// What the first of four lanes finds, which alone reads it.
+__device__ __forceinline__ float first_of_four(const float *values, u32 at) {
+    return __shfl_sync(ALL, threadIdx.x % 4 == 0 ? values[at] : 0.0f, 0, 4);
+}
+
 // Asked for where it stands, between what is stored before and after.
 __device__ __forceinline__ uint4 load16(const u8 *from) {
     uint4 v;
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
     return v;
 }
+
+__device__ __forceinline__ float load4(const u8 *from) {
+    float x;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(from));
+    return x;
+}
+
+// Into the level-2 cache.
+__device__ __forceinline__ void prefetch_rows(const u8 *from, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
+// Whether a block's `i`th tile is the last of a part.
+__device__ __forceinline__ bool ends_part(u32 i, u32 tiles) { return i % PART_TILES == PART_TILES - 1 || i + 1 == tiles; }
 
 __device__ __forceinline__ void store16(u32 to, uint2 low, uint2 high) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(low.x), "r"(low.y), "r"(high.x), "r"(high.y) : "memory");
@@ -121,19 +148,23 @@ __device__ __forceinline__ u64 tile_across(u32 address) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_attention_wgmma(const __grid_constant__ Attention a) {
     extern __shared__ u8 memory[];
-    // Of each head: how far a tile scales its sums down; at the end its reference score and sum of weights.
-    __shared__ float corrections[HEADS], references[HEADS], totals[HEADS];
-    __shared__ u64 barriers[5];
+    // Of each head: how far a tile scales its sums down; at the end of a part its sum of weights, of two parts by turns.
+    __shared__ float corrections[HEADS], totals[2][HEADS];
+    // Of the two stages: decoded, summed up. Of the weights and corrections: written, used; who writes or reads corrections
+    // arrives himself. Of a part's means: stored, by whoever did it.
+    __shared__ u64 barriers[7];
     __shared__ volatile u32 span[2];
-    // The blocks of its part.
-    __shared__ u32 table[SPLIT / BLOCK_TOKENS_MIN + 1];
+    // The blocks of its parts.
+    __shared__ u32 table[PARTS_MAX * SPLIT / BLOCK_TOKENS_MIN + 1];
+    previous_done();
     u32 first = blockIdx.x * HEADS, heads = min(HEADS, a.heads - first), row = blockIdx.y;
-    // What is seen, and this block's part of it.
-    u32 context = a.contexts[row], seen = context > a.first ? context - a.first : 0;
-    if (blockIdx.z > 0 && blockIdx.z * SPLIT >= seen) return;
-    u32 start = a.first + blockIdx.z * SPLIT, end = min(a.first + seen, start + SPLIT);
+    // What is seen, and this block's parts of it.
+    u32 context = a.contexts[row], seen = context > a.first ? context - a.first : 0, span_max = a.block_parts * SPLIT;
+    if (blockIdx.z > 0 && blockIdx.z * span_max >= seen) return;
+    u32 start = a.first + blockIdx.z * span_max, end = min(a.first + seen, start + span_max);
     u32 listed = a.starts[row], first_block = start / a.block_tokens;
     require((u64)listed + div_up(context, a.block_tokens) <= a.table_len && seen <= a.splits * SPLIT);
+    require(a.block_parts <= PARTS_MAX && (u64)context * a.block_tokens < (u64)1 << 32);
     for (u32 i = threadIdx.x; start < end && i <= (end - 1) / a.block_tokens - first_block; i += THREADS) {
         table[i] = a.tables[listed + first_block + i];
         require(table[i] < a.blocks);
@@ -142,13 +173,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_attention_wgmma(con
     u8 *queries = memory + shift, *weights = queries + PIECES * PIECE, *cache = weights + PIECE;
     u32 queries_at = (u32)__cvta_generic_to_shared(queries), weights_at = queries_at + PIECES * PIECE;
     u32 cache_at = weights_at + PIECE;
-    // Of the two stages: decoded, summed up. Of the weights: written.
-    u32 full = (u32)__cvta_generic_to_shared(barriers), empty = full + 16, weighed = full + 32;
+    u32 full = (u32)__cvta_generic_to_shared(barriers), empty = full + 16, weighed = full + 32, used = full + 40;
+    u32 stored = full + 48;
     u32 thread = threadIdx.x, lane = thread % WARP;
     // Read back by each role: kept across their parting, these would cost registers that a role has not got.
     if (thread == 0) span[0] = start, span[1] = end;
     if (thread < 2) barrier_init(full + 8 * thread, 4), barrier_init(empty + 8 * thread, 8);
-    if (thread == 2) barrier_init(weighed, 4);
+    if (thread == 2) barrier_init(weighed, 4 * 8), barrier_init(used, 8 * 8), barrier_init(stored, 256);
     __syncthreads();
     u32 query = row * a.heads + first;
 
@@ -177,62 +208,96 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_attention_wgmma(con
                       : make_uint4(stretch(bits.x), stretch(bits.y), stretch(bits.z), stretch(bits.w));
         }
         written_for_matrix_unit();
-        some_sync(1, THREADS - 128);
+        some_sync(QUERIES, THREADS - 128);
     };
 
     if (thread < 128) {
         registers_down<112>();
         u32 start = span[0], end = span[1], tiles = div_up(end - start, TOKENS);
-        // 16 tokens at a time, eight threads a token: each has a 16-byte chunk of every scale's 128 codes and one of the key.
-        // A tile's four batches are under way while those of the tile before are decoded.
-        // A token's threads differ in bits 0, 1 and 3, so that eight in a row store to eight banks of 16 bytes.
-        u32 part = thread % 4 + thread / 8 % 2 * 4, token = thread / 16 * 2 + thread / 4 % 2;
-        u32 at = start + token, to_low = cache_at + part / 4 * PIECE + swizzled(token, part % 4 * 2);
-        u32 to_key = cache_at + 8 * PIECE + swizzled(token, part);
-        u32 shift = (a.block_tokens & (a.block_tokens - 1)) == 0 ? 31 - __clz(a.block_tokens) : 32;
-        const u8 *pool = a.pool + a.layer_offset + 16 * part;
-        uint4 codes[4][4], key[4];
-        float scales[4];
-        // Past the last token its row stands in: it weighs nothing there.
-        auto row_of = [&](u32 position) {
-            position = min(position, end - 1);
-            u32 block = shift < 32 ? position >> shift : position / a.block_tokens;
-            u32 line = position - block * a.block_tokens;
-            return pool + table[block - first_block] * a.block_stride + line * a.row_bytes;
+        // A warp decodes 16 tokens of a tile, a lane 16 channels of each; keys are copied as they are. A token's codes are asked
+        // for as soon as those of the tile before are decoded.
+        u32 warp = thread / WARP, last = end - 1;
+        // Of a lane's two chunks of 8 channels the odd fours store the second first: eight lanes then store to eight banks of
+        // 16 bytes.
+        bool second = lane & 4;
+        u32 to_codes = cache_at + lane / 4 * PIECE + warp * 2048 + (lane % 4 * 2 + second) * 16;
+        u32 to_key = cache_at + 8 * PIECE + warp * 2048;
+        // Divides positions by it: exact while their product is below 2^32.
+        u32 inverse = ~0u / a.block_tokens + 1;
+        uint4 codes[16];
+        float scales[2];
+        // Where a warp's tokens of a tile lie: in one block of the cache or, from the `split`th, in another. Past the last token
+        // its row stands in: it weighs nothing there.
+        struct Lines {
+            const u8 *low, *high;
+            u32 split, count;
         };
-        auto fetch = [&](u32 batch, const u8 *row) {
-#pragma unroll
-            for (u32 i = 0; i < 4; i++) codes[batch][i] = load16(row + 128 * i);
-            key[batch] = load16(row + LATENT + 16);
-            scales[batch] = *(const float *)(row + LATENT - 16 * part + 4 * (part % 4));
+        auto find = [&](u32 tile) {
+            u32 position = min(start + tile * TOKENS + warp * 16, last);
+            u32 block = __umulhi(position, inverse), line = position - block * a.block_tokens;
+            Lines lines;
+            lines.split = a.block_tokens - line, lines.count = min(16u, end - position);
+            lines.low = a.pool + a.layer_offset + table[block - first_block] * a.block_stride + line * a.row_bytes;
+            u32 next = lines.split < lines.count ? table[block + 1 - first_block] : 0;
+            lines.high = a.pool + a.layer_offset + next * a.block_stride - lines.split * a.row_bytes;
+            return lines;
         };
+        auto row = [&](const Lines &lines, u32 token) {
+            token = min(token, lines.count - 1);
+            return (token < lines.split ? lines.low : lines.high) + token * a.row_bytes;
+        };
+        auto fetch_scales = [&](const Lines &lines, u32 half) {
+            scales[half] = load4(row(lines, 8 * half + lane % 8) + LATENT + lane / 8 * 4);
+        };
+        // A tile's rows into the level-2 cache, a block of the cache a lane.
+        auto prefetch = [&](u32 tile) {
+            u32 position = start + tile * TOKENS, to = min(position + TOKENS, end);
+            if (warp > 0 || position >= to) return;
+            u32 block = __umulhi(position, inverse) + lane, from = max(position, block * a.block_tokens);
+            to = min(to, (block + 1) * a.block_tokens);
+            if (from >= to) return;
+            const u8 *rows = a.pool + a.layer_offset + table[block - first_block] * a.block_stride;
+            prefetch_rows(rows + (from - block * a.block_tokens) * a.row_bytes, (to - from) * a.row_bytes);
+        };
+        Lines lines;
         if (tiles > 0) {
+            lines = find(0);
 #pragma unroll
-            for (u32 batch = 0; batch < 4; batch++) fetch(batch, row_of(at + 16 * batch));
+            for (u32 t = 0; t < 16; t++) codes[t] = load16(row(lines, t) + 16 * lane);
+            fetch_scales(lines, 0), fetch_scales(lines, 1);
         }
+        prefetch(1);
         for (u32 i = 0; i < tiles; i++) {
-            u32 stage = i % 2, low_at = to_low + stage * PIECES * PIECE, high_at = low_at ^ 16;
-            at += TOKENS;
-            if (i >= 2) barrier_wait(empty + 8 * stage, (i / 2 - 1) & 1);
+            u32 stage = i % 2 * PIECES * PIECE;
+            prefetch(i + 2);
+            if (i >= 2) barrier_wait(empty + i % 2 * 8, (i / 2 - 1) & 1);
+            if (i >= 2 && ends_part(i - 2, tiles)) barrier_wait(stored, (i - 2) / PART_TILES & 1);
 #pragma unroll
-            for (u32 batch = 0; batch < 4; batch++) {
-                u32 own = stretched(scales[batch]), shared[4];
+            for (u32 four = 0; four < 4; four++) {
+                u32 token = 4 * four + lane / 8;
+                copy16(to_key + stage + swizzled(token, lane % 8), row(lines, token) + LATENT + 16 + lane % 8 * 16, 16);
+            }
+            copies_commit();
+            lines = find(i + 1);
 #pragma unroll
-                for (u32 i = 0; i < 4; i++) shared[i] = __shfl_sync(ALL, own, (lane & ~11u) + i);
+            for (u32 half = 0; half < 2; half++) {
+                u32 own = stretched(scales[half]);
 #pragma unroll
-                for (u32 i = 0; i < 4; i++) {
-                    uint4 now = codes[batch][i];
-                    u32 offset = batch * 2048 + 2 * i * PIECE;
-                    store16(low_at + offset, decode(now.x, shared[i]), decode(now.y, shared[i]));
-                    store16(high_at + offset, decode(now.z, shared[i]), decode(now.w, shared[i]));
+                for (u32 t = 8 * half; t < 8 * half + 8; t++) {
+                    u32 scale = __shfl_sync(ALL, own, t % 8, 8), at = ((to_codes + stage) ^ t % 8 * 16) + t * 128;
+                    uint4 now = codes[t];
+                    store16(at, decode(second ? now.z : now.x, scale), decode(second ? now.w : now.y, scale));
+                    store16(at ^ 16, decode(second ? now.x : now.z, scale), decode(second ? now.y : now.w, scale));
+                    codes[t] = load16(row(lines, t) + 16 * lane);
+                    // Not to be moved behind the next tokens: then all of a tile would be asked for at its end.
+                    if (t % 4 == 3) __syncwarp();
                 }
-                uint4 now = key[batch];
-                store16(to_key + stage * PIECES * PIECE + batch * 2048, make_uint2(now.x, now.y), make_uint2(now.z, now.w));
-                fetch(batch, row_of(at + 16 * batch));
+                fetch_scales(lines, half);
             }
             // The fence between these stores and the matrix unit is the readers': here it would wait for the loads under way.
+            copies_wait<0>();
             __syncwarp();
-            if (lane == 0) barrier_arrive(full + 8 * stage);
+            if (lane == 0) barrier_arrive(full + i % 2 * 8);
         }
     } else if (thread < 256) {
         registers_down<80>();
@@ -277,9 +342,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_attention_wgmma(con
                 reference[j] = next;
                 total[j] *= correction[j];
             }
-            // The weights of the tile before have been used, and its corrections.
-            if (i > 0) barrier_wait(empty + 8 * (stage ^ 1), (i - 1) / 2 & 1);
-            if (lane % 4 == 0) corrections[head] = correction[0], corrections[head + 8] = correction[1];
             u32 bits[16];
 #pragma unroll
             for (u32 j = 0; j < 16; j++) {
@@ -289,35 +351,71 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_attention_wgmma(con
                 bits[j] = pack_f16(x, y);
                 total[which] += x + y;
             }
+            // The weights of the tile before have been used, its corrections and totals too.
+            if (i > 0) barrier_wait(used, (i - 1) & 1);
+            if (lane % 4 == 0) corrections[head] = correction[0], corrections[head + 8] = correction[1];
 #pragma unroll
             for (u32 j = 0; j < 16; j++) {
                 *(u32 *)(weights + swizzled(head + 8 * (j % 2), j / 2) + lane % 4 * 4) = bits[j];
             }
+            if (ends_part(i, tiles)) {
+#pragma unroll
+                for (u32 j = 0; j < 2; j++) {
+                    u32 own = head + 8 * j;
+                    total[j] += __shfl_xor_sync(ALL, total[j], 1);
+                    total[j] += __shfl_xor_sync(ALL, total[j], 2);
+                    if (lane % 4 == 0) {
+                        totals[i / PART_TILES % 2][own] = total[j];
+                        u64 to = (u64)(query + own) * a.splits + blockIdx.z * a.block_parts + i / PART_TILES;
+                        if (a.splits > 1 && own < heads) a.part_sums[to] = make_float2(reference[j], total[j]);
+                    }
+                    reference[j] = -INFINITE, total[j] = 0.0f;
+                }
+            }
             written_for_matrix_unit();
             __syncwarp();
-            if (lane == 0) barrier_arrive(weighed);
+            if (lane % 4 == 0) barrier_arrive(weighed);
         }
-#pragma unroll
-        for (u32 j = 0; j < 2; j++) {
-            total[j] += __shfl_xor_sync(ALL, total[j], 1);
-            total[j] += __shfl_xor_sync(ALL, total[j], 2);
-            if (lane % 4 == 0) references[head + 8 * j] = reference[j], totals[head + 8 * j] = total[j];
-        }
-        some_sync(1, THREADS - 128);
     } else {
         registers_up<160>();
         u32 start = span[0], end = span[1], tiles = div_up(end - start, TOKENS);
         load_queries();
         u32 half = thread / 128 - 2;
+        bool whole = seen <= SPLIT;
         // 128 channels each: an instruction's registers must fit what a thread starts with.
         float sums[2][64];
+        // Means of a part, by way of shared memory that this warpgroup alone still reads.
+        auto store_means = [&](u32 own, u8 *staged) {
+            u32 part = blockIdx.z * a.block_parts + own;
+            float low = 1.0f / (STRETCH * first_of_four(totals[own % 2], head));
+            float high = 1.0f / (STRETCH * first_of_four(totals[own % 2], head + 8));
+            some_sync(STAGED + half, 128);
 #pragma unroll
-        for (u32 i = 0; i < 128; i++) sums[i / 64][i % 64] = 0.0f;
+            for (u32 i = 0; i < 64; i++) {
+                float share = i % 2 ? high : low, x = sums[i / 32][2 * i % 64] * share, y = sums[i / 32][2 * i % 64 + 1] * share;
+                u32 at = swizzled(head + 8 * (i % 2), i / 2 % 8) + lane % 4 * 4;
+                *(u32 *)(staged + i / 16 * PIECE + at) = whole ? pack_bf16(x, y) : pack_f16(x, y);
+            }
+            some_sync(STAGED + half, 128);
+            for (u32 i = thread % 128; i < heads * 32; i += 128) {
+                u32 own = i / 32, chunk = i % 32;
+                uint4 bits = *(const uint4 *)(staged + chunk / 8 * PIECE + swizzled(own, chunk % 8));
+                u64 to = whole ? query + own : (u64)(query + own) * a.splits + part;
+                *(uint4 *)((whole ? a.out : a.parts) + to * LATENT + half * 256 + 8 * chunk) = bits;
+            }
+            barrier_arrive(stored);
+        };
+        if (tiles == 0) {
+            for (u32 i = thread % 128; i < heads * 32; i += 128) {
+                *(uint4 *)(a.out + (u64)(query + i / 32) * LATENT + half * 256 + 8 * (i % 32)) = make_uint4(0, 0, 0, 0);
+            }
+        }
         for (u32 i = 0; i < tiles; i++) {
             u32 stage = i % 2, tile_at = cache_at + stage * PIECES * PIECE;
             barrier_wait(weighed, i & 1);
-            float low = corrections[head], high = corrections[head + 8];
-            if (__any_sync(ALL, low != 1.0f || high != 1.0f)) {
+            float low = first_of_four(corrections, head), high = first_of_four(corrections, head + 8);
+            bool fresh = i % PART_TILES == 0;
+            if (!fresh && __any_sync(ALL, low != 1.0f || high != 1.0f)) {
 #pragma unroll
                 for (u32 j = 0; j < 128; j++) sums[j / 64][j % 64] *= j % 4 / 2 ? high : low;
             }
@@ -326,60 +424,44 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_attention_wgmma(con
             mma_begin();
 #pragma unroll
             for (u32 step = 0; step < 4; step++) {
-                u64 w = tile(weights_at) + 2 * step, v = tile_across(tile_at + half * 4 * PIECE) + step * 128;
-                MmaF16<128>::across(sums[0], w, v, 1);
-                MmaF16<128>::across(sums[1], w, v + 2 * (PIECE >> 4), 1);
+                u64 v = tile_across(tile_at + half * 4 * PIECE) + step * 128, w = tile(weights_at) + 2 * step;
+                MmaF16<128>::across(sums[0], w, v, step > 0 || !fresh);
+                MmaF16<128>::across(sums[1], w, v + 2 * (PIECE >> 4), step > 0 || !fresh);
             }
             mma_commit();
             mma_wait<0>();
-            // All lanes have read the corrections.
+            if (lane % 4 == 0) barrier_arrive(used);
+            if (ends_part(i, tiles)) store_means(i / PART_TILES, cache + stage * PIECES * PIECE + half * 4 * PIECE);
             __syncwarp();
             if (lane == 0) barrier_arrive(empty + 8 * stage);
-        }
-        some_sync(1, THREADS - 128);
-        // Means, by way of shared memory: what this warpgroup alone read of the last tile.
-        bool whole = seen <= SPLIT;
-        u8 *staged = cache + (tiles + 1) % 2 * PIECES * PIECE + half * 4 * PIECE;
-        float low = 1.0f / (STRETCH * totals[head]), high = 1.0f / (STRETCH * totals[head + 8]);
-        if (tiles == 0) low = high = 0.0f;
-#pragma unroll
-        for (u32 i = 0; i < 64; i++) {
-            float share = i % 2 ? high : low, x = sums[i / 32][2 * i % 64] * share, y = sums[i / 32][2 * i % 64 + 1] * share;
-            u32 at = swizzled(head + 8 * (i % 2), i / 2 % 8) + lane % 4 * 4;
-            *(u32 *)(staged + i / 16 * PIECE + at) = whole ? pack_bf16(x, y) : pack_f16(x, y);
-        }
-        if (half) some_sync(3, 128);
-        else some_sync(2, 128);
-        for (u32 i = thread % 128; i < heads * 32; i += 128) {
-            u32 own = i / 32, chunk = i % 32;
-            uint4 bits = *(const uint4 *)(staged + chunk / 8 * PIECE + swizzled(own, chunk % 8));
-            u64 to = whole ? query + own : (u64)(query + own) * a.splits + blockIdx.z;
-            *(uint4 *)((whole ? a.out : a.parts) + to * LATENT + half * 256 + 8 * chunk) = bits;
-        }
-        u32 own = thread % 128;
-        if (!whole && half == 0 && own < heads) {
-            a.part_sums[(u64)(query + own) * a.splits + blockIdx.z] = make_float2(references[own], totals[own]);
         }
     }
 }
 
 // Adds the parts of contexts longer than SPLIT: a warp per (head, row), 16 channels a lane.
 extern "C" __global__ void __launch_bounds__(128) mla_combine(const __grid_constant__ Attention a) {
-    u32 context = a.contexts[blockIdx.y], seen = context > a.first ? context - a.first : 0;
     u32 head = blockIdx.x * 4 + threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    if (seen <= SPLIT || head >= a.heads) return;
-    u32 splits = div_up(seen, SPLIT);
+    previous_done();
+    if (head >= a.heads) return;
     u64 query = (u64)blockIdx.y * a.heads + head;
     const float2 *part_sums = a.part_sums + query * a.splits;
     const u16 *parts = a.parts + query * a.splits * LATENT + 8 * lane;
-    float largest = -INFINITE, total = 0.0f, sums[16];
-    for (u32 i = 0; i < splits; i++) largest = fmaxf(largest, part_sums[i].x);
+    // There is room for all parts, written or not: the first ones are asked for before it is known how many there are.
+    uint4 low[PARTS_MAX], high[PARTS_MAX];
+#pragma unroll
+    for (u32 i = 0; i < PARTS_MAX; i++) {
+        if (i >= a.splits) continue;
+        low[i] = *(const uint4 *)(parts + (u64)i * LATENT), high[i] = *(const uint4 *)(parts + (u64)i * LATENT + 256);
+    }
+    float2 own = lane < a.splits ? part_sums[lane] : make_float2(-INFINITE, 0.0f);
+    u32 context = a.contexts[blockIdx.y], seen = context > a.first ? context - a.first : 0, splits = div_up(seen, SPLIT);
+    if (splits <= 1) return;
+    float largest = warp_max(lane < splits ? own.x : -INFINITE), total = 0.0f, sums[16];
+    for (u32 i = WARP + lane; i < splits; i += WARP) largest = fmaxf(largest, part_sums[i].x);
+    largest = warp_max(largest);
 #pragma unroll
     for (u32 j = 0; j < 16; j++) sums[j] = 0.0f;
-#pragma unroll 4
-    for (u32 i = 0; i < splits; i++) {
-        float weight = exp2_of(part_sums[i].x - largest) * part_sums[i].y;
-        uint4 low = *(const uint4 *)(parts + (u64)i * LATENT), high = *(const uint4 *)(parts + (u64)i * LATENT + 256);
+    auto add = [&](float weight, uint4 low, uint4 high) {
         u32 bits[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
         total += weight;
 #pragma unroll
@@ -387,6 +469,17 @@ extern "C" __global__ void __launch_bounds__(128) mla_combine(const __grid_const
             float2 x = unpack_f16(bits[j]);
             sums[2 * j] = fmaf(weight, x.x, sums[2 * j]), sums[2 * j + 1] = fmaf(weight, x.y, sums[2 * j + 1]);
         }
+    };
+    float weight = exp2_of(own.x - largest) * own.y;
+#pragma unroll
+    for (u32 i = 0; i < PARTS_MAX; i++) {
+        float now = __shfl_sync(ALL, weight, i);
+        if (i < splits) add(now, low[i], high[i]);
+    }
+#pragma unroll 4
+    for (u32 i = PARTS_MAX; i < splits; i++) {
+        float2 sum = part_sums[i];
+        add(exp2_of(sum.x - largest) * sum.y, *(const uint4 *)(parts + (u64)i * LATENT), *(const uint4 *)(parts + (u64)i * LATENT + 256));
     }
     u32 bits[8];
     float share = 1.0f / total;

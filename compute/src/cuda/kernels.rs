@@ -9,7 +9,7 @@ use cudarc::nvrtc::Ptx;
 use super::CudaError;
 use super::error::Doing;
 use super::launch::size;
-use super::linear::{WIDE_SHARED, wgmma_shared};
+use super::linear::{WIDE_SHARED, narrow_shared, wgmma_shared};
 use super::mla_attention::MLA_SHARED;
 use super::store::{KernelStore, Origin, in_parallel};
 
@@ -60,6 +60,8 @@ kernels! {
     quantise: quantise_e4m3, round_bf16, round_bf16_in_place;
     linear [product]: linear_f32, linear_bf16_f32, linear_fp8_f32, linear_bf16, linear_fp8;
     linear_wgmma [hopper, product]: linear_fp8_wgmma_16, linear_fp8_wgmma_64, linear_fp8_wgmma_128;
+    linear_narrow [hopper, product]: linear_fp8_narrow_64x16, linear_fp8_narrow_64x32, linear_fp8_narrow_64x64,
+        linear_fp8_narrow_64x128, linear_fp8_narrow_128x64;
     linear_wide [hopper, product]: linear_fp8_wide, linear_fp8_wide_picked;
     linear_bf16 [hopper, product]: linear_bf16_wgmma_16, linear_bf16_wgmma_64, linear_bf16_wgmma_128,
         linear_parts_wgmma_16, linear_parts_wgmma_64;
@@ -97,6 +99,11 @@ impl Functions {
             (&&self.mla_attention_wgmma, MLA_SHARED),
             (&&self.linear_fp8_wide, WIDE_SHARED),
             (&&self.linear_fp8_wide_picked, WIDE_SHARED),
+            (&&self.linear_fp8_narrow_64x16, narrow_shared(0)),
+            (&&self.linear_fp8_narrow_64x32, narrow_shared(1)),
+            (&&self.linear_fp8_narrow_64x64, narrow_shared(2)),
+            (&&self.linear_fp8_narrow_128x64, narrow_shared(3)),
+            (&&self.linear_fp8_narrow_64x128, narrow_shared(4)),
         ];
         for (kernel, bytes) in products.chain(others) {
             let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;

@@ -14,16 +14,7 @@ use super::{CudaError, Device};
 pub(super) const SHARED_MAX: usize = 46 * 1024;
 
 /// Kernels that do not wait by themselves: they are started when all before them is done.
-pub(super) const IN_TURN: &[&str] = &[
-    "sample",
-    "mla_attention_wgmma",
-    "mla_combine",
-    "linear_fp8_wide",
-    "linear_fp8_wide_picked",
-    "linear_fp8_wgmma_16",
-    "linear_fp8_wgmma_64",
-    "linear_fp8_wgmma_128",
-];
+pub(super) const IN_TURN: &[&str] = &["sample"];
 
 /// What a kernel's parameter may be: the same bytes on both sides.
 ///

@@ -1,9 +1,11 @@
 //! Matrix products: dense, two matrices side by side, one matrix per head, one per expert.
 
 mod heads;
+mod narrow;
 mod operands;
 mod wide;
 
+pub(super) use narrow::narrow_shared;
 pub use operands::{Inputs, Outputs};
 pub(super) use wide::WIDE_SHARED;
 
@@ -312,6 +314,9 @@ impl Device {
                     if w.format == WeightFormat::Fp8 && product.is_wide(tile_rows, row_tiles) =>
                 {
                     self.wide_product(product, w.count, row_tiles)
+                }
+                LinearKernel::Wgmma if w.format == WeightFormat::Fp8 && self.is_narrow(&product) => {
+                    self.narrow_product(product)
                 }
                 LinearKernel::Wgmma => self.wgmma_product(w.format, product, tile_rows, row_tiles, 1),
             }

@@ -223,3 +223,55 @@ fn mla_attention() {
         }
     }
 }
+
+/// A context's parts may be one block's or several blocks': enough rows that a block takes three, and each of them alone.
+#[test]
+fn a_row_does_not_know_how_many_parts_a_block_has() {
+    let Some(device) = device() else { return };
+    let mut rng = fresh();
+    let (latent, rope, long) = (512, 64, 2500);
+    let heads: usize = if small() { 16 } else { 128 };
+    let cache = Cache::new(&mut rng, geometry(KvFormat::Fp8, latent, rope, 64), &[long]);
+    if device.attention_kernel(&cache.geometry) == AttentionKernel::Plain {
+        return;
+    }
+    // One block for each row and 64 heads is what the multiprocessors take at once.
+    let rows = 130 * 64 / heads.next_multiple_of(64);
+    let contexts: Vec<u32> =
+        (0..rows as u32).map(|row| (long as u32).saturating_sub(37 * row).max(row)).collect();
+    let shape = MlaShape { heads, latent, rope, scale: 0.02, first: 0 };
+    let mut queries = |width| {
+        let bits: Vec<u16> =
+            floats(&mut rng, rows * heads * width).iter().map(|q| fp8::to_bf16(q.clamp(-4.0, 4.0))).collect();
+        device.upload(&bits).expect("queries")
+    };
+    let (q_latent, q_rope) = (queries(latent), queries(rope));
+    let pool = device.upload(&cache.bytes).expect("pool");
+    let tables = device.upload(&cache.tables[0]).expect("tables");
+    let (starts, there) =
+        (device.upload(&vec![0; rows]).expect("starts"), device.upload(&contexts).expect("contexts"));
+    let mut parts = MlaParts::new(device, rows * heads, long).expect("parts");
+    let width = heads * latent;
+    let mut attend = |first: usize, end: usize| -> Vec<u16> {
+        output(device, (end - first) * width, |out| {
+            let rows = MlaRows {
+                tables: tables.view(),
+                starts: starts.slice(first..end),
+                contexts: there.slice(first..end),
+                context_max: long,
+            };
+            let latent = q_latent.slice(first * width..end * width);
+            let rope = q_rope.slice(first * heads * rope..end * heads * rope);
+            let queries = MlaQueries::Bf16 { latent, rope, out: &mut out.view_mut(), parts: &mut parts };
+            device.mla_attention(pool.view(), &cache.geometry, 1, shape, rows, queries)
+        })
+    };
+    let whole = attend(0, rows);
+    for row in compared(rows) {
+        assert!(
+            attend(row, row + 1) == whole[row * width..][..width],
+            "row {row} of context {}",
+            contexts[row]
+        );
+    }
+}
