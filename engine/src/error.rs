@@ -102,6 +102,9 @@ pub enum StepError {
     /// The device failed. It gives nothing any more: the worker must end.
     #[error("the device failed")]
     Device(#[from] compute::cuda::CudaError),
+    /// Its observer has said that nobody wants it any more.
+    #[error("nobody wants the step any more")]
+    Unwanted,
     /// The batch itself cannot be run; nothing was computed.
     #[error("invalid batch: {0}")]
     Invalid(#[from] InvalidBatch),

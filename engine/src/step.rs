@@ -38,6 +38,12 @@ pub trait StepObserver {
 
     /// A part of the step has ended. For whoever wants to know where the time goes.
     fn stage(&mut self, _ended: Stage) {}
+
+    /// Whether anybody still wants what the step gives. The CPU asks before each layer and ends a step that nobody wants with
+    /// [`StepError::Unwanted`]; what a device was asked for, it does.
+    fn is_wanted(&self) -> bool {
+        true
+    }
 }
 
 /// What a [`StepObserver`] looks at.
@@ -157,8 +163,9 @@ impl CpuEngine {
     /// Runs rows of some sequences through the main model.
     ///
     /// # Errors
-    /// [`StepError::Invalid`] before anything is computed; [`StepError::Experts`] where the routed experts fail, after
-    /// which the rows of this step count as not in the cache. The engine can go on in either case.
+    /// [`StepError::Invalid`] before anything is computed; [`StepError::Experts`] where the routed experts fail and
+    /// [`StepError::Unwanted`] as the observer says, after which the rows of this step count as not in the cache. The engine
+    /// can go on in any case.
     pub fn step(
         &mut self,
         inputs: &[SequenceInput<'_>],
@@ -185,9 +192,14 @@ impl CpuEngine {
         embed(&model.embedding, &batch.tokens, hidden);
         step.observer.stage(Stage::Embedding);
         let mut layers = model.layers.iter();
-        let result = layers.try_for_each(|layer| layer.forward(&mut step, &mut workspace.layer, hidden));
+        let result = layers.try_for_each(|layer| {
+            if !step.observer.is_wanted() {
+                return Err(StepError::Unwanted);
+            }
+            Ok(layer.forward(&mut step, &mut workspace.layer, hidden)?)
+        });
         *attention_rows = recycle(views);
-        Ok(result?)
+        result
     }
 }
 

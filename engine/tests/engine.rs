@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use compute::{Activations, Cpu};
 use engine::{
     Engine, EngineError, EngineOptions, ExpertBank, ExpertBatch, ExpertGroup, ExpertJobs, ExpertScratch,
-    Experts, ExpertsError, FollowedInput, InvalidBatch, LocalExperts, LogitsWanted, MtpInput, SequenceInput,
-    StepError,
+    Experts, ExpertsError, FollowedInput, InvalidBatch, KvPool, LocalExperts, LogitsWanted, MtpInput,
+    SequenceInput, StepError, StepObserver,
 };
 use model::{BlockId, Checkpoint, Device, ExpertId, KvFormat, Numerics, TokenId};
 use support::{Bench, Golden, Setup, assert_same_bits, fixture};
@@ -198,6 +198,42 @@ fn the_engine_survives_failing_experts() {
     down.store(false, Ordering::Relaxed);
     let again = engine.step(&[input], &mut ()).expect("the step runs").logits;
     assert_same_bits("after the failure", again, &expect);
+}
+
+/// Whoever waited goes away during a layer.
+struct Leaving {
+    after: usize,
+    layers: usize,
+}
+
+impl StepObserver for Leaving {
+    fn layer_done(&mut self, _: usize, _: &KvPool) {
+        self.layers += 1;
+    }
+
+    fn is_wanted(&self) -> bool {
+        self.layers < self.after
+    }
+}
+
+/// A step ends before the next layer once nobody wants it, and may be run again with the same result.
+#[test]
+fn a_step_that_nobody_wants_ends_between_layers() {
+    let mut engine = load("v3_fp8_mtp", &EngineOptions { mtp: true, ..OPTIONS }).expect("the engine loads");
+    let layers = engine.config().num_hidden_layers;
+    let tokens: Vec<TokenId> = (10..30).map(TokenId).collect();
+    let sequence =
+        SequenceInput { tokens: &tokens, position: 0, block_table: &[BlockId(2)], logits: LogitsWanted::All };
+    let input = [FollowedInput { sequence, before: &[] }];
+    let expect = engine.step_with_mtp(&input, &mut ()).expect("the step runs").logits.to_vec();
+    for after in 0..layers {
+        let mut observer = Leaving { after, layers: 0 };
+        let error = engine.step_with_mtp(&input, &mut observer).expect_err("nobody wants it");
+        assert!(matches!(error, StepError::Unwanted), "{error}");
+        assert_eq!(observer.layers, after);
+        let again = engine.step_with_mtp(&input, &mut ()).expect("the step runs").logits;
+        assert_same_bits(&format!("left after {after} layers"), again, &expect);
+    }
 }
 
 #[test]

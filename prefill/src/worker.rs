@@ -5,17 +5,14 @@
 //! work the thread sleeps until something arrives.
 //!
 //! Invariant: blocks change hands between steps only, on this thread. A failed step ends its own requests and nothing
-//! else.
+//! else; one that nobody waits for any more ends between two layers.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver as Channel, Select, TryRecvError};
-use engine::{
-    Draw, Engine, FollowedInput, KvTier, LogitsWanted, Sampled, SequenceInput, SequenceSampler, StepError,
-};
-use model::BlockId;
+use engine::{Engine, FollowedInput, KvTier, Sampled, SequenceSampler, StepError};
 use proto::pace::Pace;
 use proto::share::Priority;
 use tracing::Span;
@@ -27,6 +24,10 @@ use crate::metrics::{Metrics, as_gauge};
 use crate::outbox::{Outbox, RequestEvent};
 use crate::prompt_logprobs::{PromptLogprobs, to_wire};
 use crate::scheduler::{Arrival, Chunk, Scheduler, SequenceId};
+
+use request::{Request, WhileWanted};
+
+mod request;
 
 /// An idle thread still goes round this often: health tells idle from dead by it, and deadlines are found.
 const IDLE_MAX: Duration = Duration::from_millis(50);
@@ -70,22 +71,6 @@ pub(crate) struct Worker {
     /// Prompt tokens by the time of the rounds that computed them, and the end of the last such round.
     pace: Pace,
     stepped_at: Option<Instant>,
-}
-
-/// A queued request, besides its blocks.
-struct Request {
-    checked: Checked,
-    outbox: Outbox,
-    arrived: Instant,
-    started: Option<Instant>,
-    /// With an MTP module: the hidden state of the last token that was computed, which the module's next row begins with.
-    /// Empty before the first chunk.
-    state: Vec<f32>,
-    /// Where the prompt's own log-probabilities are wanted.
-    prompt_logprobs: Option<PromptLogprobs>,
-    /// Of the token behind the prompt.
-    sampler: SequenceSampler,
-    span: Span,
 }
 
 impl Worker {
@@ -240,9 +225,7 @@ impl Worker {
     fn drop_unwanted(&mut self, now: Instant) {
         let abandoned = self.requests.iter().filter(|(_, request)| request.outbox.is_abandoned());
         for id in abandoned.map(|(&id, _)| id).collect::<Vec<_>>() {
-            if self.release(id, "cancelled").is_some() {
-                self.metrics.cancelled.inc();
-            }
+            self.cancel(id);
         }
         for id in self.scheduler.overdue(now) {
             self.fail(id, Failure::DeadlineExceeded);
@@ -277,9 +260,10 @@ impl Worker {
         }
         // What the step does for all its sequences together is shown under the first.
         let _hop = hops.first().map(Span::enter);
-        let mut observer = self.handoff.during(&self.scheduler, &self.step);
-        let hidden_size = self.engine.config().hidden_size;
         let requests = &self.requests;
+        let pushing = self.handoff.during(&self.scheduler, &self.step);
+        let mut observer = WhileWanted { pushing, requests, step: &self.step };
+        let hidden_size = self.engine.config().hidden_size;
         let of_chunk = |chunk: &Chunk| {
             let request = requests.get(&chunk.id);
             let rows = request.map_or(0, |request| request.rows_wanted(chunk));
@@ -331,6 +315,12 @@ impl Worker {
                     self.deliver(id, sampled, now);
                 }
             }
+            Err(StepError::Unwanted) => {
+                self.scheduler.fail(&self.step);
+                for id in self.step.iter().map(|chunk| chunk.id).collect::<Vec<_>>() {
+                    self.cancel(id);
+                }
+            }
             Err(error) => self.fail_step(error),
         }
     }
@@ -371,6 +361,13 @@ impl Worker {
         }
     }
 
+    /// Its client has gone away.
+    fn cancel(&mut self, id: SequenceId) {
+        if self.release(id, "cancelled").is_some() {
+            self.metrics.cancelled.inc();
+        }
+    }
+
     fn finish(&mut self, id: SequenceId, handoff: Duration) {
         if let Some(request) = self.release(id, "committed") {
             self.metrics.handed_off(handoff);
@@ -406,44 +403,6 @@ impl Worker {
         self.metrics.prefix(&self.scheduler.prefix_stats());
         self.metrics.transfers(&self.handoff.stats());
         self.metrics.tier.store(&self.tier.stats());
-    }
-}
-
-impl Request {
-    /// The span of one of its chunks.
-    fn hop(&self, chunk: &Chunk) -> Span {
-        tracing::info_span!(
-            parent: &self.span,
-            "chunk",
-            hop = 7,
-            request_id = %self.checked.request_id,
-            start = chunk.start,
-            tokens = chunk.tokens
-        )
-    }
-
-    fn input<'a>(&'a self, chunk: &Chunk, block_table: &'a [BlockId]) -> SequenceInput<'a> {
-        SequenceInput {
-            tokens: &self.checked.sequence.prompt[chunk.start..chunk.start + chunk.tokens],
-            position: chunk.start,
-            block_table,
-            logits: match (&self.prompt_logprobs, chunk.last) {
-                (Some(_), _) => LogitsWanted::All,
-                (None, true) => LogitsWanted::Last,
-                (None, false) => LogitsWanted::None,
-            },
-        }
-    }
-
-    /// How the token behind the prompt is drawn.
-    fn draw(&self) -> Draw<'_> {
-        let Checked { sequence, suppressed, .. } = &self.checked;
-        Draw { sampler: &self.sampler, position: sequence.prompt.len(), suppress: suppressed, ahead: &[] }
-    }
-
-    /// Rows of [`Self::input`] that logits are wanted for.
-    fn rows_wanted(&self, chunk: &Chunk) -> usize {
-        if self.prompt_logprobs.is_some() { chunk.tokens } else { usize::from(chunk.last) }
     }
 }
 
