@@ -316,6 +316,8 @@ impl Worker {
                 }
             }
             Err(StepError::Unwanted) => {
+                // What was not computed says nothing of the pace.
+                self.stepped_at = None;
                 self.scheduler.fail(&self.step);
                 for id in self.step.iter().map(|chunk| chunk.id).collect::<Vec<_>>() {
                     self.cancel(id);
