@@ -3,8 +3,9 @@
 //! Two things are measured as the worker goes. *Acceptance*: the share of first, second, … drafts that stood, given that the
 //! ones before them did. *Cost*: what a step with drafts took, from its beginning to the next one's, as a multiple of a step without
 //! at the same time, by the number of its sequences and of the tokens drafted for each, so that what a row costs on this machine,
-//! beside these neighbours, needs no model. Costs come from pairs alone: now and then one step is done otherwise than its neighbours, and compared with the middle
-//! of theirs. So a machine that slows down, or a step that was interrupted, speaks for nobody.
+//! beside these neighbours, needs no model. Costs come from pairs alone: now and then one step is done otherwise than its
+//! neighbours, and compared with the middle of theirs. So a machine that slows down, or a step that was interrupted, speaks for
+//! nobody.
 //!
 //! A batch drafts nothing until a few pairs say that drafts give clearly more tokens per second, and then as many as give the
 //! most. While drafting does not pay it is tried ever more rarely. Batches of another size have their own pairs. A

@@ -22,8 +22,8 @@ use crate::rails::{RailPeer, Rails};
 /// Where blocks go that a live ticket permits.
 pub trait BlockSink {
     /// The place of one layer of one block of a live ticket: `bytes` bytes, whole rows from row 0. `block_in_sequence` is
-    /// counted from the sequence's start and lies within the ticket. Asked for once, and only when the bytes that will be
-    /// copied there have passed their checksum.
+    /// counted from the sequence's start and lies within the ticket. Asked for once; the copy that was put there is checked,
+    /// and a ticket with a damaged one ends.
     ///
     /// `None`: the caller's books have no such block. The ticket dies.
     fn place(

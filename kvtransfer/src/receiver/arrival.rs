@@ -1,4 +1,4 @@
-//! What has landed for one ticket: the arrival counter, and the checks that a piece passes before it lands.
+//! What has landed for one ticket: the arrival counter, and the checks that each piece passes.
 
 use fabric::Body;
 use model::TokenId;
