@@ -1,6 +1,6 @@
 //! Rows sorted by their experts, and their results added up.
 
-use super::launch::{Grid, launch, size};
+use super::launch::{Argument, Grid, launch, size};
 use super::linear::LinearKernel;
 use super::{Buffer, CudaError, Device, Outputs, Pinned, View, ViewMut};
 
@@ -51,6 +51,18 @@ impl Groups {
         self.totals.slice(0..1)
     }
 }
+
+/// Where a kernel other than `group_rows` puts what that makes; all zero: nowhere. `struct Sorted` there.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(super) struct Sorted {
+    order: u64,
+    tiles: u64,
+    totals: u64,
+}
+
+// SAFETY: the same fields in the same order, C layout.
+unsafe impl Argument for Sorted {}
 
 /// Groups that the host sorted, on their way to the device.
 pub struct GroupStaging {
@@ -117,20 +129,31 @@ impl Device {
         kernel: LinearKernel,
         groups: &mut Groups,
     ) -> Result<(), CudaError> {
-        assert!(ids.len() <= groups.order.len(), "{} assignments", ids.len());
-        groups.rows = ids.len();
-        groups.tile_rows = self.group_tile(kernel, ids.len(), groups.experts);
+        let Sorted { order, tiles, totals } = self.group_room(ids.len(), kernel, groups);
         if ids.is_empty() {
             return Ok(());
         }
         let grid = Grid::line(1, 1024).with_shared(3 * groups.experts * size_of::<u32>());
-        let (order, tiles, totals) =
-            (groups.order.view().address(), groups.tiles.view().address(), groups.totals.view().address());
         // SAFETY: one block; room for order and tiles was checked, the kernel checks ids and the number of tiles.
         unsafe {
             launch!(self, group_rows, grid;
                 ids.address(), size(ids.len()), size(groups.experts), size(groups.tile_rows),
                 size(groups.tiles_max()), order, tiles, totals)
+        }
+    }
+
+    /// Room in `groups` for `assignments` that somebody will sort.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub(super) fn group_room(&self, assignments: usize, kernel: LinearKernel, groups: &mut Groups) -> Sorted {
+        assert!(assignments <= groups.order.len(), "{assignments} assignments");
+        groups.rows = assignments;
+        groups.tile_rows = self.group_tile(kernel, assignments, groups.experts);
+        Sorted {
+            order: groups.order.view().address(),
+            tiles: groups.tiles.view().address(),
+            totals: groups.totals.view().address(),
         }
     }
 

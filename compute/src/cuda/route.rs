@@ -1,7 +1,8 @@
 //! The router's choice.
 
+use super::experts::Sorted;
 use super::launch::{Grid, launch, size};
-use super::{CudaError, Device, View, ViewMut};
+use super::{CudaError, Device, Groups, LinearKernel, View, ViewMut};
 use crate::{RoutingRule, Scoring, Selection};
 
 impl Device {
@@ -23,6 +24,45 @@ impl Device {
         rule: &RoutingRule,
         ids: &mut ViewMut<'_, u16>,
         weights: &mut ViewMut<'_, f32>,
+    ) -> Result<(), CudaError> {
+        self.route_into(logits, slices, experts, row_count, bias, rule, ids, weights, Sorted::default())
+    }
+
+    /// [`Self::route`] and [`Self::group_rows`] of the choices, for products by `kernel`: one launch where there is but one row.
+    ///
+    /// # Panics
+    /// As either.
+    #[allow(clippy::too_many_arguments)] // As above.
+    pub fn route_and_group(
+        &self,
+        logits: View<'_, f32>,
+        slices: usize,
+        experts: usize,
+        row_count: Option<View<'_, u32>>,
+        bias: Option<View<'_, f32>>,
+        rule: &RoutingRule,
+        ids: &mut ViewMut<'_, u16>,
+        weights: &mut ViewMut<'_, f32>,
+        (kernel, groups): (LinearKernel, &mut Groups),
+    ) -> Result<(), CudaError> {
+        let alone = ids.len() == rule.top_k;
+        let sorted = if alone { self.group_room(ids.len(), kernel, groups) } else { Sorted::default() };
+        self.route_into(logits, slices, experts, row_count, bias, rule, ids, weights, sorted)?;
+        if alone { Ok(()) } else { self.group_rows(ids.view(), kernel, groups) }
+    }
+
+    #[allow(clippy::too_many_arguments)] // As above.
+    fn route_into(
+        &self,
+        logits: View<'_, f32>,
+        slices: usize,
+        experts: usize,
+        row_count: Option<View<'_, u32>>,
+        bias: Option<View<'_, f32>>,
+        rule: &RoutingRule,
+        ids: &mut ViewMut<'_, u16>,
+        weights: &mut ViewMut<'_, f32>,
+        sorted: Sorted,
     ) -> Result<(), CudaError> {
         if logits.is_empty() {
             return Ok(());
@@ -56,7 +96,7 @@ impl Device {
             launch!(self, route, grid;
                 logits.address(), size(slices), size(experts), bias, scoring, selection, size(rule.top_k),
                 size(groups), size(kept), u32::from(rule.normalise), rule.scale, row_count, ids.address(),
-                weights.address())
+                weights.address(), sorted)
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Choosing experts and tokens.
 
-use compute::cuda::Device;
-use compute::{RoutingRule, Scoring, Selection, reference};
+use compute::cuda::{Device, ExpertMatrices, Groups};
+use compute::{RoutingRule, Scoring, Selection, WeightFormat, reference};
 use rand::RngExt;
 
 use super::support::{assert_close, bits, device, floats, fresh, output, poisoned, read};
@@ -96,6 +96,33 @@ fn ties_go_to_the_lowest_expert_and_nan_is_chosen_last() {
     assert_eq!(ids, [3, 1, 4]);
     let (ids, _) = route(device, &[f32::NAN; 40], 40, None, &greedy);
     assert!(ids.iter().all(|&id| id < 40), "{ids:?}");
+}
+
+/// A single row's experts are sorted by the kernel that chooses them; products see the same tiles.
+#[test]
+fn a_row_is_grouped_as_it_is_routed() {
+    let Some(device) = device() else { return };
+    let mut rng = fresh();
+    let w = ExpertMatrices::alloc(device, 256, (64, 128), WeightFormat::Bf16).expect("room");
+    let kernel = device.expert_kernel(&w);
+    for (rows, padding) in [(1, 0), (1, 1), (5, 2)] {
+        let logits = floats(&mut rng, rows * 256);
+        let there = device.upload(&logits).expect("logits");
+        let count = device.upload(&[(rows - padding) as u32]).expect("count");
+        let mut weights = poisoned(device, rows * V3.top_k);
+        let mut groups = Groups::new(device, rows * V3.top_k, 256).expect("groups");
+        let ids: Vec<u16> = output(device, rows * V3.top_k, |ids| {
+            let (ids, weights, count) = (&mut ids.view_mut(), &mut weights.view_mut(), Some(count.view()));
+            let groups = (kernel, &mut groups);
+            device.route_and_group(there.view(), 1, 256, count, None, &V3, ids, weights, groups)
+        });
+        let (alone, alone_weights) = route(device, &logits, 256, None, &V3);
+        let kept = (rows - padding) * V3.top_k;
+        assert_eq!(ids[..kept], alone[..kept]);
+        assert_eq!(bits(&read(device, weights.view())[..kept]), bits(&alone_weights[..kept]));
+        assert!(ids[kept..].iter().all(|&id| id == u16::MAX), "{ids:?}");
+        assert_eq!(read(device, groups.row_count()), [kept as u32]);
+    }
 }
 
 #[test]

@@ -95,16 +95,15 @@ impl Moe {
         let bias = self.correction_bias.as_ref().map(Buffer::view);
         let (ids, weights) =
             (&mut work.ids.slice_mut(0..assignments), &mut work.weights.slice_mut(0..assignments));
-        device.route(
-            logits,
-            slices,
-            experts,
-            Some(step.inputs.row_count()),
-            bias,
-            &self.rule,
-            ids,
-            weights,
-        )?;
+        let (rule, row_count) = (&self.rule, Some(step.inputs.row_count()));
+        match &self.experts {
+            Some(held) => {
+                let groups = (device.expert_kernel(&held.gate), &mut work.groups);
+                device
+                    .route_and_group(logits, slices, experts, row_count, bias, rule, ids, weights, groups)?;
+            }
+            None => device.route(logits, slices, experts, row_count, bias, rule, ids, weights)?,
+        }
         step.routed(layer, ids.view(), weights.view(), top_k)?;
         step.stage(Stage::Router)?;
 
@@ -143,8 +142,6 @@ impl Moe {
     ) -> Result<(), CudaError> {
         let (device, rows, top_k) = (step.device, step.inputs.rows(), self.rule.top_k);
         let (assignments, inside) = (rows * top_k, experts.down.cols());
-        let ids = work.ids.slice(0..assignments);
-        device.group_rows(ids, device.expert_kernel(&experts.gate), &mut work.groups)?;
         let (up, groups) = (Some(&experts.up), &work.groups);
         let gate_up = &mut work.gate_up.slice_mut(0..assignments * 2 * inside);
         device.experts_in(&experts.gate, up, input.inputs(rows), groups, top_k, gate_up)?;
