@@ -15,6 +15,37 @@
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
+// A tile's sums by way of shared memory, so that a row's outputs are stored side by side.
+template <u32 TILE>
+__device__ __forceinline__ void store_rows(const Product &p, const float *sums, u32 base, u32 first, u32 end, u32 out, u32 head) {
+    // Four more, so that no two threads of a warp meet in a bank.
+    constexpr u32 STRIDE = CHANNELS + 4;
+    extern __shared__ u8 memory[];
+    float *rows = (float *)(memory + (base - (u32)__cvta_generic_to_shared(memory)));
+    u32 thread = threadIdx.x, own = thread / 32 * 16 + thread % 32 / 4;
+    // The last of the operands has been read.
+    __syncthreads();
+#pragma unroll
+    for (u32 i = 0; i < TILE / 2; i++) {
+        rows[(i / 4 * 8 + thread % 4 * 2 + i % 2) * STRIDE + own + i % 4 / 2 * 8] = sums[i];
+    }
+    __syncthreads();
+    u32 piece = thread % 8 * 8;
+    for (u32 line = thread / 8; line < TILE && first + line < end; line += THREADS / 8) {
+        u32 row = p.out_rows ? p.out_rows[first + line] : first + line;
+        u64 at = ((u64)row * p.heads + head) * p.n + out + piece;
+        const float *from = rows + line * STRIDE + piece;
+        float4 low = *(const float4 *)from, high = *(const float4 *)(from + 4);
+        if (p.y_bf16) {
+            u32 bits[4] = {to_bf16(low.x) | (u32)to_bf16(low.y) << 16, to_bf16(low.z) | (u32)to_bf16(low.w) << 16,
+                           to_bf16(high.x) | (u32)to_bf16(high.y) << 16, to_bf16(high.z) | (u32)to_bf16(high.w) << 16};
+            *(uint4 *)((u16 *)p.y + at) = make_uint4(bits[0], bits[1], bits[2], bits[3]);
+        } else {
+            *(float4 *)((float *)p.y + at) = low, *(float4 *)((float *)p.y + at + 4) = high;
+        }
+    }
+}
+
 template <u32 TILE, u32 STAGES, u32 PARTS> __device__ __forceinline__ void product(const Product &p) {
     constexpr u32 WEIGHTS = CHANNELS * 128, INPUTS = TILE * 128;
     extern __shared__ u8 memory[];
@@ -88,6 +119,10 @@ template <u32 TILE, u32 STAGES, u32 PARTS> __device__ __forceinline__ void produ
             for (u32 i = 0; i < TILE / 2; i++) sums[i] += d[i];
         }
     }
+    if (PARTS == 1 && TILE > 16 && (u64)p.y % 16 == 0) {
+        store_rows<TILE>(p, sums, base, first, end, out, head);
+        return;
+    }
     u32 channel = out + thread / 32 * 16 + thread % 32 / 4;
 #pragma unroll
     for (u32 i = 0; i < TILE / 2; i++) {
@@ -98,10 +133,71 @@ template <u32 TILE, u32 STAGES, u32 PARTS> __device__ __forceinline__ void produ
     }
 }
 
+// The product of parts by four warpgroups: each has 128 of the slice's channels, which the unit adds up anyway, and what it
+// loads is all under way at once. The same bits as one warpgroup that takes them in turn.
+template <u32 TILE> __device__ __forceinline__ void parts_product(const Product &p) {
+    constexpr u32 GROUPS = SLICE / BLOCK, WEIGHTS = CHANNELS * 128, INPUTS = TILE * 128, SHARE = 2 * WEIGHTS + 6 * INPUTS;
+    extern __shared__ u8 memory[];
+    u32 base = ((u32)__cvta_generic_to_shared(memory) + 1023) & ~1023u;
+    u32 group = __shfl_sync(ALL, threadIdx.x / THREADS, 0), thread = threadIdx.x % THREADS, chunk = thread % 8;
+    u32 out = blockIdx.x * CHANNELS, start = blockIdx.z * SLICE + group * BLOCK, own = base + group * SHARE;
+    // Steps of 64 channels: two, but at the matrix's end.
+    u32 steps = start < p.k ? min(p.k - start, BLOCK) / STEP : 0;
+    const u8 *w = (const u8 *)p.w + ((u64)(out + thread / 8) * p.k + start) * 2 + chunk * 16;
+    for (u32 step = 0; step < steps; step++) {
+#pragma unroll
+        for (u32 i = 0; i < CHANNELS / 16; i++) {
+            copy16(own + step * WEIGHTS + swizzled(thread / 8 + 16 * i, chunk), w + ((u64)(16 * i) * p.k + step * STEP) * 2, 16);
+        }
+    }
+    previous_done();
+    u32 first = blockIdx.y * TILE, end = min(first + TILE, p.m);
+#pragma unroll
+    for (u32 i = 0; i < TILE / 16; i++) {
+        u32 row = first + thread / 8 + 16 * i, there = row < end ? 16 : 0;
+        const u8 *x = (const u8 *)p.x + 2 * ((u64)(there ? row : 0) * p.x_stride + start) + chunk * 16;
+        for (u32 step = 0; step < 3 * steps; step++) {
+            u32 to = own + 2 * WEIGHTS + step * INPUTS + swizzled(thread / 8 + 16 * i, chunk);
+            copy16(to, x + (step / 3 * STEP + step % 3 * p.k) * 2, there);
+        }
+    }
+    copies_commit();
+    copies_wait<0>();
+    written_for_matrix_unit();
+    some_sync(1 + group, THREADS);
+    float d[TILE / 2];
+#pragma unroll
+    for (u32 i = 0; i < TILE / 2; i++) d[i] = 0.0f;
+    for (u32 step = 0; step < 3 * steps; step++) {
+        u64 a = tile(own + step / 3 * WEIGHTS), b = tile(own + 2 * WEIGHTS + step * INPUTS);
+        mma_begin();
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) MmaBf16<TILE>::run(d, a + 2 * i, b + 2 * i, i > 0 || step > 0);
+        mma_commit();
+        mma_wait<0>();
+    }
+    // All are done with what they have read before sums take its place; then each adds up its share of the outputs.
+    __syncthreads();
+    float *sums = (float *)(memory + (base - (u32)__cvta_generic_to_shared(memory)));
+#pragma unroll
+    for (u32 i = 0; i < TILE / 2; i++) sums[(i * GROUPS + group) * THREADS + thread] = d[i];
+    __syncthreads();
+    u32 channel = out + thread / 32 * 16 + thread % 32 / 4;
+#pragma unroll
+    for (u32 j = 0; j < TILE / 2 / GROUPS; j++) {
+        u32 i = group * (TILE / 2 / GROUPS) + j, row = first + i / 4 * 8 + thread % 4 * 2 + i % 2;
+        float sum = 0.0f;
+#pragma unroll
+        for (u32 from = 0; from < GROUPS; from++) sum += sums[(i * GROUPS + from) * THREADS + thread];
+        if (row < end) ((float *)p.y)[((u64)blockIdx.z * p.m + row) * p.n + channel + i % 4 / 2 * 8] = sum;
+    }
+}
+
 #else
 
 // Other architectures have no wgmma, and the host never launches this there.
 template <u32 TILE, u32 STAGES, u32 PARTS> __device__ __forceinline__ void product(const Product &) { require(false); }
+template <u32 TILE> __device__ __forceinline__ void parts_product(const Product &) { require(false); }
 
 #endif
 
@@ -110,5 +206,8 @@ template <u32 TILE, u32 STAGES, u32 PARTS> __device__ __forceinline__ void produ
 ENTRY linear_bf16_wgmma_16(const __grid_constant__ Product p) { product<16, 8, 1>(p); }
 ENTRY linear_bf16_wgmma_64(const __grid_constant__ Product p) { product<64, 6, 1>(p); }
 ENTRY linear_bf16_wgmma_128(const __grid_constant__ Product p) { product<128, 4, 1>(p); }
-ENTRY linear_parts_wgmma_16(const __grid_constant__ Product p) { product<16, 8, 3>(p); }
+extern "C" __global__ void __launch_bounds__(4 * THREADS, 1)
+linear_parts_wgmma_16(const __grid_constant__ Product p) { parts_product<16>(p); }
+extern "C" __global__ void __launch_bounds__(4 * THREADS, 1)
+linear_parts_wgmma_32(const __grid_constant__ Product p) { parts_product<32>(p); }
 ENTRY linear_parts_wgmma_64(const __grid_constant__ Product p) { product<64, 6, 3>(p); }

@@ -9,7 +9,7 @@ use cudarc::nvrtc::Ptx;
 use super::CudaError;
 use super::error::Doing;
 use super::launch::size;
-use super::linear::{WIDE_SHARED, narrow_shared, wgmma_shared};
+use super::linear::{WIDE_SHARED, narrow_shared, parts_shared, wgmma_shared};
 use super::mla_attention::MLA_SHARED;
 use super::store::{KernelStore, Origin, in_parallel};
 
@@ -64,16 +64,16 @@ kernels! {
         linear_fp8_narrow_64x128, linear_fp8_narrow_128x64;
     linear_wide [hopper, product]: linear_fp8_wide, linear_fp8_wide_picked;
     linear_bf16 [hopper, product]: linear_bf16_wgmma_16, linear_bf16_wgmma_64, linear_bf16_wgmma_128,
-        linear_parts_wgmma_16, linear_parts_wgmma_64;
+        linear_parts_wgmma_16, linear_parts_wgmma_32, linear_parts_wgmma_64;
     rms_norm: rms_norm;
-    norm: norm_rows;
+    norm [norm_row]: norm_rows;
     norm_pair: norm_pair;
     elementwise: silu_mul, add_in_place, add_scaled, weighted_sum;
     swiglu: swiglu;
     experts: group_rows, combine_f32, combine_bf16;
     rope: rope_interleaved;
     query: split_queries_f32, split_queries_bf16;
-    kv_write: kv_write, latent_write;
+    kv_write [norm_row]: kv_write, latent_write, latent_write_norm;
     mla_attention: mla_attention_f32, mla_attention_bf16, mla_attention_fp8;
     mla_attention_wgmma [hopper]: mla_attention_wgmma, mla_combine;
     route: route;
@@ -87,7 +87,7 @@ impl Functions {
     /// Lets the matrix unit's kernels have the shared memory that they need.
     pub(super) fn allow_shared_memory(&self) -> Result<(), CudaError> {
         let tiles: [&[&CudaFunction]; 3] = [
-            &[&self.linear_fp8_wgmma_16, &self.linear_bf16_wgmma_16, &self.linear_parts_wgmma_16],
+            &[&self.linear_fp8_wgmma_16, &self.linear_bf16_wgmma_16],
             &[&self.linear_fp8_wgmma_64, &self.linear_bf16_wgmma_64, &self.linear_parts_wgmma_64],
             &[&self.linear_fp8_wgmma_128, &self.linear_bf16_wgmma_128],
         ];
@@ -97,6 +97,8 @@ impl Functions {
             .flat_map(|(tile, kernels)| kernels.iter().map(move |k| (k, wgmma_shared(tile))));
         let others = [
             (&&self.mla_attention_wgmma, MLA_SHARED),
+            (&&self.linear_parts_wgmma_16, parts_shared(16)),
+            (&&self.linear_parts_wgmma_32, parts_shared(32)),
             (&&self.linear_fp8_wide, WIDE_SHARED),
             (&&self.linear_fp8_wide_picked, WIDE_SHARED),
             (&&self.linear_fp8_narrow_64x16, narrow_shared(0)),

@@ -1,7 +1,8 @@
 //! Encoding cache rows.
 
 use super::launch::{Argument, Grid, launch, size};
-use super::{CudaError, Device, RopeTable, View, ViewMut};
+use super::norm::{self, Norm};
+use super::{Activations, CudaError, Device, RopeTable, View, ViewMut};
 use crate::{KvFormat, KvGeometry, fp8};
 
 /// How the kernels number formats.
@@ -91,38 +92,109 @@ impl Device {
         unsafe { launch!(self, kv_write, Grid::line(rows, 128); cache, latent.address(), rope.address()) }
     }
 
-    /// As [`Self::kv_write`] from projected rows `x` `[m, stride]`, whose first values are latent and key: the latent is
-    /// normed with `weight` and `eps`, the key rotated.
+    /// As [`Self::kv_write`] from projected rows, whose latents are normed and keys rotated.
     ///
     /// # Panics
     /// If the lengths do not go together.
-    pub fn latent_write(
-        &self,
-        cache: CacheRows<'_, '_>,
-        x: View<'_, f32>,
-        stride: usize,
-        (weight, eps): (View<'_, f32>, f32),
-        positions: View<'_, u32>,
-        table: &RopeTable,
-    ) -> Result<(), CudaError> {
-        let (rows, geometry) = (positions.len(), cache.geometry);
-        assert_eq!(cache.slots.len(), 2 * rows, "block and row");
-        assert!(geometry.latent + geometry.rope <= stride, "a latent and a key in a row");
-        assert!(
-            rows == 0 || x.len() >= (rows - 1) * stride + geometry.latent + geometry.rope,
-            "rows of {stride}"
-        );
-        assert!(weight.len() == geometry.latent && geometry.rope == 2 * table.pairs(), "widths of a row");
+    pub fn latent_write(&self, cache: CacheRows<'_, '_>, latents: LatentRows<'_>) -> Result<(), CudaError> {
+        let rows = latents.positions.len();
+        let (shared, latents) = (latents.shared(&cache), latents.checked(&cache));
         let cache = Cache::new(cache);
         if rows == 0 {
             return Ok(());
         }
-        let grid = Grid::line(rows, 128).with_shared((geometry.latent + geometry.rope) * size_of::<f32>());
-        let (angles, positions_max) = table.addresses();
         // SAFETY: as above; positions are checked in the kernel.
-        unsafe {
-            launch!(self, latent_write, grid;
-                cache, x.address(), size(stride), weight.address(), eps, positions.address(), angles, positions_max)
+        unsafe { launch!(self, latent_write, Grid::line(rows, 128).with_shared(shared); cache, latents) }
+    }
+
+    /// [`Self::latent_write`] and, at the same time, [`Self::norm`] of the rows' first values, as many as `weight` has, into
+    /// `output`: both have the bits that they have alone.
+    ///
+    /// # Panics
+    /// As either.
+    pub fn latent_write_and_norm(
+        &self,
+        cache: CacheRows<'_, '_>,
+        latents: LatentRows<'_>,
+        (weight, eps): (View<'_, f32>, f32),
+        output: &mut Activations,
+    ) -> Result<(), CudaError> {
+        let rows = latents.positions.len();
+        assert_eq!(latents.x.len(), rows * latents.stride, "projected rows");
+        let mut norm = Norm::new(latents.x, latents.stride, weight, eps);
+        let (shared, latents) = (latents.shared(&cache), latents.checked(&cache));
+        let cache = Cache::new(cache);
+        norm.round_into(rows, &mut [output]);
+        norm.choose_loads();
+        if rows == 0 {
+            return Ok(());
+        }
+        let grid = Grid::line(2 * rows, norm::THREADS).with_shared(shared);
+        // SAFETY: a thread block for each half of a row's work; as above, and as norm's.
+        unsafe { launch!(self, latent_write_norm, grid; cache, latents, norm) }
+    }
+}
+
+/// Projected rows `[m, stride]`: at `first` of each lie latent and key.
+#[derive(Clone, Copy)]
+pub struct LatentRows<'a> {
+    /// All rows.
+    pub x: View<'a, f32>,
+    /// Values from row to row.
+    pub stride: usize,
+    /// Where a latent begins, in values from a row's beginning.
+    pub first: usize,
+    /// Weight and epsilon of the latent's norm.
+    pub norm: (View<'a, f32>, f32),
+    /// Position of each row.
+    pub positions: View<'a, u32>,
+    /// Its angles.
+    pub table: &'a RopeTable,
+}
+
+/// The kernels' parameters; `struct Latents` there.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Latents {
+    x: u64,
+    w: u64,
+    positions: u64,
+    table: u64,
+    stride: u32,
+    positions_max: u32,
+    eps: f32,
+    unused: u32,
+}
+
+// SAFETY: the same fields in the same order, C layout.
+unsafe impl Argument for Latents {}
+
+impl LatentRows<'_> {
+    /// Bytes of shared memory for a latent and a key.
+    fn shared(&self, cache: &CacheRows<'_, '_>) -> usize {
+        (cache.geometry.latent + cache.geometry.rope) * size_of::<f32>()
+    }
+
+    /// # Panics
+    /// If lengths and widths do not go together.
+    fn checked(self, cache: &CacheRows<'_, '_>) -> Latents {
+        let Self { x, stride, first, norm: (weight, eps), positions, table } = self;
+        let (rows, geometry) = (positions.len(), cache.geometry);
+        let end = first + geometry.latent + geometry.rope;
+        assert_eq!(cache.slots.len(), 2 * rows, "block and row");
+        assert!(end <= stride, "a latent and a key in a row");
+        assert!(rows == 0 || x.len() >= (rows - 1) * stride + end, "rows of {stride}");
+        assert!(weight.len() == geometry.latent && geometry.rope == 2 * table.pairs(), "widths of a row");
+        let (angles, positions_max) = table.addresses();
+        Latents {
+            x: x.address() + (first * size_of::<f32>()) as u64,
+            w: weight.address(),
+            positions: positions.address(),
+            table: angles,
+            stride: size(stride),
+            positions_max,
+            eps,
+            unused: 0,
         }
     }
 }

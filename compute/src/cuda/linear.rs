@@ -3,10 +3,12 @@
 mod heads;
 mod narrow;
 mod operands;
+mod parts;
 mod wide;
 
 pub(super) use narrow::narrow_shared;
 pub use operands::{Inputs, Outputs};
+pub(super) use parts::parts_shared;
 pub(super) use wide::WIDE_SHARED;
 
 use super::launch::{Argument, Grid, launch, size};
@@ -65,13 +67,22 @@ pub enum LinearKernel {
 /// Output channels of a wgmma block; its tiles of rows and stages of their pipelines. The kernels' own numbers.
 const CHANNELS: usize = 64;
 const TILES: [(usize, usize); 3] = [(16, 8), (64, 6), (128, 4)];
-/// Channels of K that one slice of a product of parts sums up.
-const SLICE: usize = 512;
 
 /// Shared memory of a wgmma kernel: per stage 128 bytes a channel and row and (FP8) a scale a row, and what aligning takes.
 pub(super) fn wgmma_shared(tile: usize) -> usize {
-    let (rows, stages) = TILES[tile];
+    stages_shared(tile, TILES[tile].1)
+}
+
+/// The same with so many stages.
+fn stages_shared(tile: usize, stages: usize) -> usize {
+    let rows = TILES[tile].0;
     1024 + stages * (128 * (CHANNELS + rows) + 4 * (rows + 4))
+}
+
+/// What a bf16 product over `k` channels uses of that, 64 of them a stage: more of its blocks fit a multiprocessor. Two stages
+/// at least, for the outputs take their place.
+fn short_shared(tile: usize, k: usize) -> usize {
+    stages_shared(tile, TILES[tile].1.min((k / 64).max(2)))
 }
 
 /// The smallest tile that holds `rows`, else the largest.
@@ -366,11 +377,12 @@ impl Device {
         assert!(row_tiles <= 65_535 && heads <= 65_535, "{row_tiles} row tiles of {heads} heads");
         let tile = tile_for(tile_rows);
         assert_eq!(TILES[tile].0, tile_rows, "rows were sorted for another kernel");
-        let grid = Grid {
-            blocks: (product.n / CHANNELS as u32, size(row_tiles), size(heads)),
-            threads: 128,
-            shared: wgmma_shared(tile),
+        let shared = match format {
+            WeightFormat::Bf16 => short_shared(tile, product.k as usize),
+            _ => wgmma_shared(tile),
         };
+        let blocks = (product.n / CHANNELS as u32, size(row_tiles), size(heads));
+        let grid = Grid { blocks, threads: 128, shared };
         // SAFETY: the caller's promise; rows of the inputs are multiples of 128 bytes, hence aligned as the first.
         unsafe {
             match (format, tile) {
@@ -380,54 +392,6 @@ impl Device {
                 (_, 0) => launch!(self, linear_fp8_wgmma_16, grid; product),
                 (_, 1) => launch!(self, linear_fp8_wgmma_64, grid; product),
                 (_, _) => launch!(self, linear_fp8_wgmma_128, grid; product),
-            }
-        }
-    }
-
-    /// Slices that [`Self::linear_parts`] gives for `k` channels.
-    pub fn parts_slices(&self, k: usize) -> usize {
-        k.div_ceil(SLICE)
-    }
-
-    /// Whether [`Self::linear_parts`] multiplies by `w`.
-    pub fn takes_parts(&self, w: &Matrix) -> bool {
-        w.format() == WeightFormat::Bf16 && self.linear_kernel(w) == LinearKernel::Wgmma
-    }
-
-    /// f32 rows by bf16 weights on the matrix unit: `x` `[m, 3, k]` holds each row as three bf16 parts
-    /// ([`super::InputFormat::Parts`]). `y` is `[slices, m, n]`, the sums over 512 channels each, for its reader to add
-    /// in order.
-    ///
-    /// # Panics
-    /// If a length does not fit or [`Self::takes_parts`] says no.
-    pub fn linear_parts(
-        &self,
-        w: &Matrix,
-        x: View<'_, u16>,
-        y: &mut ViewMut<'_, f32>,
-    ) -> Result<(), CudaError> {
-        let (n, k) = (w.rows(), w.cols());
-        assert!(self.takes_parts(w), "a matrix for the matrix unit");
-        assert!(x.len().is_multiple_of(3 * k), "{} values in rows of three times {k}", x.len());
-        let (m, slices) = (x.len() / (3 * k), self.parts_slices(k));
-        assert_eq!(y.len(), slices * m * n, "output [{slices}, {m}, {n}]");
-        if m == 0 {
-            return Ok(());
-        }
-        let product = Product {
-            x_stride: size(3 * k),
-            ..Product::of(w.0.addresses().0, x.address(), y.address(), m, n, k)
-        };
-        let tile = tile_for(m).min(1);
-        let row_tiles = m.div_ceil(TILES[tile].0);
-        assert!(row_tiles <= 65_535 && product.x.is_multiple_of(16), "{row_tiles} row tiles in one launch");
-        let blocks = (product.n / CHANNELS as u32, size(row_tiles), size(slices));
-        let grid = Grid { blocks, threads: 128, shared: wgmma_shared(tile) };
-        // SAFETY: lengths checked above.
-        unsafe {
-            match tile {
-                0 => launch!(self, linear_parts_wgmma_16, grid; product),
-                _ => launch!(self, linear_parts_wgmma_64, grid; product),
             }
         }
     }

@@ -52,7 +52,7 @@ pub use error::CudaError;
 pub use experts::{GroupStaging, Groups, ResultBuffer, ResultStaging, Results};
 pub use graph::Graph;
 pub use kernels::{SOURCES, Source};
-pub use kv_write::CacheRows;
+pub use kv_write::{CacheRows, LatentRows};
 pub use linear::{Inputs, LinearKernel, Outputs};
 pub use mark::Mark;
 pub use matrix::{ExpertMatrices, HeadMatrices, Matrix};

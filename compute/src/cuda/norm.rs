@@ -7,7 +7,7 @@ use crate::fp8::{self, ScaleFormat};
 /// The kernel's parameters; `struct Norm` there.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Norm {
+pub(super) struct Norm {
     x: u64,
     add: u64,
     rows: u64,
@@ -24,10 +24,14 @@ struct Norm {
     power_of_two: u32,
     eps: f32,
     amax_min: f32,
+    unused: u32,
 }
 
 // SAFETY: the same fields in the same order, C layout.
 unsafe impl Argument for Norm {}
+
+/// Threads of a row: the kernel's own number.
+pub(super) const THREADS: u32 = 512;
 
 /// Rows to norm: the first values, as many as the norm's weight has, of every `stride` in `x`.
 pub struct NormRows<'a, 'b> {
@@ -55,58 +59,77 @@ impl Device {
         plain: Option<&mut ViewMut<'_, f32>>,
         outputs: &mut [&mut Activations],
     ) -> Result<(), CudaError> {
-        let NormRows { x, stride, add, index } = rows;
-        let dim = w.len();
-        assert!(dim > 0 && dim <= stride && x.len().is_multiple_of(stride), "rows of {dim} in {stride}");
-        assert!(add.is_none_or(|add| add.len() == x.len()), "a summand for each value");
-        let x_rows = x.len() / stride;
-        let count = index.map_or(x_rows, |index| index.len());
+        let (dim, add) = (w.len(), rows.add);
+        let mut norm = Norm::new(rows.x.view(), rows.stride, w, eps);
+        assert!(add.is_none_or(|add| add.len() == rows.x.len()), "a summand for each value");
+        let count = rows.index.map_or(rows.x.len() / rows.stride, |index| index.len());
+        norm.add = add.map_or(0, |add| add.address());
+        norm.rows = rows.index.map_or(0, |index| index.address());
         if count == 0 {
             return Ok(());
         }
-        let mut norm = Norm {
+        if let Some(plain) = plain {
+            assert_eq!(plain.len(), count * dim, "rows out");
+            norm.y = plain.address();
+        }
+        norm.round_into(count, outputs);
+        norm.choose_loads();
+        // SAFETY: a thread block a row; indices are checked in the kernel, everything else above; null is not written.
+        unsafe { launch!(self, norm_rows, Grid::line(count, THREADS); norm) }
+    }
+}
+
+impl Norm {
+    /// All rows of `x`, the first values of every `stride`, into nothing yet.
+    pub(super) fn new(x: View<'_, f32>, stride: usize, w: View<'_, f32>, eps: f32) -> Self {
+        let dim = w.len();
+        assert!(dim > 0 && dim <= stride && x.len().is_multiple_of(stride), "rows of {dim} in {stride}");
+        Self {
             x: x.address(),
-            add: add.map_or(0, |add| add.address()),
-            rows: index.map_or(0, |index| index.address()),
+            add: 0,
+            rows: 0,
             w: w.address(),
             y: 0,
             y_bf16: 0,
             y_parts: 0,
             codes: 0,
             scales: 0,
-            x_rows: size(x_rows),
+            x_rows: size(x.len() / stride),
             stride: size(stride),
             dim: size(dim),
             vector: 0,
             power_of_two: 0,
             eps,
             amax_min: fp8::ACTIVATION_AMAX_MIN,
-        };
-        if let Some(plain) = plain {
-            assert_eq!(plain.len(), count * dim, "rows out");
-            norm.y = plain.address();
+            unused: 0,
         }
+    }
+
+    /// `count` rows go into each of `outputs`.
+    pub(super) fn round_into(&mut self, count: usize, outputs: &mut [&mut Activations]) {
         for output in outputs {
-            assert_eq!(output.channels(), dim, "channels out");
+            assert_eq!(output.channels(), self.dim as usize, "channels out");
             // Slicing checks that there is room.
             output.inputs(count);
             let place = match output.format() {
-                InputFormat::F32 => (&mut norm.y, output.f32.view().address()),
-                InputFormat::Bf16 => (&mut norm.y_bf16, output.bf16.view().address()),
-                InputFormat::Parts => (&mut norm.y_parts, output.bf16.view().address()),
+                InputFormat::F32 => (&mut self.y, output.f32.view().address()),
+                InputFormat::Bf16 => (&mut self.y_bf16, output.bf16.view().address()),
+                InputFormat::Parts => (&mut self.y_parts, output.bf16.view().address()),
                 InputFormat::Fp8(format) => {
-                    norm.power_of_two = u32::from(format == ScaleFormat::Ue8m0);
-                    norm.scales = output.scales.view().address();
-                    (&mut norm.codes, output.codes.view().address())
+                    self.power_of_two = u32::from(format == ScaleFormat::Ue8m0);
+                    self.scales = output.scales.view().address();
+                    (&mut self.codes, output.codes.view().address())
                 }
             };
             assert!(*place.0 == 0, "two outputs of one format");
             *place.0 = place.1;
         }
-        let by_four = |address: u64| address.is_multiple_of(16);
-        let all = [norm.x, norm.add, norm.w, norm.y].into_iter().all(by_four);
-        norm.vector = u32::from(all && stride.is_multiple_of(4) && dim.is_multiple_of(4));
-        // SAFETY: a thread block a row; indices are checked in the kernel, everything else above; null is not written.
-        unsafe { launch!(self, norm_rows, Grid::line(count, 512); norm) }
+    }
+
+    /// Whether four values are loaded and stored at a time. Once all places are known.
+    pub(super) fn choose_loads(&mut self) {
+        let places = [self.x, self.add, self.w, self.y, self.y_bf16, self.y_parts, self.codes];
+        let by_four = self.stride.is_multiple_of(4) && self.dim.is_multiple_of(4);
+        self.vector = u32::from(by_four && places.into_iter().all(|address| address.is_multiple_of(16)));
     }
 }

@@ -1,7 +1,8 @@
 //! Operators that do several things in one pass, against those that do one.
 
 use compute::cuda::{
-    Activations, CacheRows, InputFormat, Inputs, Matrix, NormRows, QueryParts, QueryShape, RopeTable,
+    Activations, CacheRows, InputFormat, Inputs, LatentRows, Matrix, NormRows, QueryParts, QueryShape,
+    RopeTable,
 };
 use compute::{KvFormat, KvGeometry, RopeRows, ScaleFormat, fp8, reference};
 use rand::RngExt;
@@ -98,7 +99,7 @@ fn norm_adds_norms_and_rounds() {
 fn products_of_parts_are_products_of_f32() {
     let Some(device) = device() else { return };
     let mut rng = fresh();
-    for (m, n, k) in [(1, 64, 64), (5, 256, 7168), (70, 128, 1088)] {
+    for (m, n, k) in [(1, 64, 64), (5, 256, 7168), (70, 128, 1088), (150, 64, 1088)] {
         let w = super::products::matrix(&mut rng, compute::WeightFormat::Bf16, n, k);
         let there = Matrix::new(device, &w).expect("w");
         if !device.takes_parts(&there) {
@@ -230,11 +231,33 @@ fn latents_are_normed_rotated_and_stored() {
         let (x_there, w) =
             (device.upload(&x).expect("x"), device.upload(&floats(&mut rng, latent)).expect("w"));
         let pool_bytes = 2 * geometry.block_stride;
+        let latents = LatentRows {
+            x: x_there.view(),
+            stride,
+            first: 0,
+            norm: (w.view(), 1e-6),
+            positions: positions.view(),
+            table: &table,
+        };
         let together: Vec<u8> = output(device, pool_bytes, |pool| {
             let rows =
                 CacheRows { pool: &mut pool.view_mut(), geometry: &geometry, layer: 1, slots: slots.view() };
-            device.latent_write(rows, x_there.view(), stride, (w.view(), 1e-6), positions.view(), &table)
+            device.latent_write(rows, latents)
         });
+        // A norm of the rows' first values beside it changes neither.
+        let fp8 = InputFormat::Fp8(ScaleFormat::F32);
+        let mut beside = Activations::new(device, fp8, rows, latent).expect("room");
+        let with_norm: Vec<u8> = output(device, pool_bytes, |pool| {
+            let rows =
+                CacheRows { pool: &mut pool.view_mut(), geometry: &geometry, layer: 1, slots: slots.view() };
+            device.latent_write_and_norm(rows, latents, (w.view(), 1e-6), &mut beside)
+        });
+        assert_eq!(together, with_norm, "{format:?}");
+        let mut alone = Activations::new(device, fp8, rows, latent).expect("room");
+        let mut x_mut = device.upload(&x).expect("x");
+        let normed = NormRows { x: &mut x_mut.view_mut(), stride, add: None, index: None };
+        device.norm(normed, w.view(), 1e-6, None, &mut [&mut alone]).expect("norm");
+        assert_eq!(bytes(device, &beside, rows), bytes(device, &alone, rows), "{format:?}");
         let column = |from: usize, len: usize| -> Vec<f32> {
             x.chunks_exact(stride).flat_map(|row| row[from..from + len].to_vec()).collect()
         };

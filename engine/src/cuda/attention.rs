@@ -2,7 +2,7 @@
 
 use compute::cuda::{
     Activations, AttentionKernel, Buffer, CacheRows, CudaError, Device, HeadMatrices, InputFormat, Inputs,
-    MlaParts, MlaQueries, MlaRows, NormRows, Outputs, QueryParts, QueryShape,
+    LatentRows, MlaParts, MlaQueries, MlaRows, Outputs, QueryParts, QueryShape,
 };
 use compute::{KvGeometry, MlaShape};
 use model::ModelConfig;
@@ -97,21 +97,13 @@ impl Attention {
         input: &Activations,
         out: &mut Buffer<f32>,
     ) -> Result<(), CudaError> {
-        self.store(step, layer, work, input)?;
+        self.project(step, layer, work, input, true)?;
         let (device, rows) = (step.device, step.inputs.rows());
-        let read = input.inputs(rows);
-        let width = self.compressed_width();
-
         let QueryShape { heads, nope, rope } = self.queries;
         let queries = &mut work.queries.slice_mut(0..rows * heads * (nope + rope));
         match &self.query {
-            Query::Direct(query) => device.linear(&query.matrix, read, queries)?,
-            Query::LowRank { norm, up, .. } => {
-                let x = &mut work.compressed.slice_mut(0..rows * width);
-                let normed = NormRows { x, stride: width, add: None, index: None };
-                device.norm(normed, norm.weight.view(), norm.eps, None, &mut [&mut work.query_input])?;
-                device.linear(&up.matrix, work.query_input.inputs(rows), queries)?;
-            }
+            Query::Direct(query) => device.linear(&query.matrix, input.inputs(rows), queries)?,
+            Query::LowRank { up, .. } => device.linear(&up.matrix, work.query_input.inputs(rows), queries)?,
         }
         self.attend(step, layer, work)?;
         let values = work.values.slice(0..rows * self.output.matrix.cols());
@@ -129,6 +121,18 @@ impl Attention {
         work: &mut AttentionWorkspace,
         input: &Activations,
     ) -> Result<(), CudaError> {
+        self.project(step, layer, work, input, false)
+    }
+
+    /// Stores the rows' cache entries; with `queries` also their query latents in `work.query_input`, if they have any.
+    fn project(
+        &self,
+        step: &mut Step<'_>,
+        layer: usize,
+        work: &mut AttentionWorkspace,
+        input: &Activations,
+        queries: bool,
+    ) -> Result<(), CudaError> {
         let (device, rows) = (step.device, step.inputs.rows());
         let read = input.inputs(rows);
         let width = self.compressed_width();
@@ -141,15 +145,27 @@ impl Attention {
         }
         step.stage(Stage::Compress)?;
 
-        let latents = work.compressed.slice(width - self.compress.matrix.rows()..rows * width);
         let cache = CacheRows {
             pool: &mut step.pool.view_mut(),
             geometry: step.geometry,
             layer,
             slots: step.inputs.slots(),
         };
-        let norm = (self.latent_norm.weight.view(), self.latent_norm.eps);
-        device.latent_write(cache, latents, width, norm, step.inputs.positions(), step.rope)?;
+        let latents = LatentRows {
+            x: work.compressed.slice(0..rows * width),
+            stride: width,
+            first: width - self.compress.matrix.rows(),
+            norm: (self.latent_norm.weight.view(), self.latent_norm.eps),
+            positions: step.inputs.positions(),
+            table: step.rope,
+        };
+        match &self.query {
+            Query::LowRank { norm, .. } if queries => {
+                let norm = (norm.weight.view(), norm.eps);
+                device.latent_write_and_norm(cache, latents, norm, &mut work.query_input)?;
+            }
+            _ => device.latent_write(cache, latents)?,
+        }
         step.layer_stored()?;
         step.stage(Stage::CacheRows)
     }
