@@ -1,7 +1,8 @@
 //! Compiles every CUDA kernel into a folder, without a device: `cargo run -p compute --example kernels -- sm_90a FOLDER`.
 //!
 //! Prints each entry's registers and shared memory as the compiler reports them; fails on a register spill, which costs
-//! more than any kernel here can spare. `KernelStore::prebuilt` takes the folder.
+//! more than any kernel here can spare. Called `kernels` and put beside `trireme`, the folder is found there: such a machine needs
+//! no compiler.
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -1,5 +1,7 @@
 //! What can go wrong between here and the device.
 
+use std::path::{Path, PathBuf};
+
 use cudarc::driver::DriverError;
 use cudarc::driver::sys::CUresult;
 
@@ -53,10 +55,15 @@ pub enum CudaError {
         total: usize,
     },
     /// Kernels must be compiled and the compiler's library is not there.
-    #[error("kernel {kernel} is in no folder of built kernels, and there is no NVRTC library to compile it")]
+    #[error(
+        "no NVRTC library (libnvrtc.so) to compile kernel {kernel}: install CUDA 13's and put its folder on LD_LIBRARY_PATH{}",
+        or_shipped(looked_in.as_deref())
+    )]
     NoNvrtc {
         /// Which kernel file.
         kernel: &'static str,
+        /// The folder of prebuilt kernels that does not have it either.
+        looked_in: Option<PathBuf>,
     },
     /// NVRTC refuses a kernel.
     #[error("NVRTC cannot compile {kernel} for {architecture} ({error}):\n{log}")]
@@ -95,6 +102,13 @@ impl CudaError {
     pub fn is_absence(&self) -> bool {
         matches!(self, Self::NoDriver { .. } | Self::NoDevice { .. })
     }
+}
+
+/// The other way to have kernels: those of this build, compiled elsewhere.
+fn or_shipped(folder: Option<&Path>) -> String {
+    let folder =
+        folder.map(|folder| format!(", or put this build's compiled kernels into {}", folder.display()));
+    folder.unwrap_or_default()
 }
 
 /// Names what was being done when a driver call failed.

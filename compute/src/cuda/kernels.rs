@@ -124,7 +124,8 @@ impl Functions {
         let mut origins = [0; 3];
         // Modules are asked for in the order of the list.
         let functions = Self::load_with(|name| {
-            let (cubin, origin) = found.next().ok_or(CudaError::NoNvrtc { kernel: name })??;
+            let (cubin, origin) =
+                found.next().ok_or(CudaError::NoNvrtc { kernel: name, looked_in: None })??;
             origins[match origin {
                 Origin::Prebuilt => 0,
                 Origin::Cache => 1,

@@ -34,7 +34,7 @@ pub struct Compiled {
 /// Compiles one kernel file for `architecture` (such as `sm_90a`). No device is needed.
 pub fn compile(source: &Source, architecture: &str, verbose: bool) -> Result<Compiled, CudaError> {
     if version().is_none() {
-        return Err(CudaError::NoNvrtc { kernel: source.name });
+        return Err(CudaError::NoNvrtc { kernel: source.name, looked_in: None });
     }
     let fail = |error: result::NvrtcError, log: String| CudaError::Nvrtc {
         kernel: source.name,

@@ -18,19 +18,24 @@ const CHECKSUM: usize = size_of::<u128>();
 /// Folders with built kernels.
 #[derive(Clone, Debug)]
 pub struct KernelStore {
-    /// Read only, looked into first: what [`Self::build`] wrote on another machine. Any compiler's version is accepted.
+    /// Read only, looked into first: what [`Self::build`] wrote, here or elsewhere. Any compiler's version is accepted.
     pub prebuilt: Option<PathBuf>,
     /// Written after compilation; entries are per compiler version. None compiles at every start.
     pub cache: Option<PathBuf>,
 }
 
 impl Default for KernelStore {
-    /// No prebuilt kernels; the cache in `$XDG_CACHE_HOME/trireme/kernels`, else `~/.cache/trireme/kernels`.
+    /// Prebuilt kernels in the folder `kernels` beside the program, where there is one: what is shipped together is found
+    /// together. The cache in `$XDG_CACHE_HOME/trireme/kernels`, else `~/.cache/trireme/kernels`.
     fn default() -> Self {
         let base = std::env::var_os("XDG_CACHE_HOME")
             .map(PathBuf::from)
             .or_else(|| std::env::home_dir().map(|home| home.join(".cache")));
-        Self { prebuilt: None, cache: base.map(|base| base.join("trireme/kernels")) }
+        let program = std::env::current_exe().ok();
+        Self {
+            prebuilt: program.and_then(|program| Some(program.parent()?.join("kernels"))),
+            cache: base.map(|base| base.join("trireme/kernels")),
+        }
     }
 }
 
@@ -55,6 +60,10 @@ impl KernelStore {
         });
         if let Some(cubin) = cached.as_deref().and_then(read) {
             return Ok((cubin, Origin::Cache));
+        }
+        if nvrtc::version().is_none() {
+            let looked_in = self.prebuilt.clone();
+            return Err(CudaError::NoNvrtc { kernel: source.name, looked_in });
         }
         let cubin = nvrtc::compile(source, architecture, false)?.cubin;
         if let Some(path) = cached

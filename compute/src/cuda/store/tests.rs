@@ -43,6 +43,24 @@ fn a_prebuilt_kernel_needs_no_compiler() {
 }
 
 #[test]
+fn what_is_missing_is_named_and_where_it_was_looked_for() {
+    let folder = PathBuf::from("/opt/trireme/kernels");
+    let said = CudaError::NoNvrtc { kernel: "norm", looked_in: Some(folder) }.to_string();
+    for word in ["NVRTC", "norm", "LD_LIBRARY_PATH", "/opt/trireme/kernels"] {
+        assert!(said.contains(word), "{said}");
+    }
+    let beside = KernelStore::default().prebuilt.expect("a test is a program");
+    assert_eq!(beside.file_name().and_then(|name| name.to_str()), Some("kernels"));
+    if nvrtc::version().is_none() {
+        let store = KernelStore { prebuilt: Some(beside.clone()), cache: None };
+        let Err(CudaError::NoNvrtc { looked_in, .. }) = store.find(&SOURCES[0], "sm_90a") else {
+            panic!("a kernel without a compiler")
+        };
+        assert_eq!(looked_in, Some(beside));
+    }
+}
+
+#[test]
 fn work_in_parallel_keeps_its_order() {
     let items: Vec<usize> = (0..100).collect();
     assert_eq!(in_parallel(&items, |item| item * 3), items.iter().map(|item| item * 3).collect::<Vec<_>>());
