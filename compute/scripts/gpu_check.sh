@@ -1,49 +1,90 @@
 #!/usr/bin/env bash
 # Checks and times the CUDA operators, the engine and a cluster on a GPU machine that has neither Rust nor a network.
-#   compute/scripts/gpu_check.sh pack FOLDER        here: builds, strips and compresses what must travel (25 MB)
-#   compute/scripts/gpu_check.sh run FOLDER [OUT]   there, in the repository's root: operator tests, the engine's golden,
-#                                                   quality and invariance tests on the GPU, experts on other workers, the
-#                                                   invariance matrix over clusters, cold starts, a checkpoint from memory,
-#                                                   then times, in one table; with SANITIZE=1 also compute-sanitizer's
-#                                                   memcheck and racecheck; ONLY="engine serve" runs those parts alone
-# The machine needs a driver for CUDA 13 and glibc 2.36 or later; kernels come prebuilt in FOLDER, and are compiled once
-# more there if it has NVRTC.
+#   compute/scripts/gpu_check.sh pack FOLDER [tests] [kernels] [trireme]
+#       here: builds, strips and compresses what must travel. `tests` (9 MB) is every GPU test of all crates as one program,
+#       `kernels` (0.3 MB) the kernels compiled, `trireme` (8 MB) the program itself. All, if none is named.
+#   compute/scripts/gpu_check.sh run FOLDER [OUT]
+#       there, in the repository's root; what came along decides what is done. Tests: operators, the engine's golden, quality and
+#       invariance tests, experts on other workers, the invariance matrix over clusters; with SANITIZE=1 also the operators
+#       under compute-sanitizer's memcheck and racecheck. The program: cold starts, a checkpoint from memory, what
+#       failures look like, then times, in one table. ONLY="engine serve" does those parts alone. A line a part, logs in OUT.
+# The machine needs a driver for CUDA 13 and glibc 2.36 or later; NVRTC, unless kernels came along.
 set -euo pipefail
 
-# Test binaries that run on the device that TRIREME_TEST_DEVICE names: crate and test.
-device_tests=("engine golden" "engine tiny" "engine fp8_quality" "engine invariance" "engine cuda" "engine mtp"
-    "expert same_bits" "trireme matrix")
+# Parts of the tests, each a program's run of its own: a fault ends a process' context, and nobody else's.
+parts="operators engine_golden engine_tiny engine_fp8_quality engine_invariance engine_cuda engine_mtp expert_same_bits
+    cluster_matrix"
 
 pack() {
-    local folder=$1 root
+    local folder=$1 root part
+    shift
     root=$(cd "$(dirname "$0")/../.." && pwd)
     mkdir -p "$folder"
     folder=$(cd "$folder" && pwd)
     cd "$root"
     # The artifact's path is the last field of cargo's message that names an executable.
     executable() { sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1; }
-    local built=()
-    built+=("tests $(cargo test --quiet --locked -p compute --test cuda --no-run --message-format=json | executable)")
-    built+=("trireme $(cargo build --quiet --locked --release -p trireme --message-format=json | executable)")
-    for pair in "${device_tests[@]}"; do
-        set -- $pair
-        built+=("$1_$2 $(cargo test --quiet --locked -p "$1" --test "$2" --no-run --message-format=json | executable)")
-    done
-    for pair in "${built[@]}"; do
-        set -- $pair
-        strip -o "$folder/$1" "$2"
-        xz -9 --force "$folder/$1"
+    small() { xz --force --x86 --lzma2=preset=9e,dict=64MiB "$1"; }
+    for part in ${*:-tests kernels trireme}; do
+        case $part in
+        tests)
+            # Optimised as the operators' own tests are, which compute their reference on the CPU.
+            strip -o "$folder/tests" \
+                "$(cargo test --config 'profile.dev.package.trireme.opt-level=2' --quiet --locked -p trireme --test gpu \
+                    --no-run --message-format=json | executable)"
+            small "$folder/tests"
+            ;;
+        kernels)
+            rm -rf "$folder/kernels"
+            mkdir "$folder/kernels"
+            .ci/kernels "$folder/kernels" >"$folder/kernels.log" || { tail "$folder/kernels.log" && return 1; }
+            tar -C "$folder" -cf "$folder/kernels.tar" kernels
+            small "$folder/kernels.tar"
+            rm -r "$folder/kernels" "$folder/kernels.log"
+            ;;
+        trireme)
+            strip -o "$folder/trireme" \
+                "$(cargo build --quiet --locked --release -p trireme --message-format=json | executable)"
+            small "$folder/trireme"
+            ;;
+        *) echo "nothing called $part is packed" >&2 && return 2 ;;
+        esac
     done
     ls -l "$folder"
 }
 
 # Whether a part was asked for and came along.
 wants() {
-    case " ${ONLY:-$1} " in *" $1 "*) [ -z "${2:-}" ] || [ -f "$2" ] ;; *) return 1 ;; esac
+    case " ${ONLY:-$1} " in *" $1 "*) [ -f "$2" ] ;; *) return 1 ;; esac
+}
+
+# One part of the tests.
+tests() {
+    local part=$1 status=0 from=$SECONDS
+    "$work/tests" "${part}::" --nocapture --test-threads=1 >"$out/$part.log" 2>&1 || status=1
+    if grep -q 'skipped: no' "$out/$part.log"; then
+        echo "$part: some tests found no device or no compiler: nothing was shown"
+        status=1
+    fi
+    echo "$part: $(grep -h '^test result' "$out/$part.log" || tail -n 1 "$out/$part.log"), $((SECONDS - from)) s in all"
+    grep -hE 'panicked|^  (left|right)' -A 2 "$out/$part.log" | cut -c1-300 | head -n 6 || true
+    return $status
+}
+
+# The operators' tests under one of compute-sanitizer's tools, at small shapes. Opening devices over and over, and running
+# out of memory on purpose, are not what it looks for.
+sanitize() {
+    local tool=$1 status=0 from=$SECONDS log="$out/$1.log"
+    TRIREME_TEST_SMALL=1 compute-sanitizer --tool "$tool" --error-exitcode 1 "$work/tests" operators:: \
+        --test-threads=1 --skip operators::device >"$log" 2>&1 || status=1
+    grep -q '^test result: ok. [1-9]' "$log" || status=1
+    echo "$tool: $(grep -hE 'ERROR SUMMARY|RACECHECK SUMMARY' "$log" | tail -n 1 | tr -d =)," \
+        "$(grep -h '^test result' "$log"), $((SECONDS - from)) s in all"
+    return $status
 }
 
 run() {
-    local folder=$1 out=${2:-$(mktemp -d)} work status=0 name
+    local folder=$1 out=${2:-$(mktemp -d)} work status=0 name part running=()
     work=$(mktemp -d)
     for name in "$folder"/*.xz; do
         name=$(basename "$name" .xz)
@@ -54,29 +95,38 @@ with lzma.open(sys.argv[1]) as packed, open(sys.argv[2], "wb") as unpacked:
 PYTHON
         chmod +x "$work/$name"
     done
+    # Not beside the programs, which would take them: here is a compiler, and what it makes is to be checked.
+    mkdir "$work/prebuilt"
+    [ ! -f "$work/kernels.tar" ] || tar -C "$work/prebuilt" -xf "$work/kernels.tar"
     local library
     library=$(find /usr/local/cuda*/ /usr/lib /opt -name 'libnvrtc.so.13' 2>/dev/null | head -n 1 || true)
-    if [ -n "$library" ]; then export LD_LIBRARY_PATH="$(dirname "$library"):${LD_LIBRARY_PATH:-}"; fi
+    if [ -n "$library" ]; then
+        export LD_LIBRARY_PATH="$(dirname "$library"):${LD_LIBRARY_PATH:-}"
+    elif [ -d "$work/prebuilt/kernels" ]; then
+        cp -r "$work/prebuilt/kernels" "$work/kernels"
+    fi
     export XDG_CACHE_HOME=$work/cache TRIREME_ROOT=$PWD TRIREME_TEST_DEVICE=cuda:0
     echo "driver $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -n 1); NVRTC ${library:-absent}"
-    if wants operators "$work/tests"; then
-        "$work/tests" --nocapture --test-threads=1 >"$out/tests.log" 2>&1 || status=1
-        grep -hE '^test |panicked|^error' "$out/tests.log" | cut -c1-200 || true
-        if grep -q '^skipped' "$out/tests.log"; then
-            echo "some tests found no device or no compiler: nothing was shown"
-            status=1
+    # Right or wrong does not hang on what runs beside it; only times do, and they come last.
+    for part in $parts; do
+        if wants "${part%%_*}" "$work/tests"; then
+            tests "$part" &
+            running+=($!)
         fi
-        grep '^test result' "$out/tests.log" || true
-        [ "${SANITIZE:-0}" != 1 ] || sanitize || status=1
-    fi
-    for name in "${device_tests[@]/ /_}"; do
-        wants "${name%%_*}" "$work/$name" || continue
-        "$work/$name" --test-threads=1 >"$out/$name.log" 2>&1 || status=1
-        echo "$name: $(grep -h '^test result' "$out/$name.log" || tail -n 1 "$out/$name.log")"
-        grep -hE 'panicked|^  (left|right)' -A 2 "$out/$name.log" | cut -c1-400 | head -n 12 || true
     done
+    if [ "${SANITIZE:-0}" = 1 ] && wants sanitize "$work/tests"; then
+        for part in memcheck racecheck; do
+            sanitize "$part" &
+            running+=($!)
+        done
+    fi
+    for part in "${running[@]}"; do wait "$part" || status=1; done
     if wants serve "$work/trireme"; then
         python3 compute/scripts/gpu_serve.py "$work/trireme" 2>&1 | tee "$out/serve.log" || status=1
+    fi
+    if wants failures "$work/trireme"; then
+        python3 compute/scripts/gpu_failures.py "$work/trireme" "$work/prebuilt/kernels" 2>&1 | tee "$out/failures.log" ||
+            status=1
     fi
     if wants weights "$work/trireme"; then
         python3 compute/scripts/gpu_weights.py bench/src/engine/v3.json /dev/shm/weights || status=1
@@ -93,18 +143,7 @@ PYTHON
     return $status
 }
 
-sanitize() {
-    local tool status=0
-    for tool in memcheck racecheck; do
-        # Opening devices over and over, and running out of memory on purpose, are not what it looks for.
-        TRIREME_TEST_SMALL=1 compute-sanitizer --tool "$tool" --error-exitcode 1 "$work/tests" --test-threads=1 \
-            --skip device:: >"$out/$tool.log" 2>&1 || status=1
-        echo "$tool: $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$out/$tool.log" | tail -n 1)"
-    done
-    return $status
-}
-
 case "${1:-}" in
 pack | run) "$@" ;;
-*) sed -n '2,9p' "$0" && exit 2 ;;
+*) sed -n '2,12p' "$0" && exit 2 ;;
 esac
