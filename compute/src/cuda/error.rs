@@ -77,8 +77,18 @@ pub enum CudaError {
         /// NVRTC's own words.
         log: String,
     },
-    /// A kernel could not be launched, or faulted; after a fault every later call fails, and the worker must end.
-    #[error("kernel {kernel} failed")]
+    /// A kernel faulted: an address that is not its own, a check that did not hold. Every later call fails, and the worker
+    /// must end. Kernels run after they were asked for: which one it was nobody says.
+    #[error("a kernel faulted; the driver said so when asked to {action}")]
+    Fault {
+        /// What was asked for next.
+        action: String,
+        /// What kind of fault.
+        #[source]
+        source: DriverError,
+    },
+    /// A kernel could not be launched.
+    #[error("kernel {kernel} cannot be launched")]
     Kernel {
         /// Entry point.
         kernel: &'static str,
@@ -86,7 +96,7 @@ pub enum CudaError {
         #[source]
         source: DriverError,
     },
-    /// Any other call of the driver; also where an earlier kernel's fault shows.
+    /// Any other call of the driver.
     #[error("the CUDA driver failed to {action}")]
     Driver {
         /// What was being done.
@@ -118,10 +128,45 @@ pub(super) trait Doing<T> {
 
 impl<T> Doing<T> for Result<T, DriverError> {
     fn doing(self, action: &'static str) -> Result<T, CudaError> {
-        self.map_err(|source| CudaError::Driver { action, source })
+        self.map_err(|source| failed(action, source))
     }
+}
+
+/// A call that failed: its own failure, or an earlier kernel's fault.
+pub(super) fn failed(action: &'static str, source: DriverError) -> CudaError {
+    match is_fault(&source) {
+        true => CudaError::Fault { action: action.to_owned(), source },
+        false => CudaError::Driver { action, source },
+    }
+}
+
+/// The same of a launch.
+pub(super) fn not_launched(kernel: &'static str, source: DriverError) -> CudaError {
+    match is_fault(&source) {
+        true => CudaError::Fault { action: format!("launch {kernel}"), source },
+        false => CudaError::Kernel { kernel, source },
+    }
+}
+
+/// What only a running kernel can do wrong.
+fn is_fault(error: &DriverError) -> bool {
+    matches!(
+        error.0,
+        CUresult::CUDA_ERROR_ILLEGAL_ADDRESS
+            | CUresult::CUDA_ERROR_LAUNCH_TIMEOUT
+            | CUresult::CUDA_ERROR_ASSERT
+            | CUresult::CUDA_ERROR_HARDWARE_STACK_ERROR
+            | CUresult::CUDA_ERROR_ILLEGAL_INSTRUCTION
+            | CUresult::CUDA_ERROR_MISALIGNED_ADDRESS
+            | CUresult::CUDA_ERROR_INVALID_ADDRESS_SPACE
+            | CUresult::CUDA_ERROR_INVALID_PC
+            | CUresult::CUDA_ERROR_LAUNCH_FAILED
+    )
 }
 
 pub(super) fn is_out_of_memory(error: &DriverError) -> bool {
     error.0 == CUresult::CUDA_ERROR_OUT_OF_MEMORY
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 
 use cudarc::driver::{CudaFunction, sys};
 
+use super::error::not_launched;
 use super::{CudaError, Device};
 
 /// Dynamic shared memory a kernel may have without asking for more: 48 KiB less what the kernels declare themselves.
@@ -111,7 +112,7 @@ impl Device {
             )
         }
         .result()
-        .map_err(|source| CudaError::Kernel { kernel, source })
+        .map_err(|source| not_launched(kernel, source))
     }
 
     /// Whether kernels are started before the one before them has ended; so it is at first, where the device can. For whoever

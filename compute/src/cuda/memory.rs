@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaStream, result};
 
-use super::error::{Doing, is_out_of_memory};
+use super::error::{Doing, failed, is_out_of_memory};
 use super::{CudaError, Device};
 
 /// A plain number that means the same on host and device; any bits are a value of it.
@@ -183,10 +183,9 @@ impl Device {
         let address = unsafe { result::malloc_sync(requested) }.map_err(|source| {
             let (free, total) = result::mem_get_info().unwrap_or((0, 0));
             if is_out_of_memory(&source) {
-                CudaError::OutOfMemory { requested, free, total }
-            } else {
-                CudaError::Driver { action: "allocate memory", source }
+                return CudaError::OutOfMemory { requested, free, total };
             }
+            failed("allocate memory", source)
         })?;
         let memory = Some(Arc::new(Memory { address, stream: self.stream.clone() }));
         Ok(Buffer { address, len, memory, element: PhantomData })
