@@ -22,16 +22,16 @@ pack() {
     mkdir -p "$folder"
     folder=$(cd "$folder" && pwd)
     cd "$root"
-    # The artifact's path is the last field of cargo's message that names an executable.
-    executable() { sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1; }
+    # Of cargo's messages, one a line, the executable of the target of that kind and name.
+    executable() { grep "\"kind\":\[\"$1\"\].*\"name\":\"$2\"" | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p'; }
     small() { xz --force --x86 --lzma2=preset=9e,dict=64MiB "$1"; }
     for part in ${*:-tests kernels trireme}; do
         case $part in
         tests)
             # Optimised as the operators' own tests are, which compute their reference on the CPU.
             strip -o "$folder/tests" \
-                "$(cargo test --config 'profile.dev.package.trireme.opt-level=2' --quiet --locked -p trireme --test gpu \
-                    --no-run --message-format=json | executable)"
+                "$(cargo test --config 'profile.dev.package.trireme.opt-level="s"' --quiet --locked -p trireme --test gpu \
+                    --no-run --message-format=json | executable test gpu)"
             small "$folder/tests"
             ;;
         kernels)
@@ -44,7 +44,7 @@ pack() {
             ;;
         trireme)
             strip -o "$folder/trireme" \
-                "$(cargo build --quiet --locked --release -p trireme --message-format=json | executable)"
+                "$(cargo build --quiet --locked --release -p trireme --message-format=json | executable bin trireme)"
             small "$folder/trireme"
             ;;
         *) echo "nothing called $part is packed" >&2 && return 2 ;;
@@ -125,13 +125,13 @@ PYTHON
         python3 compute/scripts/gpu_serve.py "$work/trireme" 2>&1 | tee "$out/serve.log" || status=1
     fi
     if wants failures "$work/trireme"; then
-        python3 compute/scripts/gpu_failures.py "$work/trireme" "$work/prebuilt/kernels" 2>&1 | tee "$out/failures.log" ||
-            status=1
+        python3 compute/scripts/gpu_failures.py "$work/trireme" "$work/prebuilt/kernels" "$out" 2>&1 |
+            tee "$out/failures.log" || status=1
     fi
     if wants weights "$work/trireme"; then
         python3 compute/scripts/gpu_weights.py bench/src/engine/v3.json /dev/shm/weights || status=1
         for _ in 1 2; do
-            RUST_LOG=info "$work/trireme" bench engine --device cuda:0 --model /dev/shm/weights --threads 16 --batch 1 \
+            TRIREME_LOG=info "$work/trireme" bench engine --device cuda:0 --model /dev/shm/weights --threads 16 --batch 1 \
                 --prompt 64 --gen 2 --prefill 1x64 --chunk 64 >"$out/weights.log" 2>&1 || status=1
             grep -hE 'weights are on|ready in|kernels loaded|rror' "$out/weights.log" | cut -c1-300 || true
         done
