@@ -56,28 +56,8 @@ template <u32 TILE, u32 STAGES> __device__ __forceinline__ void product(const Pr
     float sums[TILE / 2];
 #pragma unroll
     for (u32 i = 0; i < TILE / 2; i++) sums[i] = 0.0f;
-    for (u32 block = 0; block < STAGES - 1; block++) {
-        if (block < blocks) load(block);
-        copies_commit();
-    }
-    for (u32 block = 0; block < blocks; block++) {
-        copies_wait<STAGES - 2>();
-        written_for_matrix_unit();
-        // Also: everybody is done with the stage that is filled next.
-        __syncthreads();
-        if (block + STAGES - 1 < blocks) load(block + STAGES - 1);
-        copies_commit();
-        u32 stage = block % STAGES, at = base + stage * (WEIGHTS + INPUTS);
-        u64 a = tile(at), b = tile(at + WEIGHTS);
-        float d[TILE / 2];
-#pragma unroll
-        for (u32 i = 0; i < TILE / 2; i++) d[i] = 0.0f;
-        mma_begin();
-#pragma unroll
-        for (u32 step = 0; step < 4; step++) MmaFp8<TILE>::run(d, a + 2 * step, b + 2 * step, step);
-        mma_commit();
-        mma_wait<0>();
-        const float *scales = (const float *)(aligned + stage * SCALES);
+    auto finish = [&](const float(&d)[TILE / 2], u32 block) {
+        const float *scales = (const float *)(aligned + block % STAGES * SCALES);
         float w_scale = scales[TILE];
 #pragma unroll
         for (u32 i = 0; i < TILE / 8; i++) {
@@ -87,6 +67,74 @@ template <u32 TILE, u32 STAGES> __device__ __forceinline__ void product(const Pr
             sums[4 * i + 1] = fmaf(d[4 * i + 1], high, sums[4 * i + 1]);
             sums[4 * i + 2] = fmaf(d[4 * i + 2], low, sums[4 * i + 2]);
             sums[4 * i + 3] = fmaf(d[4 * i + 3], high, sums[4 * i + 3]);
+        }
+    };
+    if constexpr (TILE > 16) {
+        for (u32 block = 0; block < STAGES - 1; block++) {
+            if (block < blocks) load(block);
+            copies_commit();
+        }
+        for (u32 block = 0; block < blocks; block++) {
+            copies_wait<STAGES - 2>();
+            written_for_matrix_unit();
+            // Also: everybody is done with the stage that is filled next.
+            __syncthreads();
+            if (block + STAGES - 1 < blocks) load(block + STAGES - 1);
+            copies_commit();
+            u32 stage = block % STAGES, at = base + stage * (WEIGHTS + INPUTS);
+            u64 a = tile(at), b = tile(at + WEIGHTS);
+            float d[TILE / 2];
+#pragma unroll
+            for (u32 i = 0; i < TILE / 2; i++) d[i] = 0.0f;
+            mma_begin();
+#pragma unroll
+            for (u32 step = 0; step < 4; step++) MmaFp8<TILE>::run(d, a + 2 * step, b + 2 * step, step);
+            mma_commit();
+            mma_wait<0>();
+            finish(d, block);
+        }
+    } else {
+        // A chain of few columns takes longer to wait for than to run: the next block's products run while the last one's sums are scaled.
+        for (u32 block = 0; block < STAGES - 2; block++) {
+            if (block < blocks) load(block);
+            copies_commit();
+        }
+        float d[2][TILE / 2];
+#pragma unroll
+        for (u32 i = 0; i < TILE / 2; i++) d[0][i] = d[1][i] = 0.0f;
+        auto begin = [&](float(&d)[TILE / 2], u32 block) {
+            copies_wait<STAGES - 3>();
+            written_for_matrix_unit();
+            // Also: everybody is done with the stage that is filled next, the last but one's.
+            __syncthreads();
+            u32 stage = block % STAGES, at = base + stage * (WEIGHTS + INPUTS);
+            u64 a = tile(at), b = tile(at + WEIGHTS);
+            mma_begin();
+#pragma unroll
+            for (u32 step = 0; step < 4; step++) MmaFp8<TILE>::run(d, a + 2 * step, b + 2 * step, step);
+            mma_commit();
+            if (block + STAGES - 2 < blocks) load(block + STAGES - 2);
+            copies_commit();
+        };
+        begin(d[0], 0);
+        u32 block = 0;
+        for (; block + 2 < blocks; block += 2) {
+            begin(d[1], block + 1);
+            mma_wait<1>();
+            finish(d[0], block);
+            begin(d[0], block + 2);
+            mma_wait<1>();
+            finish(d[1], block + 1);
+        }
+        if (blocks - block == 2) {
+            begin(d[1], block + 1);
+            mma_wait<1>();
+            finish(d[0], block);
+            mma_wait<0>();
+            finish(d[1], block + 1);
+        } else {
+            mma_wait<0>();
+            finish(d[0], block);
         }
     }
     // Channels of a thread: one and the eighth after it; rows: pairs, eight apart.

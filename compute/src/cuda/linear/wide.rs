@@ -28,18 +28,38 @@ impl Map {
     /// Boxes of `box_rows` rows and 128 bytes of a matrix `[rows, cols]` of bytes, laid out in shared memory as the matrix unit's 128-byte
     /// swizzle wants them. Rows past the last are zeros.
     pub(super) fn new(address: u64, rows: u64, cols: u64, box_rows: u32) -> Result<Self, CudaError> {
+        Self::encode(address, [cols, rows], [cols], [128, box_rows])
+    }
+
+    /// The same with `blocks` such boxes side by side in K, one after the other in shared memory: corners are (0, row, block of K).
+    pub(super) fn bundles(
+        address: u64,
+        rows: u64,
+        cols: u64,
+        (box_rows, blocks): (u32, u32),
+    ) -> Result<Self, CudaError> {
+        Self::encode(address, [128, rows, cols / 128], [cols, 128], [128, box_rows, blocks])
+    }
+
+    fn encode<const RANK: usize, const STRIDES: usize>(
+        address: u64,
+        sizes: [u64; RANK],
+        strides: [u64; STRIDES],
+        boxes: [u32; RANK],
+    ) -> Result<Self, CudaError> {
+        const { assert!(STRIDES + 1 == RANK, "a stride for every dimension but the first") };
         let mut map = std::mem::MaybeUninit::<sys::CUtensorMap>::uninit();
         // SAFETY: out-pointer to a live map; arrays as long as the rank asks; the address is only read by kernels.
         unsafe {
             sys::cuTensorMapEncodeTiled(
                 map.as_mut_ptr(),
                 sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8,
-                2,
+                RANK as u32,
                 address as *mut c_void,
-                [cols, rows].as_ptr(),
-                [cols].as_ptr(),
-                [128, box_rows].as_ptr(),
-                [1, 1].as_ptr(),
+                sizes.as_ptr(),
+                strides.as_ptr(),
+                boxes.as_ptr(),
+                [1; RANK].as_ptr(),
                 sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
                 sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
                 sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
