@@ -131,7 +131,7 @@ latent_write_norm(const __grid_constant__ Cache c, const __grid_constant__ Laten
     extern __shared__ float row_values[];
     u32 rows = gridDim.x / 2;
     if (blockIdx.x < rows) {
-        norm_row(n, blockIdx.x, shared, previous_done);
+        norm_row<1>(n, blockIdx.x, 0, shared, previous_done);
     } else {
         for (u32 i = 32 * threadIdx.x; i < c.latent_dim; i += 32 * THREADS) prefetch(l.w + i);
         previous_done();

@@ -13,6 +13,24 @@
 #define STEP 64u
 #define SLICE 512u
 
+// Where outputs of 128 channels go that are rounded for the next product at once.
+struct Rounded {
+    u8 *codes;
+    float *scales;
+    u32 power_of_two;
+    float amax_min;
+};
+
+// Projected queries [m, heads, k + rope_dim] in f32, of which the first k are multiplied and the others rotated by their row's
+// position's angles, to `rope` [m, heads, rope_dim].
+struct Queries {
+    const float *q;
+    const u32 *positions;
+    const float *table;
+    u16 *rope;
+    u32 rope_dim, positions_max;
+};
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // A tile's sums by way of shared memory, so that a row's outputs are stored side by side.
@@ -46,11 +64,45 @@ __device__ __forceinline__ void store_rows(const Product &p, const float *sums, 
     }
 }
 
-template <u32 TILE, u32 STAGES, u32 PARTS> __device__ __forceinline__ void product(const Product &p) {
+// Two warpgroups' sums for the same 16 rows, 64 channels each, as quantise.cu rounds them: one scale for all.
+__device__ __forceinline__ void store_rounded(const Product &p, const Rounded &r, const float (&sums)[8], u32 first, u32 end, u32 head) {
+    __shared__ float largest[8][16];
+    u32 thread = threadIdx.x % THREADS, lane = thread % WARP;
+    // Rows of a thread: 2 * (lane % 4), the next, and the eighth after either; channels: one and the eighth after it.
+#pragma unroll
+    for (u32 j = 0; j < 4; j++) {
+        u32 i = j / 2 * 4 + j % 2;
+        float amax = fmaxf(fabsf(sums[i]), fabsf(sums[i + 2]));
+#pragma unroll
+        for (u32 step = 4; step < WARP; step *= 2) amax = fmaxf(amax, __shfl_xor_sync(ALL, amax, step));
+        if (lane < 4) largest[threadIdx.x / WARP][j / 2 * 8 + lane * 2 + j % 2] = amax;
+    }
+    __syncthreads();
+    u32 channel = threadIdx.x / WARP * 16 + lane / 4;
+#pragma unroll
+    for (u32 j = 0; j < 4; j++) {
+        u32 i = j / 2 * 4 + j % 2, line = j / 2 * 8 + lane % 4 * 2 + j % 2, row = first + line;
+        float amax = largest[0][line];
+#pragma unroll
+        for (u32 warp = 1; warp < 8; warp++) amax = fmaxf(amax, largest[warp][line]);
+        float scale = block_scale(amax, r.amax_min, r.power_of_two);
+        if (row >= end) continue;
+        u64 at = (u64)row * p.heads + head;
+        u8 *codes = r.codes + at * BLOCK + channel;
+        codes[0] = to_e4m3(sums[i] / scale), codes[8] = to_e4m3(sums[i + 2] / scale);
+        if (channel == 0) r.scales[at] = scale;
+    }
+}
+
+// Warpgroup `group` of those that work side by side, each with its own CHANNELS; `rounded`: where the outputs of two go.
+template <u32 TILE, u32 STAGES, u32 PARTS, u32 GROUPS = 1>
+__device__ __forceinline__ void product(const Product &p, const Rounded *rounded = nullptr) {
     constexpr u32 WEIGHTS = CHANNELS * 128, INPUTS = TILE * 128;
     extern __shared__ u8 memory[];
     u32 base = ((u32)__cvta_generic_to_shared(memory) + 1023) & ~1023u;
-    u32 thread = threadIdx.x, chunk = thread % 8, out = blockIdx.x * CHANNELS;
+    u32 group = GROUPS == 1 ? 0 : __shfl_sync(ALL, threadIdx.x / THREADS, 0);
+    u32 thread = threadIdx.x % THREADS, chunk = thread % 8, out = (blockIdx.x * GROUPS + group) * CHANNELS;
+    base += group * STAGES * (WEIGHTS + INPUTS);
     // Where it does not depend on the rows which weights are read, the first of them are asked for while the rows are being made.
     bool early = !p.tiles;
     if (!early) previous_done();
@@ -118,6 +170,10 @@ template <u32 TILE, u32 STAGES, u32 PARTS> __device__ __forceinline__ void produ
 #pragma unroll
             for (u32 i = 0; i < TILE / 2; i++) sums[i] += d[i];
         }
+    }
+    if constexpr (GROUPS == 2) {
+        store_rounded(p, *rounded, sums, first, end, head);
+        return;
     }
     if (PARTS == 1 && TILE > 16 && (u64)p.y % 16 == 0) {
         store_rows<TILE>(p, sums, base, first, end, out, head);
@@ -193,17 +249,84 @@ template <u32 TILE> __device__ __forceinline__ void parts_product(const Product 
     }
 }
 
+// Up to 16 rows of queries, split on their way to the matrix unit (query.cu does it for many), by each head's matrix of K up to 128.
+__device__ __forceinline__ void absorb(const Product &p, const Queries &q) {
+    constexpr u32 TILE = 16, WEIGHTS = CHANNELS * 128, INPUTS = TILE * 128;
+    extern __shared__ u8 memory[];
+    u32 base = ((u32)__cvta_generic_to_shared(memory) + 1023) & ~1023u;
+    u32 thread = threadIdx.x, chunk = thread % 8, out = blockIdx.x * CHANNELS, head = blockIdx.z, steps = p.k / STEP;
+    const u8 *w = (const u8 *)p.w + (((u64)head * p.n + out + thread / 8) * p.k) * 2 + chunk * 16;
+    for (u32 step = 0; step < steps; step++) {
+#pragma unroll
+        for (u32 i = 0; i < CHANNELS / 16; i++) {
+            u32 to = base + step * (WEIGHTS + INPUTS) + swizzled(thread / 8 + 16 * i, chunk);
+            copy16(to, w + ((u64)(16 * i) * p.k + step * STEP) * 2, 16);
+        }
+    }
+    copies_commit();
+    previous_done();
+    u32 width = p.k + q.rope_dim;
+    u8 *operands = memory + (base - (u32)__cvta_generic_to_shared(memory));
+    // Row thread / 8, eight channels of each step; rows past the last are zeros.
+    u32 row = thread / 8;
+    const float *from = q.q + ((u64)(row < p.m ? row : 0) * p.heads + head) * width + chunk * 8;
+    for (u32 step = 0; step < steps; step++) {
+        float4 a = *(const float4 *)(from + step * STEP), b = *(const float4 *)(from + step * STEP + 4);
+        uint4 bits = make_uint4(to_bf16(a.x) | (u32)to_bf16(a.y) << 16, to_bf16(a.z) | (u32)to_bf16(a.w) << 16,
+                                to_bf16(b.x) | (u32)to_bf16(b.y) << 16, to_bf16(b.z) | (u32)to_bf16(b.w) << 16);
+        if (row >= p.m) bits = make_uint4(0, 0, 0, 0);
+        *(uint4 *)(operands + step * (WEIGHTS + INPUTS) + WEIGHTS + swizzled(row, chunk)) = bits;
+    }
+    if (blockIdx.x == 0) {
+        for (u32 i = thread; i < p.m * q.rope_dim / 2; i += THREADS) {
+            u32 line = i / (q.rope_dim / 2), channel = i % (q.rope_dim / 2) * 2, position = q.positions[line];
+            require(position < q.positions_max);
+            const float *x = q.q + ((u64)line * p.heads + head) * width + p.k + channel;
+            const float *angle = q.table + (u64)position * q.rope_dim + channel;
+            float a = x[0], b = x[1], cos = angle[0], sin = angle[1];
+            u16 *to = q.rope + ((u64)line * p.heads + head) * q.rope_dim + channel;
+            to[0] = to_bf16(a * cos - b * sin), to[1] = to_bf16(a * sin + b * cos);
+        }
+    }
+    copies_wait<0>();
+    written_for_matrix_unit();
+    __syncthreads();
+    float d[TILE / 2];
+#pragma unroll
+    for (u32 i = 0; i < TILE / 2; i++) d[i] = 0.0f;
+    for (u32 step = 0; step < steps; step++) {
+        u64 a = tile(base + step * (WEIGHTS + INPUTS)), b = tile(base + step * (WEIGHTS + INPUTS) + WEIGHTS);
+        mma_begin();
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) MmaBf16<TILE>::run(d, a + 2 * i, b + 2 * i, i > 0 || step > 0);
+        mma_commit();
+        mma_wait<0>();
+    }
+    u32 channel = out + thread / 32 * 16 + thread % 32 / 4;
+#pragma unroll
+    for (u32 i = 0; i < TILE / 2; i++) {
+        u32 line = i / 4 * 8 + thread % 4 * 2 + i % 2;
+        if (line < p.m) store_output(p, line, channel + i % 4 / 2 * 8, 0.0f + d[i], head);
+    }
+}
+
 #else
 
 // Other architectures have no wgmma, and the host never launches this there.
-template <u32 TILE, u32 STAGES, u32 PARTS> __device__ __forceinline__ void product(const Product &) { require(false); }
+template <u32 TILE, u32 STAGES, u32 PARTS, u32 GROUPS = 1>
+__device__ __forceinline__ void product(const Product &, const Rounded * = nullptr) { require(false); }
 template <u32 TILE> __device__ __forceinline__ void parts_product(const Product &) { require(false); }
+__device__ __forceinline__ void absorb(const Product &, const Queries &) { require(false); }
 
 #endif
 
 #define ENTRY extern "C" __global__ void __launch_bounds__(THREADS)
 
 ENTRY linear_bf16_wgmma_16(const __grid_constant__ Product p) { product<16, 8, 1>(p); }
+ENTRY linear_bf16_absorb_16(const __grid_constant__ Product p, const __grid_constant__ Queries q) { absorb(p, q); }
+// A head's 128 outputs, rounded for the next product.
+extern "C" __global__ void __launch_bounds__(2 * THREADS)
+linear_bf16_rounded_16(const __grid_constant__ Product p, const __grid_constant__ Rounded r) { product<16, 8, 1, 2>(p, &r); }
 ENTRY linear_bf16_wgmma_64(const __grid_constant__ Product p) { product<64, 6, 1>(p); }
 ENTRY linear_bf16_wgmma_128(const __grid_constant__ Product p) { product<128, 4, 1>(p); }
 extern "C" __global__ void __launch_bounds__(4 * THREADS, 1)

@@ -41,9 +41,15 @@ __device__ __forceinline__ void store(float *p, u32 left, bool vector, float4 v)
     if (left > 3) p[3] = v.w;
 }
 
+// Two values at a time: rounding is what the multiprocessor of a single row has to do most.
+__device__ __forceinline__ u32 pack2(float low, float high) {
+    u32 bits;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+}
 __device__ __forceinline__ void store_bf16s(u16 *p, u32 left, bool vector, const float *v) {
     if (vector) {
-        *(ushort4 *)p = make_ushort4(to_bf16(v[0]), to_bf16(v[1]), to_bf16(v[2]), to_bf16(v[3]));
+        *(uint2 *)p = make_uint2(pack2(v[0], v[1]), pack2(v[2], v[3]));
         return;
     }
 #pragma unroll
@@ -65,9 +71,11 @@ __device__ __forceinline__ void emit(const Norm &n, u32 row, u32 block, float fa
     if (n.y_parts) {
         float rests[4], lasts[4];
 #pragma unroll
-        for (u32 j = 0; j < 4; j++) {
-            rests[j] = values[j] - from_bf16(to_bf16(values[j]));
-            lasts[j] = rests[j] - from_bf16(to_bf16(rests[j]));
+        for (u32 j = 0; j < 4; j += 2) {
+            u32 high = pack2(values[j], values[j + 1]);
+            rests[j] = values[j] - __uint_as_float(high << 16), rests[j + 1] = values[j + 1] - __uint_as_float(high & 0xFFFF0000u);
+            u32 middle = pack2(rests[j], rests[j + 1]);
+            lasts[j] = rests[j] - __uint_as_float(middle << 16), lasts[j + 1] = rests[j + 1] - __uint_as_float(middle & 0xFFFF0000u);
         }
         store_bf16s(n.y_parts + 3 * out + i, left, vector, values);
         store_bf16s(n.y_parts + 3 * out + n.dim + i, left, vector, rests);
@@ -84,7 +92,11 @@ __device__ __forceinline__ void emit(const Norm &n, u32 row, u32 block, float fa
         float scale = block_scale(warp_max(amax), n.amax_min, n.power_of_two);
         u32 code = 0;
 #pragma unroll
-        for (u32 j = 0; j < 4; j++) code |= (u32)to_e4m3(values[j] / scale) << 8 * j;
+        for (u32 j = 0; j < 4; j += 2) {
+            u16 two;
+            asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(two) : "f"(values[j + 1] / scale), "f"(values[j] / scale));
+            code |= (u32)two << 8 * j;
+        }
         if (vector) {
             *(u32 *)(n.codes + out + i) = code;
         } else {
@@ -96,8 +108,9 @@ __device__ __forceinline__ void emit(const Norm &n, u32 row, u32 block, float fa
     }
 }
 
-// Row `row` of the outputs, by 512 threads. `ready` says when the inputs may be read.
-template <class Ready> __device__ __forceinline__ void norm_row(const Norm &n, u32 row, float *shared, Ready ready) {
+// Row `row` of the outputs, by 512 threads. `ready` says when the inputs may be read. With SHARES blocks in a cluster, all of them add up
+// the row and each hands out the channels that its threads keep in one of their places; a row has no others then.
+template <u32 SHARES, class Ready> __device__ __forceinline__ void norm_row(const Norm &n, u32 row, u32 share, float *shared, Ready ready) {
     u32 lane = threadIdx.x % WARP, start = threadIdx.x / WARP * BLOCK;
     auto left_at = [&](u32 block) { return block + 4 * lane < n.dim ? n.dim - block - 4 * lane : 0; };
     float4 values[KEPT], others[KEPT], weights[KEPT];
@@ -121,7 +134,7 @@ template <class Ready> __device__ __forceinline__ void norm_row(const Norm &n, u
     auto take = [&](float4 &v, float4 other, u32 block) {
         if (add) {
             v.x += other.x, v.y += other.y, v.z += other.z, v.w += other.w;
-            store(x + block + 4 * lane, left_at(block), n.vector, v);
+            if (SHARES == 1) store(x + block + 4 * lane, left_at(block), n.vector, v);
         }
         squares = fmaf(v.x, v.x, squares);
         squares = fmaf(v.y, v.y, squares);
@@ -141,13 +154,29 @@ template <class Ready> __device__ __forceinline__ void norm_row(const Norm &n, u
     }
     squares = block_sum(squares, shared);
     float factor = 1.0f / sqrtf(squares / (float)n.dim + n.eps);
+    if constexpr (SHARES > 1) {
+        // The sum takes its place when all have read the row.
+        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #pragma unroll
-    for (u32 k = 0; k < KEPT; k++) {
-        u32 block = start + 4 * THREADS * k;
-        if (block < n.dim) emit(n, row, block, factor, values[k], weights[k]);
-    }
-    for (u32 block = start + 4 * THREADS * KEPT; block < n.dim; block += 4 * THREADS) {
-        u32 i = block + 4 * lane, left = left_at(block);
-        emit(n, row, block, factor, load(x + i, left, n.vector), load(n.w + i, left, n.vector));
+        for (u32 k = 0; k < KEPT; k++) {
+            u32 block = start + 4 * THREADS * k;
+            if (k == share && block < n.dim) emit(n, row, block, factor, values[k], weights[k]);
+        }
+        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#pragma unroll
+        for (u32 k = 0; k < KEPT; k++) {
+            u32 block = start + 4 * THREADS * k;
+            if (add && k == share && block < n.dim) store(x + block + 4 * lane, left_at(block), n.vector, values[k]);
+        }
+    } else {
+#pragma unroll
+        for (u32 k = 0; k < KEPT; k++) {
+            u32 block = start + 4 * THREADS * k;
+            if (block < n.dim) emit(n, row, block, factor, values[k], weights[k]);
+        }
+        for (u32 block = start + 4 * THREADS * KEPT; block < n.dim; block += 4 * THREADS) {
+            u32 i = block + 4 * lane, left = left_at(block);
+            emit(n, row, block, factor, load(x + i, left, n.vector), load(n.w + i, left, n.vector));
+        }
     }
 }

@@ -20,9 +20,10 @@ impl Device {
             return Ok(());
         }
         let (weights, scales) = w.addresses();
-        let (n, k, grid) = (size(w.rows()), size(w.cols()), Grid::line(tokens.len(), 256));
+        let blocks = (size(tokens.len()), size(w.cols().div_ceil(256)), 1);
+        let (n, k, grid) = (size(w.rows()), size(w.cols()), Grid { blocks, threads: 256, shared: 0 });
         let (tokens, out) = (tokens.address(), out.address());
-        // SAFETY: a thread block a row of `out`; tokens are checked in the kernel.
+        // SAFETY: a thread a value of `out`; tokens are checked in the kernel.
         unsafe {
             match w.format() {
                 WeightFormat::F32 => launch!(self, embed_f32, grid; weights, scales, tokens, n, k, out),

@@ -9,7 +9,7 @@ use cudarc::nvrtc::Ptx;
 use super::CudaError;
 use super::error::Doing;
 use super::launch::size;
-use super::linear::{WIDE_SHARED, narrow_shared, parts_shared, wgmma_shared};
+use super::linear::{ROUNDED_SHARED, WIDE_SHARED, narrow_shared, parts_shared, wgmma_shared};
 use super::mla_attention::MLA_SHARED;
 use super::store::{KernelStore, Origin, in_parallel};
 
@@ -63,10 +63,10 @@ kernels! {
     linear_narrow [hopper, product]: linear_fp8_narrow_64x16, linear_fp8_narrow_64x32, linear_fp8_narrow_64x64,
         linear_fp8_narrow_64x128, linear_fp8_narrow_128x64;
     linear_wide [hopper, product]: linear_fp8_wide, linear_fp8_wide_picked;
-    linear_bf16 [hopper, product]: linear_bf16_wgmma_16, linear_bf16_wgmma_64, linear_bf16_wgmma_128,
+    linear_bf16 [hopper, product]: linear_bf16_absorb_16, linear_bf16_rounded_16, linear_bf16_wgmma_16, linear_bf16_wgmma_64, linear_bf16_wgmma_128,
         linear_parts_wgmma_16, linear_parts_wgmma_32, linear_parts_wgmma_64;
     rms_norm: rms_norm;
-    norm [norm_row]: norm_rows;
+    norm [norm_row]: norm_rows, norm_rows_split;
     norm_pair: norm_pair;
     elementwise: silu_mul, add_in_place, add_scaled, weighted_sum;
     swiglu: swiglu;
@@ -97,6 +97,7 @@ impl Functions {
             .flat_map(|(tile, kernels)| kernels.iter().map(move |k| (k, wgmma_shared(tile))));
         let others = [
             (&&self.mla_attention_wgmma, MLA_SHARED),
+            (&&self.linear_bf16_rounded_16, ROUNDED_SHARED),
             (&&self.linear_parts_wgmma_16, parts_shared(16)),
             (&&self.linear_parts_wgmma_32, parts_shared(32)),
             (&&self.linear_fp8_wide, WIDE_SHARED),

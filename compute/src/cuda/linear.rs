@@ -6,6 +6,7 @@ mod operands;
 mod parts;
 mod wide;
 
+pub(super) use heads::ROUNDED_SHARED;
 pub(super) use narrow::narrow_shared;
 pub use operands::{Inputs, Outputs};
 pub(super) use parts::parts_shared;

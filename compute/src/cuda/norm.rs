@@ -33,6 +33,11 @@ unsafe impl Argument for Norm {}
 /// Threads of a row: the kernel's own number.
 pub(super) const THREADS: u32 = 512;
 
+/// Up to so many rows of such widths are shared by the blocks of a cluster, so many each. The same bits.
+const SPLIT_ROWS: usize = 16;
+const SPLIT_DIMS: std::ops::RangeInclusive<usize> = 2049..=8192;
+const SPLIT: usize = 4;
+
 /// Rows to norm: the first values, as many as the norm's weight has, of every `stride` in `x`.
 pub struct NormRows<'a, 'b> {
     /// `[rows, stride]`.
@@ -74,8 +79,15 @@ impl Device {
         }
         norm.round_into(count, outputs);
         norm.choose_loads();
-        // SAFETY: a thread block a row; indices are checked in the kernel, everything else above; null is not written.
-        unsafe { launch!(self, norm_rows, Grid::line(count, THREADS); norm) }
+        let few = count <= SPLIT_ROWS && SPLIT_DIMS.contains(&dim) && !self.architecture.starts_with("sm_8");
+        // SAFETY: a thread block or four a row; indices are checked in the kernel, everything else above; null is not written.
+        unsafe {
+            if few {
+                launch!(self, norm_rows_split, Grid::line(SPLIT * count, THREADS); norm)
+            } else {
+                launch!(self, norm_rows, Grid::line(count, THREADS); norm)
+            }
+        }
     }
 }
 

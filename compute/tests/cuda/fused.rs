@@ -1,8 +1,8 @@
 //! Operators that do several things in one pass, against those that do one.
 
 use compute::cuda::{
-    Activations, CacheRows, InputFormat, Inputs, LatentRows, Matrix, NormRows, QueryParts, QueryShape,
-    RopeTable,
+    Activations, CacheRows, HeadMatrices, InputFormat, Inputs, LatentRows, LinearKernel, Matrix, NormRows,
+    Outputs, QueryParts, QueryShape, RopeTable,
 };
 use compute::{KvFormat, KvGeometry, RopeRows, ScaleFormat, fp8, reference};
 use rand::RngExt;
@@ -32,9 +32,15 @@ fn bytes(device: &compute::cuda::Device, x: &Activations, rows: usize) -> Vec<u8
 fn norm_adds_norms_and_rounds() {
     let Some(device) = device() else { return };
     let mut rng = fresh();
-    for (rows, dim, stride) in
-        [(1, 1, 1), (3, 48, 50), (2, 160, 160), (5, 131, 200), (33, 1536, 2112), (4, 7168, 7168)]
-    {
+    for (rows, dim, stride) in [
+        (1, 1, 1),
+        (3, 48, 50),
+        (2, 160, 160),
+        (5, 131, 200),
+        (33, 1536, 2112),
+        (4, 7168, 7168),
+        (2, 9000, 9000),
+    ] {
         let (x, add) = (floats(&mut rng, rows * stride), floats(&mut rng, rows * stride));
         let w_host = floats(&mut rng, dim);
         let (add_there, w) = (device.upload(&add).expect("add"), device.upload(&w_host).expect("w"));
@@ -279,5 +285,79 @@ fn latents_are_normed_rotated_and_stored() {
         assert!(differ * 100 < pool_bytes, "{format:?}: {differ} of {pool_bytes} bytes differ");
         let untouched = |pool: &[u8]| pool[..geometry.layer_stride].iter().all(|&byte| byte == 0xFF);
         assert!(untouched(&together), "{format:?}: another layer was written");
+    }
+}
+
+/// Values rounded by the product that makes them have the bits of values rounded afterwards.
+#[test]
+fn head_matmul_rounds() {
+    let Some(device) = device() else { return };
+    let mut rng = fresh();
+    for (m, heads, out, ins) in
+        [(0, 2, 128, 512), (1, 16, 128, 512), (16, 3, 128, 64), (17, 2, 128, 512), (3, 2, 64, 128)]
+    {
+        let w = compute::HeadMatrices::new(heads, out, ins, floats(&mut rng, heads * out * ins)).expect("w");
+        let w = HeadMatrices::new_bf16(device, &w).expect("w");
+        if device.head_kernel(&w) == LinearKernel::Plain {
+            continue;
+        }
+        let x: Vec<u16> = floats(&mut rng, m * heads * ins).iter().map(|&x| fp8::to_bf16(x)).collect();
+        let x = device.upload(&x).expect("x");
+        for format in
+            [InputFormat::Fp8(ScaleFormat::F32), InputFormat::Fp8(ScaleFormat::Ue8m0), InputFormat::Bf16]
+        {
+            let room = || Activations::new(device, format, m, heads * out).expect("room");
+            let (mut together, mut apart) = (room(), room());
+            let mut values = poisoned(device, m * heads * out);
+            device
+                .head_matmul_rounded(&w, x.view(), m, &mut values.view_mut(), &mut together)
+                .expect("together");
+            let mut values = poisoned(device, m * heads * out);
+            device
+                .head_matmul(&w, Inputs::Bf16(x.view()), m, Outputs::F32(&mut values.view_mut()))
+                .expect("product");
+            device.prepare(values.view(), &mut apart).expect("rounded");
+            let what = format!("[{m}, {heads}, {out}, {ins}] {format:?}");
+            assert_eq!(bytes(device, &together, m), bytes(device, &apart, m), "{what}");
+        }
+    }
+}
+
+/// Queries split by the product that takes them into the latent space have the bits of queries split before.
+#[test]
+fn queries_are_split_and_absorbed() {
+    let Some(device) = device() else { return };
+    let mut rng = fresh();
+    let rope = 64;
+    let frequencies: Vec<f64> =
+        (0..rope / 2).map(|i| 10000f64.powf(-2.0 * f64::from(i) / f64::from(rope))).collect();
+    let table = RopeTable::new(device, &compute::RopeTable::new(&frequencies, 1.0, 512), 512).expect("table");
+    for (m, heads, nope, latent) in
+        [(0, 2, 128, 512), (1, 16, 128, 512), (16, 3, 64, 64), (7, 5, 128, 128), (17, 2, 128, 512)]
+    {
+        let shape = QueryShape { heads, nope, rope: rope as usize };
+        let w = compute::HeadMatrices::new(heads, latent, nope, floats(&mut rng, heads * latent * nope))
+            .expect("w");
+        let w = HeadMatrices::new_bf16(device, &w).expect("w");
+        if device.head_kernel(&w) == LinearKernel::Plain {
+            continue;
+        }
+        let positions: Vec<u32> = (0..m).map(|_| rng.random_range(0..512)).collect();
+        let positions = device.upload(&positions).expect("positions");
+        let q = device.upload(&floats(&mut rng, m * heads * (nope + shape.rope))).expect("q");
+        let room = |width: usize| poisoned::<u16>(device, m * heads * width);
+        let (mut kept, mut rotated, mut together) = (room(nope), room(shape.rope), room(latent));
+        let parts = (&mut kept.view_mut(), &mut rotated.view_mut());
+        device
+            .absorb_queries(&w, q.view(), shape, (positions.view(), &table), parts, &mut together.view_mut())
+            .expect("together");
+        let (mut kept, mut expected, mut apart) = (room(nope), room(shape.rope), room(latent));
+        let parts = QueryParts::Bf16(&mut kept.view_mut(), &mut expected.view_mut());
+        device.split_queries(q.view(), shape, positions.view(), &table, parts).expect("split");
+        let (x, y) = (Inputs::Bf16(kept.view()), &mut apart.view_mut());
+        device.head_matmul(&w, x, m, Outputs::Bf16(y)).expect("product");
+        let what = format!("[{m}, {heads}, {nope}] to {latent}");
+        assert_eq!(read(device, rotated.view()), read(device, expected.view()), "{what}");
+        assert_eq!(read(device, together.view()), read(device, apart.view()), "{what}");
     }
 }

@@ -239,7 +239,7 @@ fn embed() {
 fn head_matmul_of_bf16() {
     let Some(device) = device() else { return };
     let mut rng = fresh();
-    for (m, heads, out, ins) in [(1, 3, 512, 128), (70, 2, 128, 512), (9, 4, 64, 64)] {
+    for (m, heads, out, ins) in [(1, 3, 512, 128), (70, 2, 128, 512), (9, 4, 64, 64), (150, 2, 512, 128)] {
         let w = compute::HeadMatrices::new(heads, out, ins, floats(&mut rng, heads * out * ins)).expect("w");
         let there = HeadMatrices::new_bf16(device, &w).expect("w");
         if device.head_kernel(&there) == LinearKernel::Plain {

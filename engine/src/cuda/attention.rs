@@ -106,8 +106,6 @@ impl Attention {
             Query::LowRank { up, .. } => device.linear(&up.matrix, work.query_input.inputs(rows), queries)?,
         }
         self.attend(step, layer, work)?;
-        let values = work.values.slice(0..rows * self.output.matrix.cols());
-        device.prepare(values, &mut work.value_input)?;
         let out = &mut out.slice_mut(0..rows * self.output.matrix.rows());
         device.linear(&self.output.matrix, work.value_input.inputs(rows), out)?;
         step.stage(Stage::Output)
@@ -179,7 +177,7 @@ impl Attention {
         query + self.compress.matrix.rows()
     }
 
-    /// From projected queries to values.
+    /// From projected queries to rounded values.
     fn attend(
         &self,
         step: &mut Step<'_>,
@@ -214,21 +212,29 @@ impl Attention {
                 step.stage(Stage::Attention)?;
                 let read = Inputs::F32(attended.slice(0..latents));
                 device.head_matmul(&self.value_up, read, rows, Outputs::F32(values))?;
+                device.prepare(values.view(), &mut work.value_input)?;
             }
             Core::Bf16 { nope, rope, absorbed, attended, parts } => {
-                let split = QueryParts::Bf16(&mut nope.slice_mut(0..nopes), &mut rope.slice_mut(0..ropes));
-                device.split_queries(queries, self.queries, positions, step.rope, split)?;
                 step.stage(Stage::Queries)?;
-                let to = Outputs::Bf16(&mut absorbed.slice_mut(0..latents));
-                device.head_matmul(&self.key_up, Inputs::Bf16(nope.slice(0..nopes)), rows, to)?;
+                let parts_of_queries = (&mut nope.slice_mut(0..nopes), &mut rope.slice_mut(0..ropes));
+                let latent = &mut absorbed.slice_mut(0..latents);
+                let rotation = (positions, step.rope);
+                device.absorb_queries(
+                    &self.key_up,
+                    queries,
+                    self.queries,
+                    rotation,
+                    parts_of_queries,
+                    latent,
+                )?;
                 step.stage(Stage::Absorb)?;
                 let (latent, rope) = (absorbed.slice(0..latents), rope.slice(0..ropes));
                 let out = &mut attended.slice_mut(0..latents);
                 let queries = MlaQueries::Bf16 { latent, rope, out, parts };
                 device.mla_attention(step.pool.view(), step.geometry, layer, self.shape, mla, queries)?;
                 step.stage(Stage::Attention)?;
-                let read = Inputs::Bf16(attended.slice(0..latents));
-                device.head_matmul(&self.value_up, read, rows, Outputs::F32(values))?;
+                let read = attended.slice(0..latents);
+                device.head_matmul_rounded(&self.value_up, read, rows, values, &mut work.value_input)?;
             }
         }
         step.stage(Stage::Values)
