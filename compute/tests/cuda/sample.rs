@@ -5,7 +5,7 @@ use compute::{GUMBEL_TOKENS, GumbelKey, Isa};
 use rand::RngExt;
 use rand::rngs::StdRng;
 
-use super::support::{device, floats, fresh, output, read, small};
+use super::support::{compared, device, floats, fresh, output, read, small};
 
 /// The kernel's unit of probability.
 const UNIT: f64 = (1u64 << 40) as f64;
@@ -179,7 +179,8 @@ fn tokens_are_those_of_the_definition() {
         (129_280, 12),
         (140_003, 12),
     ];
-    let few: &[(usize, usize)] = &[(1, 8), (65, 8), (1000, 8), (140_003, 1)];
+    // A launch under racecheck takes five seconds and more, however few its rows.
+    let few: &[(usize, usize)] = &[(1, 8), (1000, 8), (140_003, 1)];
     for &(vocab, rows) in if small() { few } else { all } {
         println!("vocabulary {vocab}, {rows} rows");
         let mut logits: Vec<f32> =
@@ -193,8 +194,10 @@ fn tokens_are_those_of_the_definition() {
         }
         let cases: Vec<Case> = (0..rows).map(|index| nth_case(&mut rng, vocab, index)).collect();
         let (drawn, changed) = run(device, &logits, vocab, &cases);
-        let (again, _) = run(device, &logits, vocab, &cases);
-        assert_eq!(drawn, again, "the same draws give the same bits");
+        if !small() {
+            let (again, _) = run(device, &logits, vocab, &cases);
+            assert_eq!(drawn, again, "the same draws give the same bits");
+        }
         for (index, case) in cases.iter().enumerate() {
             let before = &logits[index * vocab..(index + 1) * vocab];
             let (after, drawn) =
@@ -232,7 +235,8 @@ fn rows_are_drawn_alone() {
     let logits = floats(&mut rng, 9 * vocab);
     let cases: Vec<Case> = (0..9).map(|index| nth_case(&mut rng, vocab, index)).collect();
     let (together, _) = run(device, &logits, vocab, &cases);
-    for (index, case) in cases.iter().enumerate() {
+    for index in compared(cases.len()) {
+        let case = &cases[index];
         let row = &logits[index * vocab..(index + 1) * vocab];
         let (alone, _) = run(device, row, vocab, std::slice::from_ref(case));
         assert_eq!(alone, together[3 * index..3 * index + 3], "row {index}");
