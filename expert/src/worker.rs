@@ -11,6 +11,7 @@
 mod step;
 
 use std::collections::VecDeque;
+use std::error::Error;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -82,7 +83,8 @@ impl Worker {
             let mut layers = batch.chunk_by(|a, b| a.layer() == b.layer());
             if let Err(error) = layers.try_for_each(|layer| self.compute(layer)) {
                 // Nothing that it is asked from now on would be answered. Its sources see it go, and ask elsewhere.
-                tracing::error!(%error, cause = ?std::error::Error::source(&error), "the device failed");
+                let error: &dyn Error = error.source().unwrap_or(&error);
+                tracing::error!(%error, cause = ?error.source(), "the device failed");
                 return;
             }
             batch.clear();
