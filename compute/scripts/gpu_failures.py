@@ -134,12 +134,6 @@ def start_failures():
     status, text = engine({"CUDA_VISIBLE_DEVICES": "9"})
     report("a device that is not there", status != 0 and said(text, "device"), last_words(text))
     with tempfile.TemporaryDirectory() as cache:
-        status, text = engine({"LD_LIBRARY_PATH": "", "XDG_CACHE_HOME": cache})
-        if status == 0:
-            print("skip no compiler: it is found without LD_LIBRARY_PATH", flush=True)
-        else:
-            report("no compiler, nothing cached", said(text, "nvrtc"), last_words(text))
-    with tempfile.TemporaryDirectory() as cache:
         engine({"XDG_CACHE_HOME": cache})
         for index, path in enumerate(sorted(glob.glob(f"{cache}/trireme/kernels/*.cubin"))):
             whole = open(path, "rb").read()
@@ -298,8 +292,8 @@ def kernel_fault(cluster, kernels, role, kernel, launches, expected):
     after = cluster.load(expected)
     next(after)
     after = next(after)[0] == 24
-    # Answers that the worker had begun are lost with it; nobody else notices.
-    excused = role == "prefill" and lost == 0 or role != "prefill" and all("502" in error for error in errors)
+    # Answers that had begun are lost with the worker (of the only holder of an expert: all); nobody else notices.
+    excused = all("worker_lost" in error for error in errors)
     passed = started and bool(said_so) and said(said_so[0], "kernel", "faulted") and wrong == 0 and excused and again and after
     words = said_so[0] if said_so else cluster.log(worker)[-600:]
     report(f"a kernel faults in one {role} worker under load", passed,
