@@ -7,6 +7,9 @@
 // With PARTS = 3 an input is the sum of three bf16 values, which an f32 is to its last bits, and each part is multiplied
 // by the same weights: an f32 product of bf16 weights. x is then [m, 3, k]; blockIdx.z is a slice of SLICE channels, and
 // y [slices, m, n] holds the slices' sums, for the reader to add in order.
+//
+// Attention's products of up to 16 rows do more than multiply, with the same bits: one splits its queries on their way to the unit, one
+// rounds its outputs for the next product.
 
 #define CHANNELS 64u
 #define THREADS 128u
