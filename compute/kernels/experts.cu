@@ -53,31 +53,44 @@ group_rows(const u16 *ids, u32 count, u32 experts, u32 tile_rows, u32 tiles_max,
 // hidden[t, :] += shared[t, :] + sum over j of weights[t, j] * x[t * top_k + j, :], the sum first and in order of j, each
 // product and sum rounded; `shared` may be null. A token whose first id is NO_EXPERT stays as it is. Four channels a
 // thread; dim in fours.
+#define TOGETHER 8u
 template <bool BF16>
 __device__ __forceinline__ void combine(float *hidden, const float *shared, const void *x, const u16 *ids,
                                         const float *weights, u32 top_k, u32 dim) {
     u32 token = blockIdx.y, channel = (blockIdx.x * 256 + threadIdx.x) * 4;
-    if (channel >= dim || ids[(u64)token * top_k] == NO_EXPERT) return;
+    if (channel >= dim) return;
+    u64 at = (u64)token * dim + channel;
+    // Everything is asked for at once, also where it turns out that there is nothing to add.
+    bool none = ids[(u64)token * top_k] == NO_EXPERT;
+    float4 h = *(const float4 *)(hidden + at);
+    float4 out = shared ? *(const float4 *)(shared + at) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    for (u32 j = 0; j < top_k; j++) {
-        u64 row = (u64)token * top_k + j;
-        float weight = weights[row];
-        float4 v;
-        if (BF16) {
-            ushort4 bits = *(const ushort4 *)((const u16 *)x + row * dim + channel);
-            v = make_float4(from_bf16(bits.x), from_bf16(bits.y), from_bf16(bits.z), from_bf16(bits.w));
-        } else {
-            v = *(const float4 *)((const float *)x + row * dim + channel);
+    for (u32 start = 0; start < top_k; start += TOGETHER) {
+        float4 values[TOGETHER];
+        float factors[TOGETHER];
+#pragma unroll
+        for (u32 i = 0; i < TOGETHER; i++) {
+            u64 row = (u64)token * top_k + min(start + i, top_k - 1);
+            factors[i] = weights[row];
+            if (BF16) {
+                ushort4 bits = *(const ushort4 *)((const u16 *)x + row * dim + channel);
+                values[i] = make_float4(from_bf16(bits.x), from_bf16(bits.y), from_bf16(bits.z), from_bf16(bits.w));
+            } else {
+                values[i] = *(const float4 *)((const float *)x + row * dim + channel);
+            }
         }
-        if (j == 0) {
-            sum = make_float4(weight * v.x, weight * v.y, weight * v.z, weight * v.w);
-        } else {
-            sum.x += weight * v.x, sum.y += weight * v.y, sum.z += weight * v.z, sum.w += weight * v.w;
+#pragma unroll
+        for (u32 i = 0; i < TOGETHER; i++) {
+            float weight = factors[i];
+            float4 v = values[i];
+            if (start + i == 0) {
+                sum = make_float4(weight * v.x, weight * v.y, weight * v.z, weight * v.w);
+            } else if (start + i < top_k) {
+                sum.x += weight * v.x, sum.y += weight * v.y, sum.z += weight * v.z, sum.w += weight * v.w;
+            }
         }
     }
-    u64 at = (u64)token * dim + channel;
-    float4 out = shared ? *(const float4 *)(shared + at) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    float4 h = *(const float4 *)(hidden + at);
+    if (none) return;
     out.x += sum.x, out.y += sum.y, out.z += sum.z, out.w += sum.w;
     h.x += out.x, h.y += out.y, h.z += out.z, h.w += out.w;
     *(float4 *)(hidden + at) = h;

@@ -17,7 +17,9 @@ struct Swiglu {
 extern "C" __global__ void __launch_bounds__(256) swiglu(const __grid_constant__ Swiglu s) {
     previous_done();
     u32 at = blockIdx.x * 8 + threadIdx.x / WARP, blocks = div_up(s.dim, BLOCK), row = at / blocks;
-    if (at >= s.warps || (s.row_count && row >= *s.row_count)) return;
+    if (at >= s.warps) return;
+    // There is room for every row, whether it is there or not: it is asked for at the same time as their number.
+    u32 rows = s.row_count ? *s.row_count : ALL;
     u32 channel = at % blocks * BLOCK + threadIdx.x % WARP * 4, left = channel < s.dim ? s.dim - channel : 0;
     const float *gate = s.x + (u64)row * 2 * s.dim + channel, *up = gate + s.dim;
     u64 out = (u64)row * s.dim + channel;
@@ -29,6 +31,7 @@ extern "C" __global__ void __launch_bounds__(256) swiglu(const __grid_constant__
 #pragma unroll
         for (u32 i = 0; i < 4; i++) g[i] = i < left ? gate[i] : 0.0f, u[i] = i < left ? up[i] : 0.0f;
     }
+    if (row >= rows) return;
 #pragma unroll
     for (u32 i = 0; i < 4; i++) {
         v[i] = g[i] / (1.0f + expf(-g[i])) * u[i];

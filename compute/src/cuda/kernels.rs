@@ -9,7 +9,7 @@ use cudarc::nvrtc::Ptx;
 use super::CudaError;
 use super::error::Doing;
 use super::launch::size;
-use super::linear::{ROUNDED_SHARED, WIDE_SHARED, narrow_shared, parts_shared, wgmma_shared};
+use super::linear::{ALONE_SHARED, ROUNDED_SHARED, WIDE_SHARED, narrow_shared, parts_shared, wgmma_shared};
 use super::mla_attention::MLA_SHARED;
 use super::store::{KernelStore, Origin, in_parallel};
 
@@ -91,10 +91,9 @@ impl Functions {
             &[&self.linear_fp8_wgmma_64, &self.linear_bf16_wgmma_64, &self.linear_parts_wgmma_64],
             &[&self.linear_fp8_wgmma_128, &self.linear_bf16_wgmma_128],
         ];
-        let products = tiles
-            .into_iter()
-            .enumerate()
-            .flat_map(|(tile, kernels)| kernels.iter().map(move |k| (k, wgmma_shared(tile))));
+        let products = tiles.into_iter().enumerate().flat_map(|(tile, kernels)| {
+            kernels.iter().map(move |k| (k, wgmma_shared(tile).max(ALONE_SHARED)))
+        });
         let others = [
             (&&self.mla_attention_wgmma, MLA_SHARED),
             (&&self.linear_bf16_rounded_16, ROUNDED_SHARED),

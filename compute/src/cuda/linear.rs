@@ -80,6 +80,10 @@ fn stages_shared(tile: usize, stages: usize) -> usize {
     1024 + stages * (128 * (CHANNELS + rows) + 4 * (rows + 4))
 }
 
+/// More than half of a multiprocessor's: a product with no more blocks than there are multiprocessors takes so much, so that no two of them
+/// share one while others are idle. Without, blocks that start as the kernel before ends go to the multiprocessors that are free first.
+pub(super) const ALONE_SHARED: usize = 116 * 1024;
+
 /// What a bf16 product over `k` channels uses of that, 64 of them a stage: more of its blocks fit a multiprocessor. Two stages
 /// at least, for the outputs take their place.
 fn short_shared(tile: usize, k: usize) -> usize {
@@ -378,11 +382,13 @@ impl Device {
         assert!(row_tiles <= 65_535 && heads <= 65_535, "{row_tiles} row tiles of {heads} heads");
         let tile = tile_for(tile_rows);
         assert_eq!(TILES[tile].0, tile_rows, "rows were sorted for another kernel");
+        let blocks = (product.n / CHANNELS as u32, size(row_tiles), size(heads));
+        let alone = product.tiles == 0 && blocks.0 as usize * row_tiles <= self.multiprocessors;
         let shared = match format {
             WeightFormat::Bf16 => short_shared(tile, product.k as usize),
+            _ if alone => wgmma_shared(tile).max(ALONE_SHARED),
             _ => wgmma_shared(tile),
         };
-        let blocks = (product.n / CHANNELS as u32, size(row_tiles), size(heads));
         let grid = Grid { blocks, threads: 128, shared };
         // SAFETY: the caller's promise; rows of the inputs are multiples of 128 bytes, hence aligned as the first.
         unsafe {
