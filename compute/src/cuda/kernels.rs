@@ -9,7 +9,7 @@ use cudarc::nvrtc::Ptx;
 use super::CudaError;
 use super::error::Doing;
 use super::launch::size;
-use super::linear::{ALONE_SHARED, ROUNDED_SHARED, WIDE_SHARED, narrow_shared, parts_shared, wgmma_shared};
+use super::linear::{ALONE_SHARED, HIGH, ROUNDED_SHARED, WIDE, narrow_shared, parts_shared, wgmma_shared};
 use super::mla_attention::MLA_SHARED;
 use super::store::{KernelStore, Origin, in_parallel};
 
@@ -62,7 +62,7 @@ kernels! {
     linear_wgmma [hopper, product]: linear_fp8_wgmma_16, linear_fp8_wgmma_64, linear_fp8_wgmma_128;
     linear_narrow [hopper, product]: linear_fp8_narrow_64x16, linear_fp8_narrow_64x32, linear_fp8_narrow_64x64,
         linear_fp8_narrow_64x128, linear_fp8_narrow_128x64;
-    linear_wide [hopper, product]: linear_fp8_wide, linear_fp8_wide_picked;
+    linear_wide [hopper, product]: linear_fp8_wide, linear_fp8_wide_picked, linear_fp8_high;
     linear_bf16 [hopper, product]: linear_bf16_absorb_16, linear_bf16_rounded_16, linear_bf16_wgmma_16, linear_bf16_wgmma_64, linear_bf16_wgmma_128,
         linear_parts_wgmma_16, linear_parts_wgmma_32, linear_parts_wgmma_64;
     rms_norm: rms_norm;
@@ -99,8 +99,9 @@ impl Functions {
             (&&self.linear_bf16_rounded_16, ROUNDED_SHARED),
             (&&self.linear_parts_wgmma_16, parts_shared(16)),
             (&&self.linear_parts_wgmma_32, parts_shared(32)),
-            (&&self.linear_fp8_wide, WIDE_SHARED),
-            (&&self.linear_fp8_wide_picked, WIDE_SHARED),
+            (&&self.linear_fp8_wide, WIDE.shared()),
+            (&&self.linear_fp8_wide_picked, WIDE.shared()),
+            (&&self.linear_fp8_high, HIGH.shared()),
             (&&self.linear_fp8_narrow_64x16, narrow_shared(0)),
             (&&self.linear_fp8_narrow_64x32, narrow_shared(1)),
             (&&self.linear_fp8_narrow_64x64, narrow_shared(2)),

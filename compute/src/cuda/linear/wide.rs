@@ -1,4 +1,5 @@
-//! FP8 products of many rows: tiles of 128 rows and 256 channels, operands by the tensor copy unit.
+//! FP8 products of many rows: tiles of 128 rows and 256 channels, or of 192 and 128 where they fill the multiprocessors better;
+//! operands by the tensor copy unit.
 
 use std::ffi::c_void;
 
@@ -6,14 +7,56 @@ use cudarc::driver::sys;
 
 use super::Product;
 use crate::cuda::error::Doing;
-use crate::cuda::launch::{Argument, Grid, launch};
+use crate::cuda::launch::{Argument, Grid, launch, size};
 use crate::cuda::{CudaError, Device};
 
-/// Channels and rows of a tile, and its shared memory: the kernel's own numbers.
-const CHANNELS: usize = 256;
-pub(super) const ROWS: usize = 128;
-pub(in crate::cuda) const WIDE_SHARED: usize = 1024 + 4 * (128 * (CHANNELS + ROWS) + 4 * (ROWS + 4));
-/// It runs where it has a tile for every multiprocessor, about.
+/// A kernel's tile: 64 rows for each of `groups` multiplying warpgroups, 128 channels for each of `parts` chains, `stages` of
+/// its pipeline; `cost` of a 128-block of K in it, in cycles of an H200. The kernels' own numbers.
+pub(in crate::cuda) struct Tile {
+    groups: usize,
+    parts: usize,
+    stages: usize,
+    cost: usize,
+}
+
+pub(in crate::cuda) const WIDE: Tile = Tile { groups: 2, parts: 2, stages: 4, cost: 1440 };
+pub(in crate::cuda) const HIGH: Tile = Tile { groups: 3, parts: 1, stages: 5, cost: 1120 };
+
+impl Tile {
+    const fn rows(&self) -> usize {
+        64 * self.groups
+    }
+
+    const fn channels(&self) -> usize {
+        128 * self.parts
+    }
+
+    /// Per stage 128 bytes a row and channel; scales of 16 rows and the parts, three times four of them, for each warp that
+    /// multiplies; and what aligning takes.
+    pub(in crate::cuda) const fn shared(&self) -> usize {
+        let (stage, scales) = (128 * (self.rows() + self.channels()), 3 * 16 * (16 + self.parts));
+        1024 + self.stages * stage + 4 * self.groups * scales
+    }
+
+    /// A block for each of so many tiles, as long as multiprocessors last.
+    fn grid(&self, tiles: usize, multiprocessors: usize) -> Grid {
+        Grid {
+            shared: self.shared(),
+            ..Grid::line(tiles.min(multiprocessors), 128 * (self.groups as u32 + 1))
+        }
+    }
+
+    fn tiles(&self, m: usize, n: usize) -> usize {
+        m.div_ceil(self.rows()) * n.div_ceil(self.channels())
+    }
+
+    /// Cycles that `m` rows by `n` channels take for a block of K: only the choice between tiles hangs on them.
+    fn cycles(&self, m: usize, n: usize, multiprocessors: usize) -> usize {
+        self.tiles(m, n).div_ceil(multiprocessors) * self.cost
+    }
+}
+
+/// They run where they have a tile for every multiprocessor, about.
 const TILES_MIN: usize = 128;
 
 /// Where the copy unit finds rows of bytes; `struct Map` in the kernel.
@@ -77,8 +120,8 @@ impl Product {
     pub(super) fn is_wide(&self, tile_rows: usize, row_tiles: usize) -> bool {
         // A half of its channels has one scale; outputs are stored 16 bytes at a time.
         let halves = self.n == self.n1 || self.n1.is_multiple_of(128);
-        let tiles = (self.n as usize).div_ceil(CHANNELS) * row_tiles;
-        tile_rows == ROWS && halves && self.y.is_multiple_of(16) && tiles >= TILES_MIN
+        let tiles = (self.n as usize).div_ceil(WIDE.channels()) * row_tiles;
+        tile_rows == WIDE.rows() && halves && self.y.is_multiple_of(16) && tiles >= TILES_MIN
     }
 }
 
@@ -97,16 +140,20 @@ impl Device {
         let (n1, n2, k) = (u64::from(product.n1), u64::from(product.n - product.n1), u64::from(product.k));
         let w = Map::new(product.w, count as u64 * n1, k, 64)?;
         let w2 = if n2 > 0 { Map::new(product.w2, count as u64 * n2, k, 64)? } else { w };
-        let x = Map::new(product.x, u64::from(product.x_rows), k, ROWS as u32)?;
-        let tiles = (product.n as usize).div_ceil(CHANNELS) * row_tiles;
-        let blocks = self.multiprocessors.min(tiles);
-        let grid = Grid { shared: WIDE_SHARED, ..Grid::line(blocks, 384) };
+        let (m, n) = (product.m as usize, product.n as usize);
+        let in_order = product.rows == 0 && product.out_rows == 0 && product.tiles == 0;
+        let cycles = |tile: &Tile| tile.cycles(m, n, self.multiprocessors);
+        let high = in_order && cycles(&HIGH) < cycles(&WIDE);
+        let tile = if high { HIGH } else { WIDE };
+        let x = Map::new(product.x, u64::from(product.x_rows), k, size(tile.rows()))?;
+        let tiles = if high { tile.tiles(m, n) } else { n.div_ceil(tile.channels()) * row_tiles };
+        let grid = tile.grid(tiles, self.multiprocessors);
         // SAFETY: the caller's promise; the maps cover the matrices.
         unsafe {
-            if product.rows == 0 {
-                launch!(self, linear_fp8_wide, grid; product, w, w2, x)
-            } else {
-                launch!(self, linear_fp8_wide_picked, grid; product, w, w2, x)
+            match (high, product.rows == 0) {
+                (true, _) => launch!(self, linear_fp8_high, grid; product, w, w2, x),
+                (false, true) => launch!(self, linear_fp8_wide, grid; product, w, w2, x),
+                (false, false) => launch!(self, linear_fp8_wide_picked, grid; product, w, w2, x),
             }
         }
     }
