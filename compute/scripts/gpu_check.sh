@@ -2,12 +2,13 @@
 # Checks and times the CUDA operators, the engine and a cluster on a GPU machine that has neither Rust nor a network.
 #   compute/scripts/gpu_check.sh pack FOLDER [tests] [kernels] [trireme]
 #       here: builds, strips and compresses what must travel. `tests` (9 MB) is every GPU test of all crates as one program,
-#       `kernels` (0.3 MB) the kernels compiled, `trireme` (8 MB) the program itself. All, if none is named.
+#       `kernels` (0.2 MB) the kernels compiled, `trireme` (8 MB) the program itself. All, if none is named.
 #   compute/scripts/gpu_check.sh run FOLDER [OUT]
 #       there, in the repository's root; what came along decides what is done. Tests: operators, the engine's golden, quality and
 #       invariance tests, experts on other workers, the invariance matrix over clusters; with SANITIZE=1 also the operators
 #       under compute-sanitizer's memcheck and racecheck. The program: cold starts, a checkpoint from memory, what
-#       failures look like, then times, in one table. ONLY="engine serve" does those parts alone. A line a part, logs in OUT.
+#       failures look like, then the times of operators and of steps of V3's width. ONLY="engine serve" does those parts
+#       alone, of operators engine expert cluster sanitize serve failures weights times steps. A line a part, logs in OUT.
 # The machine needs a driver for CUDA 13 and glibc 2.36 or later; NVRTC, unless kernels came along.
 set -euo pipefail
 
@@ -151,10 +152,17 @@ PYTHON
     if wants times "$work/trireme"; then
         "$work/trireme" bench ops --device cuda:0 | tee "$out/ops.log" || status=1
     fi
+    if wants steps "$work/trireme"; then
+        # Tokens routed evenly, then all of them to the same experts.
+        for part in 0 100; do
+            "$work/trireme" bench engine --device cuda:0 --synthetic 6 --batch 1,8,32,64,128 --prompt 4096 --gen 20 \
+                --chunk 8192 --router-bias "$part" | tee "$out/steps_$part.log" || status=1
+        done
+    fi
     return $status
 }
 
 case "${1:-}" in
 pack | run) "$@" ;;
-*) sed -n '2,12p' "$0" && exit 2 ;;
+*) sed -n '2,13p' "$0" && exit 2 ;;
 esac
