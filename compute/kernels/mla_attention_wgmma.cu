@@ -1,166 +1,32 @@
-// MLA in its absorbed form over the paged cache on Hopper's matrix unit, for FP8 rows of 512 + 64 channels: DeepSeek-V2's
-// and V3's widths. Queries and results are bf16, sums f32; latents, weights and latent queries are multiplied as f16, which
-// holds a cached code exactly and its product with a scale to 11 bits, keys of the rotation as the bf16 they are.
-//
-// A block has one query row, 64 of its heads (fewer are padded with zeros) and one or several parts of SPLIT tokens of its
-// context, which it walks in tiles of 64 with an online softmax that begins anew with each part. Four warpgroups: one decodes
-// cache rows into shared memory, a tile ahead; one scores; two sum up, half of the channels each, while the next tile is
-// scored. Where a context is longer than SPLIT, its parts are stored and mla_combine adds them in order. Parts lie at fixed
-// positions, so that what a head gets does not depend on the heads, rows or contexts beside it, nor on how many parts a
-// block has. Rows past the context are never read.
+// Attention of decode steps and verification rows over FP8 cache rows: a block has one query row, 64 of its heads and one or
+// several parts of its context (mla_wgmma.cu says what these are). Four warpgroups: one decodes cache rows into shared memory, a
+// tile ahead; one scores; two sum up while the next tile is scored. Where a context has several parts, mla_combine adds them.
+// Rows past the context are never read.
 
-#define LATENT 512u
-#define ROPE 64u
-#define TOKENS 64u
-#define HEADS 64u
-#define THREADS 512u
-#define SPLIT 1024u
-#define PART_TILES (SPLIT / TOKENS)
-// A block has so many parts at most.
-#define PARTS_MAX 4u
-// Fewer tokens in a block of the cache are not for this kernel.
-#define BLOCK_TOKENS_MIN 16u
-// 64 rows of 64 channels: what the matrix unit's 128-byte swizzle spans.
-#define PIECE 8192u
-#define PIECES ((LATENT + ROPE) / 64)
-// A row's sums are scaled down only when its largest score has grown by more than this (a power of two): weights stay below
-// 2^8, far from f16's largest.
-#define GROWTH 8.0f
-// Latents are held so many times as large: f16 has more room above them than below.
-#define STRETCH 16.0f
-
-// Barriers among some of the warpgroups (0 is everybody's): queries are there; a half's means are staged (two).
-enum { QUERIES = 1, STAGED = 2 };
-
-// As in mla_attention.cu; q_latent, q_rope and out are bf16.
-struct Attention {
-    const u8 *pool;
-    const u32 *tables, *starts, *contexts;
-    const u16 *q_latent, *q_rope;
-    u16 *out;
-    u64 layer_offset, block_stride;
-    u32 row_bytes, block_tokens, blocks, table_len;
-    u32 heads, latent, rope;
-    float scale;
-    // Parts that there is room for, and that a block computes.
-    u32 first, splits, block_parts;
-    // [rows, heads, splits, 512] weighted means in f16, and their (reference score, sum of weights).
-    u16 *parts;
-    float2 *part_sums;
-};
-
-__device__ __forceinline__ float exp2_of(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-// Two floats as bf16 or f16, the first in the low half.
-__device__ __forceinline__ u32 pack_bf16(float low, float high) {
-    u32 bits;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
-    return bits;
-}
-
-__device__ __forceinline__ u32 pack_f16(float low, float high) {
-    u32 bits;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
-    return bits;
-}
-
-__device__ __forceinline__ float2 unpack_f16(u32 bits) {
-    float2 x;
-    asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }" : "=f"(x.x), "=f"(x.y) : "r"(bits));
-    return x;
-}
+// So many of a tile's pieces the scoring warpgroup multiplies by queries in its registers, the last ones in its order: what it
+// has registers for. The pipe to shared memory is the bound, and each takes 64 of some 3,460 wavefronts a tile off it.
+#define HELD 3u
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-// Two bf16 as f16; what is too large for one becomes the largest.
-__device__ __forceinline__ u32 to_f16(u32 bits) {
-    float x = __uint_as_float(bits << 16), y = __uint_as_float(bits & 0xFFFF0000u), most = 65504.0f;
-    x = x > most ? most : x < -most ? -most : x;
-    y = y > most ? most : y < -most ? -most : y;
-    return pack_f16(x, y);
-}
-
-// Two bf16 STRETCH times as large.
-__device__ __forceinline__ u32 stretch(u32 bits) {
-    return pack_bf16(__uint_as_float(bits << 16) * STRETCH, __uint_as_float(bits & 0xFFFF0000u) * STRETCH);
-}
-
-__device__ __forceinline__ u32 times(u32 x, u32 y) {
-    u32 product;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(x), "r"(y));
-    return product;
-}
-
-// A scale as f16 twice, STRETCH times as large. Latents beyond 4,000 are cut off; where none of a group reaches 0.002, its
-// scale has fewer than 11 bits.
-__device__ __forceinline__ u32 stretched(float scale) {
-    float x = fminf(scale * STRETCH, 142.0f);
-    return pack_f16(x, x);
-}
-
-// Four E4M3 codes times such a scale.
-__device__ __forceinline__ uint2 decode(u32 codes, u32 scale) {
-    uint2 v;
-    asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b; }"
-        : "=r"(v.x), "=r"(v.y)
-        : "r"(codes));
-    return make_uint2(times(v.x, scale), times(v.y, scale));
-}
-
-// What the first of four lanes finds, which alone reads it.
-__device__ __forceinline__ float first_of_four(const float *values, u32 at) {
-    return __shfl_sync(ALL, threadIdx.x % 4 == 0 ? values[at] : 0.0f, 0, 4);
-}
-
-// Asked for where it stands, between what is stored before and after.
-__device__ __forceinline__ uint4 load16(const u8 *from) {
-    uint4 v;
-    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
-    return v;
-}
-
-__device__ __forceinline__ float load4(const u8 *from) {
-    float x;
-    asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(from));
-    return x;
-}
-
-// Into the level-2 cache.
-__device__ __forceinline__ void prefetch_rows(const u8 *from, u32 bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
-
-// Whether a block's `i`th tile is the last of a part.
-__device__ __forceinline__ bool ends_part(u32 i, u32 tiles) { return i % PART_TILES == PART_TILES - 1 || i + 1 == tiles; }
-
-__device__ __forceinline__ void store16(u32 to, uint2 low, uint2 high) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(low.x), "r"(low.y), "r"(high.x), "r"(high.y) : "memory");
-}
-
-// b with its columns contiguous: 64 of them a piece, pieces PIECE apart, 8 of K 1,024 bytes apart.
-__device__ __forceinline__ u64 tile_across(u32 address) {
-    return (u64)((address & 0x3FFFF) >> 4) | (u64)(PIECE >> 4) << 16 | (u64)64 << 32 | (u64)1 << 62;
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_attention_wgmma(const __grid_constant__ Attention a) {
     extern __shared__ u8 memory[];
     // Of each head: how far a tile scales its sums down; at the end of a part its sum of weights, of two parts by turns.
     __shared__ float corrections[HEADS], totals[2][HEADS];
-    // Of the two stages: decoded, summed up. Of the weights and corrections: written, used; who writes or reads corrections
-    // arrives himself. Of a part's means: stored, by whoever did it.
-    __shared__ u64 barriers[7];
+    // Of the two stages: decoded; of both halves of their tokens: summed up. Of the weights and corrections: written, used; who
+    // writes or reads corrections arrives himself. Of a part's means: stored, by whoever did it.
+    __shared__ u64 barriers[9];
     __shared__ volatile u32 span[2];
     // The blocks of its parts.
     __shared__ u32 table[PARTS_MAX * SPLIT / BLOCK_TOKENS_MIN + 1];
-    previous_done();
     u32 first = blockIdx.x * HEADS, heads = min(HEADS, a.heads - first), row = blockIdx.y;
+    // No kernel writes contexts and tables: they are read before the kernel in front is done.
     // What is seen, and this block's parts of it.
     u32 context = a.contexts[row], seen = context > a.first ? context - a.first : 0, span_max = a.block_parts * SPLIT;
-    if (blockIdx.z > 0 && blockIdx.z * span_max >= seen) return;
+    if (blockIdx.z > 0 && blockIdx.z * span_max >= seen) {
+        previous_done();
+        return;
+    }
     u32 start = a.first + blockIdx.z * span_max, end = min(a.first + seen, start + span_max);
     u32 listed = a.starts[row], first_block = start / a.block_tokens;
     require((u64)listed + div_up(context, a.block_tokens) <= a.table_len && seen <= a.splits * SPLIT);
@@ -173,14 +39,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_attention_wgmma(con
     u8 *queries = memory + shift, *weights = queries + PIECES * PIECE, *cache = weights + PIECE;
     u32 queries_at = (u32)__cvta_generic_to_shared(queries), weights_at = queries_at + PIECES * PIECE;
     u32 cache_at = weights_at + PIECE;
-    u32 full = (u32)__cvta_generic_to_shared(barriers), empty = full + 16, weighed = full + 32, used = full + 40;
-    u32 stored = full + 48;
+    u32 full = (u32)__cvta_generic_to_shared(barriers), empty = full + 16, weighed = full + 48, used = full + 56;
+    u32 stored = full + 64;
     u32 thread = threadIdx.x, lane = thread % WARP;
     // Read back by each role: kept across their parting, these would cost registers that a role has not got.
     if (thread == 0) span[0] = start, span[1] = end;
-    if (thread < 2) barrier_init(full + 8 * thread, 4), barrier_init(empty + 8 * thread, 8);
+    if (thread < 2) barrier_init(full + 8 * thread, 4);
+    if (thread < 4) barrier_init(empty + 8 * thread, 8);
     if (thread == 2) barrier_init(weighed, 4 * 8), barrier_init(used, 8 * 8), barrier_init(stored, 256);
     __syncthreads();
+    if (thread < TOKENS / 8) {
+        // The first two tiles' rows into the level-2 cache, where the kernel in front may still write one.
+        for (u32 at = start + thread * 16, to = min(at + 16, end); at < to;) {
+            u32 block = at / a.block_tokens, line = at % a.block_tokens, count = min(to - at, a.block_tokens - line);
+            const u8 *rows = a.pool + a.layer_offset + table[block - first_block] * a.block_stride;
+            prefetch_rows(rows + line * a.row_bytes, count * a.row_bytes);
+            at += count;
+        }
+    }
+    previous_done();
     u32 query = row * a.heads + first;
 
     // A thread's heads are `head` and eight more.
@@ -212,31 +89,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_attention_wgmma(con
     };
 
     if (thread < 128) {
-        registers_down<112>();
+        registers_down<72>();
         u32 start = span[0], end = span[1], tiles = div_up(end - start, TOKENS);
-        // A warp decodes 16 tokens of a tile, a lane 16 channels of each; keys are copied as they are. A token's codes are asked
-        // for as soon as those of the tile before are decoded.
+        // A warp decodes 8 tokens of each half of a tile, a lane 16 channels of each; keys are copied as they are. A token's codes
+        // are asked for as soon as those of the half before are decoded.
         u32 warp = thread / WARP, last = end - 1;
         // Of a lane's two chunks of 8 channels the odd fours store the second first: eight lanes then store to eight banks of
         // 16 bytes.
         bool second = lane & 4;
-        u32 to_codes = cache_at + lane / 4 * PIECE + warp * 2048 + (lane % 4 * 2 + second) * 16;
-        u32 to_key = cache_at + 8 * PIECE + warp * 2048;
+        u32 to_codes = cache_at + lane / 4 * PIECE + warp * 1024 + (lane % 4 * 2 + second) * 16;
+        u32 to_key = cache_at + 8 * PIECE + warp * 1024;
         // Divides positions by it: exact while their product is below 2^32.
         u32 inverse = ~0u / a.block_tokens + 1;
-        uint4 codes[16];
-        float scales[2];
-        // Where a warp's tokens of a tile lie: in one block of the cache or, from the `split`th, in another. Past the last token
-        // its row stands in: it weighs nothing there.
+        uint4 codes[8];
+        float scales;
+        // Where a warp's tokens of half a tile lie: in one block of the cache or, from the `split`th, in another. Past the last
+        // token its row stands in: it weighs nothing there.
         struct Lines {
             const u8 *low, *high;
             u32 split, count;
         };
-        auto find = [&](u32 tile) {
-            u32 position = min(start + tile * TOKENS + warp * 16, last);
+        auto find = [&](u32 tile, u32 half) {
+            u32 position = min(start + tile * TOKENS + half * 32 + warp * 8, last);
             u32 block = __umulhi(position, inverse), line = position - block * a.block_tokens;
             Lines lines;
-            lines.split = a.block_tokens - line, lines.count = min(16u, end - position);
+            lines.split = a.block_tokens - line, lines.count = min(8u, end - position);
             lines.low = a.pool + a.layer_offset + table[block - first_block] * a.block_stride + line * a.row_bytes;
             u32 next = lines.split < lines.count ? table[block + 1 - first_block] : 0;
             lines.high = a.pool + a.layer_offset + next * a.block_stride - lines.split * a.row_bytes;
@@ -246,8 +123,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_attention_wgmma(con
             token = min(token, lines.count - 1);
             return (token < lines.split ? lines.low : lines.high) + token * a.row_bytes;
         };
-        auto fetch_scales = [&](const Lines &lines, u32 half) {
-            scales[half] = load4(row(lines, 8 * half + lane % 8) + LATENT + lane / 8 * 4);
+        auto fetch_scales = [&](const Lines &lines) {
+            scales = load4(row(lines, lane % 8) + LATENT + lane / 8 * 4);
         };
         // A tile's rows into the level-2 cache, a block of the cache a lane.
         auto prefetch = [&](u32 tile) {
@@ -261,30 +138,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_attention_wgmma(con
         };
         Lines lines;
         if (tiles > 0) {
-            lines = find(0);
+            lines = find(0, 0);
 #pragma unroll
-            for (u32 t = 0; t < 16; t++) codes[t] = load16(row(lines, t) + 16 * lane);
-            fetch_scales(lines, 0), fetch_scales(lines, 1);
+            for (u32 t = 0; t < 8; t++) codes[t] = load16(row(lines, t) + 16 * lane);
+            fetch_scales(lines);
         }
-        prefetch(1);
         for (u32 i = 0; i < tiles; i++) {
             u32 stage = i % 2 * PIECES * PIECE;
             prefetch(i + 2);
-            if (i >= 2) barrier_wait(empty + i % 2 * 8, (i / 2 - 1) & 1);
             if (i >= 2 && ends_part(i - 2, tiles)) barrier_wait(stored, (i - 2) / PART_TILES & 1);
 #pragma unroll
-            for (u32 four = 0; four < 4; four++) {
-                u32 token = 4 * four + lane / 8;
-                copy16(to_key + stage + swizzled(token, lane % 8), row(lines, token) + LATENT + 16 + lane % 8 * 16, 16);
-            }
-            copies_commit();
-            lines = find(i + 1);
-#pragma unroll
             for (u32 half = 0; half < 2; half++) {
-                u32 own = stretched(scales[half]);
+                if (i >= 2) barrier_wait(empty + (i % 2 * 2 + half) * 8, (i / 2 - 1) & 1);
 #pragma unroll
-                for (u32 t = 8 * half; t < 8 * half + 8; t++) {
-                    u32 scale = __shfl_sync(ALL, own, t % 8, 8), at = ((to_codes + stage) ^ t % 8 * 16) + t * 128;
+                for (u32 four = 0; four < 2; four++) {
+                    u32 token = 4 * four + lane / 8;
+                    const u8 *key = row(lines, token) + LATENT + 16 + lane % 8 * 16;
+                    copy16(to_key + stage + half * 4096 + swizzled(token, lane % 8), key, 16);
+                }
+                copies_commit();
+                lines = find(i + half, half ^ 1);
+                u32 own = stretched(scales);
+#pragma unroll
+                for (u32 t = 0; t < 8; t++) {
+                    u32 scale = __shfl_sync(ALL, own, t, 8), at = ((to_codes + stage) ^ t * 16) + half * 4096 + t * 128;
                     uint4 now = codes[t];
                     store16(at, decode(second ? now.z : now.x, scale), decode(second ? now.w : now.y, scale));
                     store16(at ^ 16, decode(second ? now.x : now.z, scale), decode(second ? now.y : now.w, scale));
@@ -292,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_attention_wgmma(con
                     // Not to be moved behind the next tokens: then all of a tile would be asked for at its end.
                     if (t % 4 == 3) __syncwarp();
                 }
-                fetch_scales(lines, half);
+                fetch_scales(lines);
             }
             // The fence between these stores and the matrix unit is the readers': here it would wait for the loads under way.
             copies_wait<0>();
@@ -300,11 +177,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_attention_wgmma(con
             if (lane == 0) barrier_arrive(full + i % 2 * 8);
         }
     } else if (thread < 256) {
-        registers_down<80>();
+        registers_down<120>();
         u32 start = span[0], end = span[1], tiles = div_up(end - start, TOKENS);
         load_queries();
         float scale = a.scale * (1.4426950408889634f / STRETCH);
-        float reference[2] = {-INFINITE, -INFINITE}, total[2] = {0.0f, 0.0f};
+        u32 held[4 * HELD][4];
+#pragma unroll
+        for (u32 i = 0; i < 4 * HELD; i++) {
+            u32 piece = piece_of(PIECES - HELD + i / 4);
+            load_rows(held[i], queries_at + piece * PIECE + swizzled(thread % 128 / WARP * 16 + lane % 16, i % 4 * 2 + lane / 16));
+        }
+        Softmax softmax = no_weights();
         for (u32 i = 0; i < tiles; i++) {
             u32 stage = i % 2, tile_at = cache_at + stage * PIECES * PIECE, left = end - start - i * TOKENS;
             barrier_wait(full + 8 * stage, i / 2 & 1);
@@ -312,65 +195,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_attention_wgmma(con
             float scores[32];
             mma_begin();
 #pragma unroll
-            for (u32 piece = 0; piece < PIECES; piece++) {
-                u64 q = tile(queries_at) + piece * (PIECE >> 4), k = tile(tile_at) + piece * (PIECE >> 4);
+            for (u32 k = 0; k < PIECES; k++) {
+                u32 piece = piece_of(k);
+                u64 q = tile(queries_at) + piece * (PIECE >> 4), v = tile(tile_at) + piece * (PIECE >> 4);
 #pragma unroll
                 for (u32 step = 0; step < 4; step++) {
-                    if (piece < PIECES - 1) MmaF16<64>::run(scores, q + 2 * step, k + 2 * step, piece + step > 0);
-                    else MmaBf16<64>::run(scores, q + 2 * step, k + 2 * step, 1);
+                    if (k >= PIECES - HELD) score_held(scores, held[4 * (k + HELD - PIECES) + step], v + 2 * step);
+                    else if (k > 0) MmaF16<64>::run(scores, q + 2 * step, v + 2 * step, 1);
+                    else MmaBf16<64>::run(scores, q + 2 * step, v + 2 * step, step > 0);
                 }
             }
             mma_commit();
             mma_wait<0>();
-            // Its tokens are pairs, eight apart.
-            if (left < TOKENS) {
-#pragma unroll
-                for (u32 j = 0; j < 32; j++) {
-                    if (j / 4 * 8 + lane % 4 * 2 + j % 2 >= left) scores[j] = -INFINITE;
-                }
-            }
             float correction[2];
-#pragma unroll
-            for (u32 j = 0; j < 2; j++) {
-                float most = -INFINITE;
-#pragma unroll
-                for (u32 k = 0; k < 16; k++) most = fmaxf(most, scores[k / 2 * 4 + 2 * j + k % 2]);
-                most = fmaxf(most, __shfl_xor_sync(ALL, most, 1));
-                most = fmaxf(most, __shfl_xor_sync(ALL, most, 2)) * scale;
-                float next = most > reference[j] + GROWTH ? most : reference[j];
-                correction[j] = next == reference[j] ? 1.0f : exp2_of(reference[j] - next);
-                reference[j] = next;
-                total[j] *= correction[j];
-            }
             u32 bits[16];
-#pragma unroll
-            for (u32 j = 0; j < 16; j++) {
-                u32 which = j % 2;
-                float x = exp2_of(fmaf(scores[2 * j], scale, -reference[which]));
-                float y = exp2_of(fmaf(scores[2 * j + 1], scale, -reference[which]));
-                bits[j] = pack_f16(x, y);
-                total[which] += x + y;
-            }
+            weigh(scores, left, scale, softmax, correction, bits);
             // The weights of the tile before have been used, its corrections and totals too.
             if (i > 0) barrier_wait(used, (i - 1) & 1);
             if (lane % 4 == 0) corrections[head] = correction[0], corrections[head + 8] = correction[1];
-#pragma unroll
-            for (u32 j = 0; j < 16; j++) {
-                *(u32 *)(weights + swizzled(head + 8 * (j % 2), j / 2) + lane % 4 * 4) = bits[j];
-            }
+            store_weights(weights, head, bits);
             if (ends_part(i, tiles)) {
 #pragma unroll
                 for (u32 j = 0; j < 2; j++) {
                     u32 own = head + 8 * j;
-                    total[j] += __shfl_xor_sync(ALL, total[j], 1);
-                    total[j] += __shfl_xor_sync(ALL, total[j], 2);
+                    float total = all_weights(softmax.total[j]);
                     if (lane % 4 == 0) {
-                        totals[i / PART_TILES % 2][own] = total[j];
+                        totals[i / PART_TILES % 2][own] = total;
                         u64 to = (u64)(query + own) * a.splits + blockIdx.z * a.block_parts + i / PART_TILES;
-                        if (a.splits > 1 && own < heads) a.part_sums[to] = make_float2(reference[j], total[j]);
+                        if (a.splits > 1 && own < heads) a.part_sums[to] = make_float2(softmax.reference[j], total);
                     }
-                    reference[j] = -INFINITE, total[j] = 0.0f;
                 }
+                softmax = no_weights();
             }
             written_for_matrix_unit();
             __syncwarp();
@@ -415,10 +270,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_attention_wgmma(con
             barrier_wait(weighed, i & 1);
             float low = first_of_four(corrections, head), high = first_of_four(corrections, head + 8);
             bool fresh = i % PART_TILES == 0;
-            if (!fresh && __any_sync(ALL, low != 1.0f || high != 1.0f)) {
-#pragma unroll
-                for (u32 j = 0; j < 128; j++) sums[j / 64][j % 64] *= j % 4 / 2 ? high : low;
-            }
+            if (!fresh && __any_sync(ALL, low != 1.0f || high != 1.0f)) scale_sums(sums, low, high);
             barrier_wait(full + 8 * stage, i / 2 & 1);
             written_for_matrix_unit();
             mma_begin();
@@ -427,13 +279,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mla_attention_wgmma(con
                 u64 v = tile_across(tile_at + half * 4 * PIECE) + step * 128, w = tile(weights_at) + 2 * step;
                 MmaF16<128>::across(sums[0], w, v, step > 0 || !fresh);
                 MmaF16<128>::across(sums[1], w, v + 2 * (PIECE >> 4), step > 0 || !fresh);
+                if (step == 1) mma_commit();
             }
             mma_commit();
+            // The first half of its rows may be overwritten.
+            mma_wait<1>();
+            if (lane == 0) barrier_arrive(empty + 16 * stage);
             mma_wait<0>();
             if (lane % 4 == 0) barrier_arrive(used);
             if (ends_part(i, tiles)) store_means(i / PART_TILES, cache + stage * PIECES * PIECE + half * 4 * PIECE);
             __syncwarp();
-            if (lane == 0) barrier_arrive(empty + 8 * stage);
+            if (lane == 0) barrier_arrive(empty + 16 * stage + 8);
         }
     }
 }
