@@ -76,6 +76,7 @@ kernels! {
     kv_write [norm_row]: kv_write, latent_write, latent_write_norm;
     mla_attention: mla_attention_f32, mla_attention_bf16, mla_attention_fp8;
     mla_attention_wgmma [hopper, mla_wgmma]: mla_attention_wgmma, mla_combine;
+    mla_prompt [hopper, mla_wgmma]: mla_unpack, mla_prompt;
     route: route;
     embed: embed_f32, embed_bf16, embed_fp8;
     logprob: logprob;
@@ -96,6 +97,7 @@ impl Functions {
         });
         let others = [
             (&&self.mla_attention_wgmma, MLA_SHARED),
+            (&&self.mla_prompt, MLA_SHARED),
             (&&self.linear_bf16_rounded_16, ROUNDED_SHARED),
             (&&self.linear_parts_wgmma_16, parts_shared(16)),
             (&&self.linear_parts_wgmma_32, parts_shared(32)),

@@ -10,7 +10,7 @@ pub(super) use heads::ROUNDED_SHARED;
 pub(super) use narrow::narrow_shared;
 pub use operands::{Inputs, Outputs};
 pub(super) use parts::parts_shared;
-pub(super) use wide::{HIGH, WIDE};
+pub(super) use wide::{HIGH, Map, WIDE};
 
 use super::launch::{Argument, Grid, launch, size};
 use super::matrix::{ExpertMatrices, Matrix, Stack};

@@ -181,13 +181,17 @@ fn mla_attention() {
                 (device.upload(&q_latent).expect("q"), device.upload(&q_rope).expect("q"));
             let kernel = device.attention_kernel(&cache.geometry);
             // Room for two rows' parts, so that more rows are computed in turns.
-            let mut parts = MlaParts::new(device, 2 * heads, long).expect("parts");
-            let mut attend = |first: usize, end: usize| {
+            let mut few_parts = MlaParts::new(device, 2 * heads, long).expect("parts");
+            // Room to decode cache rows once, and for the parts of every block then.
+            let mut many_parts = MlaParts::new(device, 4096, long).expect("parts");
+            let entries = tables.len();
+            let mut attend = |first: usize, end: usize, unpacked: usize| {
                 let rows = MlaRows {
                     tables: tables.view(),
                     starts: starts.slice(first..end),
                     contexts: contexts.slice(first..end),
                     context_max: long,
+                    unpacked,
                 };
                 let (latents, ropes) = (first * width..end * width, first * heads * rope..end * heads * rope);
                 let geometry = &cache.geometry;
@@ -195,7 +199,8 @@ fn mla_attention() {
                     let (latent, rope) = (q_latent_bf16.slice(latents), q_rope_bf16.slice(ropes));
                     let out: Vec<u16> = output(device, (end - first) * width, |out| {
                         let out = &mut out.view_mut();
-                        let queries = MlaQueries::Bf16 { latent, rope, out, parts: &mut parts };
+                        let parts = if unpacked > 0 { &mut many_parts } else { &mut few_parts };
+                        let queries = MlaQueries::Bf16 { latent, rope, out, parts };
                         device.mla_attention(pool.view(), geometry, 1, shape, rows, queries)
                     });
                     return out.into_iter().map(fp8::from_bf16).collect::<Vec<f32>>();
@@ -207,7 +212,7 @@ fn mla_attention() {
                     device.mla_attention(pool.view(), geometry, 1, shape, rows, queries)
                 })
             };
-            let out = attend(0, rows.len());
+            let out = attend(0, rows.len(), 0);
             let what = format!("{format:?} {heads} x ({latent} + {rope})");
             let tolerance = match kernel {
                 AttentionKernel::Plain => 5e-5,
@@ -216,15 +221,18 @@ fn mla_attention() {
             };
             assert_close(&what, &out, &expected, tolerance);
             for row in compared(rows.len()) {
-                let alone = attend(row, row + 1);
+                let alone = attend(row, row + 1, 0);
                 assert_eq!(bits(&alone), bits(&out[row * width..][..width]), "{what}: row {row}");
             }
-            assert!(attend(0, 0).is_empty());
+            let unpacked = attend(0, rows.len(), entries);
+            assert_eq!(bits(&unpacked), bits(&out), "{what}: cache rows decoded once");
+            assert!(attend(0, 0, entries).is_empty());
         }
     }
 }
 
-/// A context's parts may be one block's or several blocks': enough rows that a block takes three, and each of them alone.
+/// A context's parts may be one block's or several blocks', cache rows decoded by each or once: enough rows that a block takes three
+/// parts, and several rows where rows are decoded once, and each of them alone.
 #[test]
 fn a_row_does_not_know_how_many_parts_a_block_has() {
     let Some(device) = device() else { return };
@@ -250,15 +258,17 @@ fn a_row_does_not_know_how_many_parts_a_block_has() {
     let tables = device.upload(&cache.tables[0]).expect("tables");
     let (starts, there) =
         (device.upload(&vec![0; rows]).expect("starts"), device.upload(&contexts).expect("contexts"));
-    let mut parts = MlaParts::new(device, rows * heads, long).expect("parts");
+    // Also to decode cache rows once.
+    let mut parts = MlaParts::new(device, rows * heads + 4096, long).expect("parts");
     let width = heads * latent;
-    let mut attend = |first: usize, end: usize| -> Vec<u16> {
+    let mut attend = |first: usize, end: usize, unpacked: usize| -> Vec<u16> {
         output(device, (end - first) * width, |out| {
             let rows = MlaRows {
                 tables: tables.view(),
                 starts: starts.slice(first..end),
                 contexts: there.slice(first..end),
                 context_max: long,
+                unpacked,
             };
             let latent = q_latent.slice(first * width..end * width);
             let rope = q_rope.slice(first * heads * rope..end * heads * rope);
@@ -266,10 +276,11 @@ fn a_row_does_not_know_how_many_parts_a_block_has() {
             device.mla_attention(pool.view(), &cache.geometry, 1, shape, rows, queries)
         })
     };
-    let whole = attend(0, rows);
+    let whole = attend(0, rows, 0);
+    assert!(attend(0, rows, tables.len()) == whole, "cache rows decoded once");
     for row in compared(rows) {
         assert!(
-            attend(row, row + 1) == whole[row * width..][..width],
+            attend(row, row + 1, 0) == whole[row * width..][..width],
             "row {row} of context {}",
             contexts[row]
         );

@@ -193,6 +193,7 @@ impl Attention {
             starts: step.inputs.starts(),
             contexts: step.inputs.contexts(),
             context_max: step.context_max,
+            unpacked: step.inputs.unpacked(step.geometry.block_tokens),
         };
         let queries = work.queries.slice(0..rows * heads * (nope + rope));
         let positions = step.inputs.positions();

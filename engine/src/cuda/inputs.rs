@@ -1,6 +1,6 @@
 //! What a step is told: tokens, positions, cache slots, block tables. One copy from page-locked memory brings all of it.
 
-use compute::cuda::{Buffer, CudaError, Device, Pinned, View};
+use compute::cuda::{Buffer, CudaError, Device, MlaRows, Pinned, View};
 
 use crate::batch::StepBatch;
 
@@ -17,8 +17,11 @@ pub(super) struct StepInputs {
     /// Rows that there is room for now, padding included; set by [`Self::take`].
     rows: usize,
     wanted: usize,
-    /// Longest context of the batch.
+    /// Longest context of the batch, and all of them together.
     context_max: usize,
+    contexts_sum: usize,
+    /// Entries of its block tables; 0 in a step that is recorded, which does not depend on them.
+    entries: usize,
     /// Numbers of this batch.
     used: usize,
 }
@@ -28,7 +31,7 @@ impl StepInputs {
     pub fn new(device: &Device, rows_max: usize, table_blocks: usize) -> Result<Self, CudaError> {
         let len = 1 + PER_ROW * rows_max + table_blocks;
         let (pinned, there) = (device.pinned(len)?, device.alloc(len)?);
-        Ok(Self { pinned, there, rows: 0, wanted: 0, context_max: 0, used: 0 })
+        Ok(Self { pinned, there, rows: 0, wanted: 0, context_max: 0, contexts_sum: 0, entries: 0, used: 0 })
     }
 
     /// Whether the batch's block tables fit beside its rows.
@@ -39,6 +42,7 @@ impl StepInputs {
     /// As [`Self::take`], for rows that attend to nothing: their block tables may not fit.
     pub fn take_without_tables(&mut self, batch: &StepBatch, rows: usize) {
         self.take_rows(batch, rows);
+        self.entries = 0;
         self.used = 1 + PER_ROW * rows;
     }
 
@@ -48,6 +52,12 @@ impl StepInputs {
         let tables = 1 + PER_ROW * rows;
         self.pinned[tables..tables + batch.tables().len()].copy_from_slice(batch.tables());
         self.used = tables + batch.tables().len();
+        self.entries = batch.tables().len();
+    }
+
+    /// What was taken is for a step that is recorded, and replayed with other tables.
+    pub fn for_recording(&mut self) {
+        self.entries = 0;
     }
 
     fn take_rows(&mut self, batch: &StepBatch, rows: usize) {
@@ -68,12 +78,13 @@ impl StepInputs {
         for (to, slot) in self.pinned[1 + 2 * rows..1 + 4 * rows].iter_mut().zip(padded(slots, u32::MAX)) {
             *to = slot;
         }
-        self.context_max = 0;
+        (self.context_max, self.contexts_sum) = (0, 0);
         let (contexts, starts) = (1 + 4 * rows, 1 + 5 * rows);
         for (row, (start, context)) in batch.tables_of_rows().enumerate() {
             self.pinned[contexts + row] = context;
             self.pinned[starts + row] = start as u32;
             self.context_max = self.context_max.max(context as usize);
+            self.contexts_sum += context as usize;
         }
         self.pinned[contexts + count..contexts + rows].fill(0);
         self.pinned[starts + count..starts + rows].fill(0);
@@ -105,6 +116,12 @@ impl StepInputs {
     /// Longest context.
     pub fn context_max(&self) -> usize {
         self.context_max
+    }
+
+    /// Entries of the block tables whose cache rows attention had better decode once for all rows: all or none.
+    pub fn unpacked(&self, block_tokens: usize) -> usize {
+        let worth = MlaRows::worth_unpacking(self.entries, block_tokens, self.contexts_sum);
+        if worth { self.entries } else { 0 }
     }
 
     /// How many rows are no padding.

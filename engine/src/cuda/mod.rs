@@ -298,6 +298,7 @@ impl CudaEngine {
             let wanted = self.inputs.wanted();
             return self.launch(context_max, wanted, observer);
         }
+        self.inputs.for_recording();
         let context_max = self.inputs.context_max();
         self.run_recorded(RowsOf::Model, rows, context_max, |engine, context_max| {
             engine.launch(context_max, rows, &mut ())

@@ -414,6 +414,7 @@ impl CudaEngine {
         if !record {
             return self.launch_mtp(context_max, wanted, observer);
         }
+        mtp.inputs.for_recording();
         self.run_recorded(RowsOf::Mtp, rows, context_max, |engine, context_max| {
             engine.launch_mtp(context_max, rows, &mut ())
         })

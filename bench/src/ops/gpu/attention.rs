@@ -78,6 +78,11 @@ fn attend(
     let starts: Vec<u32> = contexts.iter().enumerate().flat_map(begins).collect();
     let seen: Vec<u32> = contexts.iter().flatten().map(|&context| context as u32).collect();
     let queries = seen.len() * heads;
+    let unpack = MlaRows::worth_unpacking(
+        contexts.len() * table,
+        BLOCK_TOKENS,
+        seen.iter().map(|&c| c as usize).sum(),
+    );
     let pairs: f64 = seen.iter().map(|&context| f64::from(context) * heads as f64).sum();
     let tables = device.upload(&(0..(contexts.len() * table) as u32).collect::<Vec<_>>())?;
     let (starts, seen) = (device.upload(&starts)?, device.upload(&seen)?);
@@ -99,6 +104,7 @@ fn attend(
             starts: starts.view(),
             contexts: seen.view(),
             context_max: longest,
+            unpacked: if unpack { contexts.len() * table } else { 0 },
         };
         let (latent, rope, out) = (q_latent.view(), q_rope.view(), &mut out.view_mut());
         let queries = MlaQueries::Bf16 { latent, rope, out, parts: &mut parts };

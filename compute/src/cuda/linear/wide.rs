@@ -62,7 +62,7 @@ const TILES_MIN: usize = 128;
 /// Where the copy unit finds rows of bytes; `struct Map` in the kernel.
 #[repr(transparent)]
 #[derive(Clone, Copy)]
-pub(super) struct Map(sys::CUtensorMap);
+pub(in crate::cuda) struct Map(sys::CUtensorMap);
 
 // SAFETY: 128 opaque bytes that the driver wrote, aligned as the kernel's parameter.
 unsafe impl Argument for Map {}
@@ -70,7 +70,7 @@ unsafe impl Argument for Map {}
 impl Map {
     /// Boxes of `box_rows` rows and 128 bytes of a matrix `[rows, cols]` of bytes, laid out in shared memory as the matrix unit's 128-byte
     /// swizzle wants them. Rows past the last are zeros.
-    pub(super) fn new(address: u64, rows: u64, cols: u64, box_rows: u32) -> Result<Self, CudaError> {
+    pub(in crate::cuda) fn new(address: u64, rows: u64, cols: u64, box_rows: u32) -> Result<Self, CudaError> {
         Self::encode(address, [cols, rows], [cols], [128, box_rows])
     }
 
