@@ -7,6 +7,8 @@
 // item of several parts all but the last are stored, and added when the last one is there.
 
 #define ROW_BYTES (2 * (LATENT + ROPE))
+// Heads whose parts a thread asks for at once.
+#define AT_ONCE 4u
 // Tokens of a block of mla_unpack.
 #define UNPACKED 16u
 
@@ -61,17 +63,28 @@ extern "C" __global__ void __launch_bounds__(256) mla_unpack(const __grid_consta
     }
 }
 
-// 8 channels of a head: its parts before the last one from `parts` on, added in order to that one; as in mla_combine.
-__device__ __forceinline__ uint4 add_parts(const float2 *part_sums, const u16 *parts, uint4 last, u32 splits) {
+// 8 channels of a head's first parts, all but the last one of `splits` (two or more), and what weighs them; asked for, whether
+// there are so many or not.
+struct Parts {
     uint4 means[PARTS_MAX];
-    float2 own[PARTS_MAX];
-    auto mean = [&](u32 i) { return i + 1 < splits ? *(const uint4 *)(parts + i * LATENT) : last; };
+    float2 sums[PARTS_MAX];
+};
+
+__device__ __forceinline__ Parts ask_parts(const float2 *part_sums, const u16 *parts, u32 splits) {
+    Parts own;
 #pragma unroll
     for (u32 i = 0; i < PARTS_MAX; i++) {
-        if (i < splits) means[i] = mean(i);
-        own[i] = i < splits ? part_sums[i] : make_float2(-INFINITE, 0.0f);
+        own.means[i] = *(const uint4 *)(parts + min(i, splits - 2) * LATENT);
+        own.sums[i] = part_sums[min(i, splits - 1)];
     }
-    float largest = fmaxf(fmaxf(own[0].x, own[1].x), fmaxf(own[2].x, own[3].x)), total = 0.0f, sums[8];
+    return own;
+}
+
+// These and the last one added in order, as in mla_combine.
+__device__ __forceinline__ uint4 add_parts(const Parts &own, const float2 *part_sums, const u16 *parts, uint4 last, u32 splits) {
+    float largest = -INFINITE, total = 0.0f, sums[8];
+#pragma unroll
+    for (u32 i = 0; i < PARTS_MAX; i++) largest = fmaxf(largest, own.sums[i].x);
 #pragma unroll 1
     for (u32 i = PARTS_MAX; i < splits; i++) largest = fmaxf(largest, part_sums[i].x);
 #pragma unroll
@@ -88,10 +101,12 @@ __device__ __forceinline__ uint4 add_parts(const float2 *part_sums, const u16 *p
     };
 #pragma unroll
     for (u32 i = 0; i < PARTS_MAX; i++) {
-        if (i < splits) add(own[i], means[i]);
+        if (i < splits) add(own.sums[i], i + 1 == splits ? last : own.means[i]);
     }
 #pragma unroll 1
-    for (u32 i = PARTS_MAX; i < splits; i++) add(part_sums[i], mean(i));
+    for (u32 i = PARTS_MAX; i < splits; i++) {
+        add(part_sums[i], i + 1 == splits ? last : *(const uint4 *)(parts + i * LATENT));
+    }
     float share = 1.0f / total;
     return make_uint4(pack_bf16(sums[0] * share, sums[1] * share), pack_bf16(sums[2] * share, sums[3] * share),
                       pack_bf16(sums[4] * share, sums[5] * share), pack_bf16(sums[6] * share, sums[7] * share));
@@ -128,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         return context > a.first ? context - a.first : 0;
     };
     if (thread < 128) {
-        registers_down<40>();
+        registers_down<24>();
         u32 n = 0, parts = 0, ended = 0;
         for (u32 item = blockIdx.y; thread == 0 && item < rows; item += gridDim.y) {
             u32 seen = seen_by(item), tiles = div_up(seen, TOKENS), next = item + gridDim.y;
@@ -244,7 +259,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             }
         }
     } else {
-        registers_up<176>();
+        registers_up<184>();
         u32 half = thread / 128 - 2, n = 0, parts = 0;
         float sums[2][64];
         // From one part to the next none is kept in registers.
@@ -297,14 +312,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                         *(u32 *)(staged + k / 16 * PIECE + at) = whole ? pack_bf16(x, y) : pack_f16(x, y);
                     }
                     some_sync(STAGED + half, 128);
-#pragma unroll 2
-                    for (u32 k = thread % 128; k < heads * 32; k += 128) {
-                        u32 own = k / 32, channel = half * 256 + k % 32 * 8;
-                        uint4 bits = *(const uint4 *)(staged + k % 32 / 8 * PIECE + swizzled(own, k % 8));
-                        u32 slot = ((blockIdx.y * gridDim.x + blockIdx.x) * HEADS + own) * a.splits;
-                        if (!whole && last) bits = add_parts(a.part_sums + slot, a.parts + slot * LATENT + channel, bits, splits);
-                        u32 to = last ? own * LATENT + channel : (slot + i / PART_TILES) * LATENT + channel;
-                        *(uint4 *)((last ? out : a.parts) + to) = bits;
+                    // Of its 8 channels' chunks a thread has one of every fourth head.
+                    u32 chunk = thread % 32, channel = half * 256 + 8 * chunk;
+                    u32 slots = (blockIdx.y * gridDim.x + blockIdx.x) * HEADS;
+                    auto staged_at = [&](u32 own) {
+                        return *(const uint4 *)(staged + chunk / 8 * PIECE + swizzled(own, chunk % 8));
+                    };
+                    if (whole || !last) {
+                        for (u32 own = thread % 128 / 32; own < heads; own += 4) {
+                            u32 to = whole ? own : (slots + own) * a.splits + i / PART_TILES;
+                            *(uint4 *)((whole ? out : a.parts) + to * LATENT + channel) = staged_at(own);
+                        }
+                    } else {
+#pragma unroll 1
+                        for (u32 from = thread % 128 / 32; from < heads; from += 4 * AT_ONCE) {
+                            Parts asked[AT_ONCE];
+                            auto slot_of = [&](u32 j) { return (slots + min(from + 4 * j, heads - 1)) * a.splits; };
+#pragma unroll
+                            for (u32 j = 0; j < AT_ONCE; j++) {
+                                asked[j] = ask_parts(a.part_sums + slot_of(j), a.parts + slot_of(j) * LATENT + channel, splits);
+                            }
+#pragma unroll
+                            for (u32 j = 0; j < AT_ONCE; j++) {
+                                u32 own = from + 4 * j;
+                                const u16 *means = a.parts + slot_of(j) * LATENT + channel;
+                                uint4 bits = staged_at(min(own, heads - 1));
+                                bits = add_parts(asked[j], a.part_sums + slot_of(j), means, bits, splits);
+                                if (own < heads) *(uint4 *)(out + own * LATENT + channel) = bits;
+                            }
+                        }
                     }
                     parts++;
                     forget();
