@@ -27,8 +27,9 @@ impl Drop for Graph {
 
 impl Device {
     /// Records what `work` asks of the device instead of doing it. `work` may launch kernels and copy between device and
-    /// page-locked memory; it must neither wait nor allocate.
-    pub fn record(&self, work: impl FnOnce() -> Result<(), CudaError>) -> Result<Graph, CudaError> {
+    /// page-locked memory; it must neither wait nor allocate. What other threads ask of devices of their own meanwhile does not
+    /// matter, as long as nobody waits for all that a context does.
+    pub fn record<E: From<CudaError>>(&self, work: impl FnOnce() -> Result<(), E>) -> Result<Graph, E> {
         self.bind()?;
         let stream = self.stream.cu_stream();
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
@@ -39,6 +40,7 @@ impl Device {
         self.await_all();
         // SAFETY: begun above; ended in any case.
         let graph = unsafe { result::stream::end_capture(stream) }.doing("record a step");
+        // A call that failed also ends the recording, and says more.
         outcome?;
         let graph = graph?;
         let mut executable = std::ptr::null_mut();

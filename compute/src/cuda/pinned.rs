@@ -3,7 +3,7 @@
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
-use cudarc::driver::{CudaContext, result};
+use cudarc::driver::{CudaStream, result};
 
 use super::error::Doing;
 use super::{CudaError, Device, Element, View, ViewMut};
@@ -12,7 +12,9 @@ use super::{CudaError, Device, Element, View, ViewMut};
 pub struct Pinned<T> {
     pointer: *mut T,
     len: usize,
-    context: Arc<CudaContext>,
+    /// Where the device copies from and to it. Not waited for by way of their context: that would break off what another device of
+    /// this process, with the same context, is recording.
+    streams: [Arc<CudaStream>; 2],
 }
 
 // SAFETY: plain memory with one owner; elements are plain numbers.
@@ -24,8 +26,10 @@ impl<T> Drop for Pinned<T> {
     fn drop(&mut self) {
         if self.len > 0 {
             // Copies from and to it may still be under way.
-            let _ = self.context.bind_to_thread();
-            let _ = self.context.synchronize();
+            for stream in &self.streams {
+                let _ = stream.context().bind_to_thread();
+                let _ = stream.synchronize();
+            }
             // SAFETY: allocated by `Device::pinned`, and nothing that uses it is still running.
             let _ = unsafe { result::free_host(self.pointer.cast()) };
         }
@@ -102,15 +106,15 @@ impl Device {
     /// Page-locked memory for `len` values, zero.
     pub fn pinned<T: Element>(&self, len: usize) -> Result<Pinned<T>, CudaError> {
         self.bind()?;
-        let context = self.stream.context().clone();
+        let streams = [self.stream.clone(), self.copies.clone()];
         if len == 0 {
-            return Ok(Pinned { pointer: std::ptr::NonNull::dangling().as_ptr(), len, context });
+            return Ok(Pinned { pointer: std::ptr::NonNull::dangling().as_ptr(), len, streams });
         }
         let bytes = len.saturating_mul(size_of::<T>());
         // SAFETY: the memory is written before anybody reads it, below.
         let pointer = unsafe { result::malloc_host(bytes, 0) }.doing("allocate page-locked memory")?;
         // SAFETY: just allocated, with that many bytes; zero bytes are values of any element.
         unsafe { std::ptr::write_bytes(pointer.cast::<u8>(), 0, bytes) };
-        Ok(Pinned { pointer: pointer.cast(), len, context })
+        Ok(Pinned { pointer: pointer.cast(), len, streams })
     }
 }

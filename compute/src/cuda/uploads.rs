@@ -109,6 +109,13 @@ struct Slot {
     stream: Arc<CudaStream>,
 }
 
+impl Drop for Slot {
+    fn drop(&mut self) {
+        // The memory does not know this stream, and waits for its device's only.
+        let _ = self.stream.synchronize();
+    }
+}
+
 impl Slot {
     fn new(device: &Device) -> Result<Self, CudaError> {
         let stream = device.stream.context().new_stream().doing("create a stream")?;

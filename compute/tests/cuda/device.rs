@@ -1,6 +1,7 @@
 //! Opening, compiling, the kernel cache, memory.
 
-use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::{fs, thread};
 
 use compute::cuda::{CudaError, Device, KernelStore, Matrix, SOURCES, Uploads, nvrtc};
 
@@ -108,4 +109,31 @@ fn uploads_bring_every_byte() {
         drop(uploads);
         device.synchronize().expect("still usable");
     }
+}
+
+/// As with prefill and decode in one process on one GPU.
+#[test]
+fn recording_does_not_mind_what_another_device_frees() {
+    let Some(device) = device() else { return };
+    let other = Device::open(0).expect("the same GPU again");
+    let values = device.upload(&[1.0f32; 1000]).expect("upload");
+    let mut sums = device.upload(&[0.0f32; 1000]).expect("upload");
+    let recorded = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let frees = scope.spawn(|| {
+            while !recorded.load(Ordering::Relaxed) {
+                drop(other.pinned::<u8>(4096).expect("page-locked memory"));
+                drop(other.alloc::<u8>(4096).expect("memory"));
+            }
+        });
+        for _ in 0..300 {
+            let graph = device.record(|| {
+                (0..100).try_for_each(|_| device.add_in_place(&mut sums.view_mut(), values.view()))
+            });
+            device.replay(&graph.expect("recorded")).expect("replayed");
+        }
+        recorded.store(true, Ordering::Relaxed);
+        frees.join().expect("no failure there either");
+    });
+    assert_eq!(read(device, sums.view()), [30_000.0; 1000]);
 }

@@ -322,12 +322,7 @@ impl CudaEngine {
         // Once as it is: what a kernel does at its first launch cannot be recorded.
         launch(self, context_max)?;
         let device = Arc::clone(&self.device);
-        let mut outcome = Ok(());
-        let graph = device.record(|| {
-            outcome = launch(self, context_max);
-            Ok(())
-        })?;
-        outcome?;
+        let graph = device.record(|| launch(self, context_max))?;
         self.recorded.push(Recorded { of, rows, context_max, graph });
         Ok(())
     }
