@@ -1,16 +1,5 @@
 // y = x / sqrt(mean(x^2) + eps) * w, a block of 512 threads per row of `dim`; a thread has four channels of every 2,048.
 // `vector` says that every row starts at a multiple of four values.
-#define THREADS 512u
-
-__device__ __forceinline__ float4 load(const float *p, u32 left, bool vector) {
-    if (vector && left >= 4) return *(const float4 *)p;
-    float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (left > 0) v.x = p[0];
-    if (left > 1) v.y = p[1];
-    if (left > 2) v.z = p[2];
-    if (left > 3) v.w = p[3];
-    return v;
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 rms_norm(const float *x, const float *w, u32 dim, u32 vector, float eps, float *y) {

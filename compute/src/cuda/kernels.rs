@@ -65,7 +65,7 @@ kernels! {
     linear_wide [hopper, product]: linear_fp8_wide, linear_fp8_wide_picked, linear_fp8_high;
     linear_bf16 [hopper, product]: linear_bf16_absorb_16, linear_bf16_rounded_16, linear_bf16_wgmma_16, linear_bf16_wgmma_64, linear_bf16_wgmma_128,
         linear_parts_wgmma_16, linear_parts_wgmma_32, linear_parts_wgmma_64;
-    rms_norm: rms_norm;
+    rms_norm [norm_row]: rms_norm;
     norm [norm_row]: norm_rows, norm_rows_split;
     norm_pair: norm_pair;
     elementwise: silu_mul, add_in_place, add_scaled, weighted_sum;

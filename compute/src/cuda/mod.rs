@@ -63,6 +63,7 @@ pub use norm_pair::NormHalf;
 pub use pinned::Pinned;
 pub use query::{QueryParts, QueryShape};
 pub use rope::RopeTable;
+pub use route::Routing;
 pub use sample::{Adjustment, DRAWN_WORDS, DrawRow};
 pub use store::{BuildError, KernelStore};
 pub use uploads::Uploads;

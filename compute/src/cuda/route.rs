@@ -5,61 +5,59 @@ use super::launch::{Grid, launch, size};
 use super::{CudaError, Device, Groups, LinearKernel, View, ViewMut};
 use crate::{RoutingRule, Scoring, Selection};
 
+/// What the router chooses by.
+#[derive(Clone, Copy)]
+pub struct Routing<'a> {
+    /// `[slices, rows, experts]`, slices added in order.
+    pub logits: View<'a, f32>,
+    /// See [`Self::logits`].
+    pub slices: usize,
+    /// See [`Self::logits`].
+    pub experts: usize,
+    /// Rows from this one number on the device on are padding: their ids are `u16::MAX`, their weights zero.
+    pub row_count: Option<View<'a, u32>>,
+    /// `[experts]`, counts for the selection of [`Selection::NoauxTc`] only.
+    pub bias: Option<View<'a, f32>>,
+    /// How.
+    pub rule: &'a RoutingRule,
+}
+
 impl Device {
-    /// Chooses `rule.top_k` of `experts` for each row of `logits` `[slices, m, experts]`, slices added in order: `ids` and `weights` `[m, top_k]`, in
-    /// descending order of the score they were selected by (bias included), ties by the lower id. `bias` `[experts]`
-    /// counts for the selection of [`Selection::NoauxTc`] only. Rows from `row_count` (one number on the device) on are
-    /// padding: their ids are `u16::MAX`, their weights zero.
+    /// Chooses [`RoutingRule::top_k`] experts for each row: `ids` and `weights` `[rows, top_k]`, in descending order of the score
+    /// they were selected by (bias included), ties by the lower id.
     ///
     /// # Panics
     /// If a length does not fit, `top_k` exceeds the experts of the groups kept, or groups do not divide the experts.
-    #[allow(clippy::too_many_arguments)] // As on the CPU.
     pub fn route(
         &self,
-        logits: View<'_, f32>,
-        slices: usize,
-        experts: usize,
-        row_count: Option<View<'_, u32>>,
-        bias: Option<View<'_, f32>>,
-        rule: &RoutingRule,
+        routing: Routing<'_>,
         ids: &mut ViewMut<'_, u16>,
         weights: &mut ViewMut<'_, f32>,
     ) -> Result<(), CudaError> {
-        self.route_into(logits, slices, experts, row_count, bias, rule, ids, weights, Sorted::default())
+        self.route_into(routing, ids, weights, Sorted::default())
     }
 
     /// [`Self::route`] and [`Self::group_rows`] of the choices, for products by `kernel`: one launch where there is but one row.
     ///
     /// # Panics
     /// As either.
-    #[allow(clippy::too_many_arguments)] // As above.
     pub fn route_and_group(
         &self,
-        logits: View<'_, f32>,
-        slices: usize,
-        experts: usize,
-        row_count: Option<View<'_, u32>>,
-        bias: Option<View<'_, f32>>,
-        rule: &RoutingRule,
+        routing: Routing<'_>,
         ids: &mut ViewMut<'_, u16>,
         weights: &mut ViewMut<'_, f32>,
-        (kernel, groups): (LinearKernel, &mut Groups),
+        kernel: LinearKernel,
+        groups: &mut Groups,
     ) -> Result<(), CudaError> {
-        let alone = ids.len() == rule.top_k;
+        let alone = ids.len() == routing.rule.top_k;
         let sorted = if alone { self.group_room(ids.len(), kernel, groups) } else { Sorted::default() };
-        self.route_into(logits, slices, experts, row_count, bias, rule, ids, weights, sorted)?;
+        self.route_into(routing, ids, weights, sorted)?;
         if alone { Ok(()) } else { self.group_rows(ids.view(), kernel, groups) }
     }
 
-    #[allow(clippy::too_many_arguments)] // As above.
     fn route_into(
         &self,
-        logits: View<'_, f32>,
-        slices: usize,
-        experts: usize,
-        row_count: Option<View<'_, u32>>,
-        bias: Option<View<'_, f32>>,
-        rule: &RoutingRule,
+        Routing { logits, slices, experts, row_count, bias, rule }: Routing<'_>,
         ids: &mut ViewMut<'_, u16>,
         weights: &mut ViewMut<'_, f32>,
         sorted: Sorted,

@@ -1,6 +1,6 @@
 //! Choosing experts and tokens.
 
-use compute::cuda::{Device, ExpertMatrices, Groups};
+use compute::cuda::{Device, ExpertMatrices, Groups, Routing};
 use compute::{RoutingRule, Scoring, Selection, WeightFormat, reference};
 use rand::RngExt;
 
@@ -19,16 +19,8 @@ fn route(
     let mut weights = poisoned(device, chosen);
     let ids = output(device, chosen, |ids| {
         let bias = bias.as_ref().map(|bias| bias.view());
-        device.route(
-            logits.view(),
-            1,
-            experts,
-            None,
-            bias,
-            rule,
-            &mut ids.view_mut(),
-            &mut weights.view_mut(),
-        )
+        let routing = Routing { logits: logits.view(), slices: 1, experts, row_count: None, bias, rule };
+        device.route(routing, &mut ids.view_mut(), &mut weights.view_mut())
     });
     (ids, read(device, weights.view()))
 }
@@ -112,9 +104,11 @@ fn a_row_is_grouped_as_it_is_routed() {
         let mut weights = poisoned(device, rows * V3.top_k);
         let mut groups = Groups::new(device, rows * V3.top_k, 256).expect("groups");
         let ids: Vec<u16> = output(device, rows * V3.top_k, |ids| {
-            let (ids, weights, count) = (&mut ids.view_mut(), &mut weights.view_mut(), Some(count.view()));
-            let groups = (kernel, &mut groups);
-            device.route_and_group(there.view(), 1, 256, count, None, &V3, ids, weights, groups)
+            let (ids, weights, row_count) =
+                (&mut ids.view_mut(), &mut weights.view_mut(), Some(count.view()));
+            let logits = there.view();
+            let routing = Routing { logits, slices: 1, experts: 256, row_count, bias: None, rule: &V3 };
+            device.route_and_group(routing, ids, weights, kernel, &mut groups)
         });
         let (alone, alone_weights) = route(device, &logits, 256, None, &V3);
         let kept = (rows - padding) * V3.top_k;

@@ -6,7 +6,7 @@
 use compute::RoutingRule;
 use compute::cuda::{
     Activations, Buffer, CudaError, Device, Groups, InputFormat, Inputs, Pinned, ResultBuffer, ResultStaging,
-    RowStaging,
+    Routing, RowStaging,
 };
 use model::ModelConfig;
 use model::schema::{MlpTensors, TensorSpec};
@@ -95,14 +95,14 @@ impl Moe {
         let bias = self.correction_bias.as_ref().map(Buffer::view);
         let (ids, weights) =
             (&mut work.ids.slice_mut(0..assignments), &mut work.weights.slice_mut(0..assignments));
-        let (rule, row_count) = (&self.rule, Some(step.inputs.row_count()));
+        let row_count = Some(step.inputs.row_count());
+        let routing = Routing { logits, slices, experts, row_count, bias, rule: &self.rule };
         match &self.experts {
             Some(held) => {
-                let groups = (device.expert_kernel(&held.gate), &mut work.groups);
-                device
-                    .route_and_group(logits, slices, experts, row_count, bias, rule, ids, weights, groups)?;
+                let kernel = device.expert_kernel(&held.gate);
+                device.route_and_group(routing, ids, weights, kernel, &mut work.groups)?;
             }
-            None => device.route(logits, slices, experts, row_count, bias, rule, ids, weights)?,
+            None => device.route(routing, ids, weights)?,
         }
         step.routed(layer, ids.view(), weights.view(), top_k)?;
         step.stage(Stage::Router)?;

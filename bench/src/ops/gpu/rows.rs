@@ -1,6 +1,6 @@
 //! What is done to rows between the products.
 
-use compute::cuda::{Activations, CudaError, InputFormat, NormRows};
+use compute::cuda::{Activations, CudaError, InputFormat, NormRows, Routing};
 use compute::{RoutingRule, ScaleFormat, Scoring, Selection};
 
 use super::{Bench, Work};
@@ -47,6 +47,7 @@ pub(super) fn all(bench: &mut Bench<'_>) -> Result<(), CudaError> {
     let (mut ids, mut weights) = (device.alloc(m * RULE.top_k)?, device.alloc(m * RULE.top_k)?);
     bench.time(format!("route [{m}, {experts}]"), moves(4 * m * experts, 14.9), |_| {
         let logits = gate_up.slice(0..m * experts);
-        device.route(logits, 1, experts, None, None, &RULE, &mut ids.view_mut(), &mut weights.view_mut())
+        let routing = Routing { logits, slices: 1, experts, row_count: None, bias: None, rule: &RULE };
+        device.route(routing, &mut ids.view_mut(), &mut weights.view_mut())
     })
 }
