@@ -111,7 +111,8 @@ class Cluster:
             try:
                 answers.append(self.ask(tokens=200))
             except Exception as error:
-                errors.append(f"{error!r} {error.read().decode()[:200] if hasattr(error, 'read') else ''}")
+                # Whole: behind the message, however long, stands the code.
+                errors.append(f"{error!r} {error.read().decode() if hasattr(error, 'read') else ''}")
 
         threads = [threading.Thread(target=client) for _ in range(clients)]
         [thread.start() for thread in threads]
@@ -223,7 +224,7 @@ def compiler_failures():
 
 
 def sabotage(folder, kernel, launches):
-    """Puts into `folder`, under its own name, a kernel that faults when it runs for the so-manieth time, and returns the good one."""
+    """Puts into `folder`, under its own name, a kernel that faults at its n-th launch (`launches`), and returns the good one."""
     texts = [open(f"compute/kernels/{name}.cu").read() for name in ("numbers", kernel)]
     fault = f"""
         __device__ unsigned times_run;
