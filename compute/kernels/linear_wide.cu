@@ -12,10 +12,11 @@
 #define CHANNELS (128 * PARTS)
 #define WEIGHTS (CHANNELS * 128)
 #define STAGE (WEIGHTS + TILE * 128)
-// Scales of four blocks of K are copied at once, for a warp's 16 rows and then for the parts; three such copies have room: one
-// in use, one that has landed, one under way.
+// Scales of four blocks of K, or what a tile has, are copied at once: a panel, for a warp's 16 rows and then for the parts. Four have
+// room, one after another also from tile to tile: the stages' last blocks of K, which may still be in use when a panel is
+// copied, lie in three at most.
 #define PANEL 4u
-#define PANELS 3u
+#define PANELS 4u
 #define PANEL_BYTES (4 * PANEL * (16 + PARTS))
 // Row tiles that are walked through before the next channels, so that what they read stays in the level-2 cache.
 #define GROUP 32u
@@ -113,9 +114,9 @@ __device__ __forceinline__ void product(const Product &p, const Map &w_map, cons
     }
     __syncthreads();
     if (thread < 128) {
-        registers_down<GROUPS == 3 ? 56 : PICKED ? 72 : 40>();
+        registers_down<GROUPS == 3 ? 56 : PICKED ? 80 : 40>();
         Place place;
-        u32 count = 0;
+        u32 count = 0, panel = 0;
         for (u32 index = blockIdx.x; (PICKED || thread == 0) && find_tile<GROUPS, PARTS>(p, index, place); index += gridDim.x) {
             const Rows &rows = place.rows;
             // Rows picked one by one: thread / 8, + 16, ..., a chunk of 16 bytes each; scales of one row, and of a part for
@@ -158,8 +159,7 @@ __device__ __forceinline__ void product(const Product &p, const Map &w_map, cons
                         copy16(at + WEIGHTS + swizzled(thread / 8 + 16 * i, thread % 8), x[i] + block * BLOCK, bytes[i]);
                     }
                     if (block % PANEL == 0) {
-                        // Who still reads the panel's last scales holds one of the stages up: PANELS * PANEL > STAGES + PANEL.
-                        u32 slot = block / PANEL % PANELS * PANEL_BYTES;
+                        u32 slot = panel++ % PANELS * PANEL_BYTES;
                         x_scales.copy(x_panel + slot, block), w_scales.copy(w_panel + slot, block);
                     }
                     barrier_arrive_copied(full + 8 * stage);
@@ -169,12 +169,13 @@ __device__ __forceinline__ void product(const Product &p, const Map &w_map, cons
         // Copies must not outlive the block.
         copies_wait<0>();
     } else {
-        registers_up<GROUPS == 3 ? 152 : PICKED ? 216 : 232>();
+        registers_up<GROUPS == 3 ? 152 : PICKED ? 208 : 232>();
         u32 group = __shfl_sync(ALL, thread / 128 - 1, 0), lane = thread % WARP, warp = thread / WARP - 4, odd = lane % 2;
         // This warp's panels; where this lane copies to and reads from.
         u32 own = panels + warp * (PANELS * PANEL_BYTES), to = own + 4 * PANEL * lane, mine = own + PANEL * (lane & ~3u);
         keep(to), keep(mine), keep(own), keep(base), keep(full), keep(empty), keep(lane);
-        u32 stage = 0, phase = 0;
+        u32 stage = 0, phase = 0, panel = PANELS - 1;
+        auto slot_of = [&](u32 ahead) { return (panel + ahead) % PANELS * PANEL_BYTES; };
         Place place;
         for (u32 index = blockIdx.x; find_tile<GROUPS, PARTS>(p, index, place); index += gridDim.x) {
             float sums[PARTS][64];
@@ -188,21 +189,20 @@ __device__ __forceinline__ void product(const Product &p, const Map &w_map, cons
                 if (lane < 16) scales.of_row(p, place, first + lane);
                 else if (lane < 16 + PARTS) scales.of_weights(p, place, lane - 16);
                 __syncwarp();
-                scales.copy(to, 0), copies_commit();
-                scales.copy(to + PANEL_BYTES, PANEL), copies_commit();
+                scales.copy(to + slot_of(1), 0), copies_commit();
+                scales.copy(to + slot_of(2), PANEL), copies_commit();
             }
-            u32 slot = PANELS - 1;
             for (u32 block = 0; block < blocks; block++) {
                 if (block % PANEL == 0) {
+                    panel = (panel + 1) % PANELS;
                     if (!PICKED) {
-                        // This panel has landed, and all lanes are done with the last one.
+                        // This panel has landed, and all lanes are done with those before it.
                         copies_wait<1>();
                         __syncwarp();
-                        scales.copy(to + slot * PANEL_BYTES, block + 2 * PANEL), copies_commit();
+                        scales.copy(to + slot_of(2), block + 2 * PANEL), copies_commit();
                     }
-                    slot = slot == PANELS - 1 ? 0 : slot + 1;
                 }
-                u32 at = base + stage * STAGE, in_panel = slot * PANEL_BYTES + 4 * (block % PANEL);
+                u32 at = base + stage * STAGE, in_panel = slot_of(0) + 4 * (block % PANEL);
                 if (PICKED) barrier_wait(full + 8 * stage, phase);
                 float w_scales[PARTS], low = shared_float(mine + in_panel), high = shared_float(mine + in_panel + 32 * PANEL);
 #pragma unroll

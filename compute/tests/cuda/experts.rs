@@ -21,7 +21,9 @@ fn experts_have_the_bits_of_their_own_products() {
         (9, 8, 32, 128, 256),
         (300, 4, 6, 192, 384),
         (700, 2, 3, 64, 128),
-        (2500, 2, 4, 512, 1024),
+        // Tiles one after another in a block, the next one's scales copied beside the last one's: panels that are full, or not.
+        (2500, 2, 4, 512, 2048),
+        (2500, 2, 4, 512, 128),
     ] {
         if small() && tokens > 9 {
             continue;

@@ -31,10 +31,10 @@ impl Tile {
         128 * self.parts
     }
 
-    /// Per stage 128 bytes a row and channel; scales of 16 rows and the parts, three times four of them, for each warp that
+    /// Per stage 128 bytes a row and channel; scales of 16 rows and the parts, four times four of them, for each warp that
     /// multiplies; and what aligning takes.
     pub(in crate::cuda) const fn shared(&self) -> usize {
-        let (stage, scales) = (128 * (self.rows() + self.channels()), 3 * 16 * (16 + self.parts));
+        let (stage, scales) = (128 * (self.rows() + self.channels()), 4 * 16 * (16 + self.parts));
         1024 + self.stages * stage + 4 * self.groups * scales
     }
 
