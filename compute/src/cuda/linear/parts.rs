@@ -28,7 +28,7 @@ impl Device {
     }
 
     /// f32 rows by bf16 weights on the matrix unit: `x` `[m, 3, k]` holds each row as three bf16 parts
-    /// ([`super::InputFormat::Parts`]). `y` is `[slices, m, n]`, the sums over 512 channels each, for its reader to add
+    /// ([`crate::cuda::InputFormat::Parts`]). `y` is `[slices, m, n]`, the sums over 512 channels each, for its reader to add
     /// in order.
     ///
     /// # Panics
