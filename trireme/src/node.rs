@@ -302,10 +302,10 @@ pub fn open_checkpoint(config: &Config) -> anyhow::Result<Arc<Checkpoint>> {
     Ok(Arc::new(checkpoint))
 }
 
-/// Whether a prefill worker is on the same device of the same host. Workers on a CPU divide its cores instead.
+/// Whether a prefill worker is on the same device of the same host: a GPU, or the cores that all workers of a host share.
 fn prefill_beside(workers: &[Worker], worker: &Worker) -> bool {
     let same = |other: &&Worker| other.device == worker.device && other.control.ip() == worker.control.ip();
-    worker.device != Device::Cpu && workers.iter().any(|other| other.role == Role::Prefill && same(&other))
+    workers.iter().any(|other| other.role == Role::Prefill && same(&other))
 }
 
 fn engine_options(
