@@ -26,22 +26,6 @@ struct Fp8Row {
     }
 };
 
-struct Attention {
-    const u8 *pool;
-    // Block tables, one after the other; where its sequence's starts and how many cache rows it sees, for each query row.
-    const u32 *tables, *starts, *contexts;
-    const void *q_latent, *q_rope;
-    void *out;
-    u64 layer_offset, block_stride;
-    u32 row_bytes, block_tokens, blocks, table_len;
-    u32 heads, latent, rope;
-    float scale;
-    u32 first, splits;
-    // The matrix kernel's.
-    float *parts;
-    float2 *part_sums;
-};
-
 template <class Row> __device__ __forceinline__ void attention(const Attention &a) {
     previous_done();
     extern __shared__ float memory[];

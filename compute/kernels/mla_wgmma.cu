@@ -31,23 +31,6 @@
 // Barriers among some of the warpgroups (0 is everybody's): queries are there; a half's means are staged (two).
 enum { QUERIES = 1, STAGED = 2 };
 
-// As in mla_attention.cu; q_latent, q_rope and out are bf16.
-struct Attention {
-    const u8 *pool;
-    const u32 *tables, *starts, *contexts;
-    const u16 *q_latent, *q_rope;
-    u16 *out;
-    u64 layer_offset, block_stride;
-    u32 row_bytes, block_tokens, blocks, table_len;
-    u32 heads, latent, rope;
-    float scale;
-    // Parts that there is room for, and that a block computes.
-    u32 first, splits, block_parts;
-    // [rows, heads, splits, 512] weighted means in f16, and their (reference score, sum of weights).
-    u16 *parts;
-    float2 *part_sums;
-};
-
 __device__ __forceinline__ float exp2_of(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

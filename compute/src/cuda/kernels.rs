@@ -74,9 +74,9 @@ kernels! {
     rope: rope_interleaved;
     query: split_queries_f32, split_queries_bf16;
     kv_write [norm_row]: kv_write, latent_write, latent_write_norm;
-    mla_attention: mla_attention_f32, mla_attention_bf16, mla_attention_fp8;
-    mla_attention_wgmma [hopper, mla_wgmma]: mla_attention_wgmma, mla_combine;
-    mla_prompt [hopper, mla_wgmma]: mla_unpack, mla_prompt;
+    mla_attention [attention]: mla_attention_f32, mla_attention_bf16, mla_attention_fp8;
+    mla_attention_wgmma [hopper, attention, mla_wgmma]: mla_attention_wgmma, mla_combine;
+    mla_prompt [hopper, attention, mla_wgmma]: mla_unpack, mla_prompt;
     route: route;
     embed: embed_f32, embed_bf16, embed_fp8;
     logprob: logprob;

@@ -114,14 +114,12 @@ impl Device {
     ) -> Result<(), CudaError> {
         let HeadMatrices { heads, out_dim, .. } = *w;
         let x = Inputs::Bf16(x);
-        let InputFormat::Fp8(format) = out.format() else {
+        let fits =
+            (1..=FEW_ROWS).contains(&m) && out_dim == BLOCK && self.head_kernel(w) == LinearKernel::Wgmma;
+        let (InputFormat::Fp8(format), true) = (out.format(), fits) else {
             self.head_matmul(w, x, m, Outputs::F32(values))?;
             return self.prepare(values.view(), out);
         };
-        if m == 0 || m > FEW_ROWS || out_dim != BLOCK || self.head_kernel(w) != LinearKernel::Wgmma {
-            self.head_matmul(w, x, m, Outputs::F32(values))?;
-            return self.prepare(values.view(), out);
-        }
         assert_eq!(out.channels(), heads * out_dim, "channels out");
         // Slicing checks that there is room.
         out.inputs(m);
