@@ -29,8 +29,9 @@ fn bytes(device: &compute::cuda::Device, x: &Activations, rows: usize) -> Vec<u8
 }
 
 #[test]
+#[ignore = "needs a CUDA device"]
 fn norm_adds_norms_and_rounds() {
-    let Some(device) = device() else { return };
+    let device = device();
     let mut rng = fresh();
     for (rows, dim, stride) in [
         (1, 1, 1),
@@ -102,8 +103,9 @@ fn norm_adds_norms_and_rounds() {
 
 /// Three bf16 parts on the matrix unit are as good as f32.
 #[test]
+#[ignore = "needs a CUDA device"]
 fn products_of_parts_are_products_of_f32() {
-    let Some(device) = device() else { return };
+    let device = device();
     let mut rng = fresh();
     for (m, n, k) in [(1, 64, 64), (5, 256, 7168), (70, 128, 1088), (150, 64, 1088)] {
         let w = super::products::matrix(&mut rng, compute::WeightFormat::Bf16, n, k);
@@ -142,8 +144,9 @@ fn products_of_parts_are_products_of_f32() {
 }
 
 #[test]
+#[ignore = "needs a CUDA device"]
 fn swiglu_multiplies_and_rounds() {
-    let Some(device) = device() else { return };
+    let device = device();
     let mut rng = fresh();
     for (rows, dim) in [(1, 1), (3, 48), (7, 130), (40, 2048)] {
         let x = device.upload(&floats(&mut rng, rows * 2 * dim)).expect("x");
@@ -168,8 +171,9 @@ fn swiglu_multiplies_and_rounds() {
 }
 
 #[test]
+#[ignore = "needs a CUDA device"]
 fn queries_are_split_and_rotated() {
-    let Some(device) = device() else { return };
+    let device = device();
     let mut rng = fresh();
     for (rows, heads, nope, rope) in [(1, 1, 2, 2), (3, 4, 32, 16), (9, 16, 128, 64)] {
         let frequencies: Vec<f64> =
@@ -208,8 +212,9 @@ fn queries_are_split_and_rotated() {
 }
 
 #[test]
+#[ignore = "needs a CUDA device"]
 fn latents_are_normed_rotated_and_stored() {
-    let Some(device) = device() else { return };
+    let device = device();
     let mut rng = fresh();
     for (format, latent, rope, stride) in
         [(KvFormat::F32, 64, 16, 80), (KvFormat::Bf16, 130, 6, 140), (KvFormat::Fp8, 512, 64, 2112)]
@@ -290,8 +295,9 @@ fn latents_are_normed_rotated_and_stored() {
 
 /// Values rounded by the product that makes them have the bits of values rounded afterwards.
 #[test]
+#[ignore = "needs a CUDA device"]
 fn head_matmul_rounds() {
-    let Some(device) = device() else { return };
+    let device = device();
     let mut rng = fresh();
     for (m, heads, out, ins) in
         [(0, 2, 128, 512), (1, 16, 128, 512), (16, 3, 128, 64), (17, 2, 128, 512), (3, 2, 64, 128)]
@@ -325,8 +331,9 @@ fn head_matmul_rounds() {
 
 /// Queries split by the product that takes them into the latent space have the bits of queries split before.
 #[test]
+#[ignore = "needs a CUDA device"]
 fn queries_are_split_and_absorbed() {
-    let Some(device) = device() else { return };
+    let device = device();
     let mut rng = fresh();
     let rope = 64;
     let frequencies: Vec<f64> =

@@ -72,8 +72,9 @@ const PAIRS: [(WeightFormat, ActivationFormat); 6] = [
 ];
 
 #[test]
+#[ignore = "needs a CUDA device"]
 fn linear() {
-    let Some(device) = device() else { return };
+    let device = device();
     let mut rng = fresh();
     let cpu = Cpu::new(1);
     let shapes = [
@@ -135,8 +136,9 @@ const BF16_TOLERANCE: f64 = 1e-5;
 
 /// The two kernels' outputs, checked apart: right within the tolerance, and every output of every tile the same bits.
 #[test]
+#[ignore = "needs a CUDA device"]
 fn tiles_of_the_matrix_unit_agree_in_every_bit() {
-    let Some(device) = device() else { return };
+    let device = device();
     let mut rng = fresh();
     // Enough tiles for the kernels of many rows, whose last tile is not whole: of 192 rows, and of 128 for 1,600.
     let (n, k, most) = (320 + 2048, if small() { 256 } else { 1536 }, 2048);
@@ -166,8 +168,9 @@ fn tiles_of_the_matrix_unit_agree_in_every_bit() {
 
 /// V3's widths, every number of rows up to a warp's 8 and one past it: bits of a row never change.
 #[test]
+#[ignore = "needs a CUDA device"]
 fn rows_of_a_wide_product_do_not_know_each_other() {
-    let Some(device) = device() else { return };
+    let device = device();
     let mut rng = fresh();
     let (n, k, most) = (2112, 7168, if small() { 2 } else { 9 });
     let w = Matrix::new(device, &matrix(&mut rng, WeightFormat::Fp8, n, k)).expect("weights");
@@ -185,8 +188,9 @@ fn rows_of_a_wide_product_do_not_know_each_other() {
 }
 
 #[test]
+#[ignore = "needs a CUDA device"]
 fn head_matmul() {
-    let Some(device) = device() else { return };
+    let device = device();
     let mut rng = fresh();
     for (m, heads, out, ins) in [(0, 2, 3, 4), (1, 1, 1, 1), (3, 5, 7, 9), (9, 4, 64, 32), (2, 16, 512, 128)]
     {
@@ -215,8 +219,9 @@ fn head_matmul() {
 }
 
 #[test]
+#[ignore = "needs a CUDA device"]
 fn embed() {
-    let Some(device) = device() else { return };
+    let device = device();
     let mut rng = fresh();
     for format in [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::Fp8] {
         for (vocab, width, count) in [(1, 1, 1), (7, 5, 0), (300, 160, 33), (129, 1024, 5)] {
@@ -236,8 +241,9 @@ fn embed() {
 
 /// V3's heads on the matrix unit: bf16 in, f32 or bf16 out.
 #[test]
+#[ignore = "needs a CUDA device"]
 fn head_matmul_of_bf16() {
-    let Some(device) = device() else { return };
+    let device = device();
     let mut rng = fresh();
     for (m, heads, out, ins) in [(1, 3, 512, 128), (70, 2, 128, 512), (9, 4, 64, 64), (150, 2, 512, 128)] {
         let w = compute::HeadMatrices::new(heads, out, ins, floats(&mut rng, heads * out * ins)).expect("w");

@@ -6,18 +6,10 @@ use compute::cuda::{Buffer, CudaError, Device, Element, View};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-/// The machine's first GPU, or nothing (and a line that says so). A GPU that is there and cannot be used fails the test.
-pub fn device() -> Option<&'static Device> {
-    static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
-    let device = DEVICE.get_or_init(|| match Device::open(0) {
-        Ok(device) => Some(device),
-        Err(error) if error.is_absence() => None,
-        Err(error) => panic!("{error}"),
-    });
-    if device.is_none() {
-        println!("skipped: no CUDA device");
-    }
-    device.as_ref()
+/// The machine's first GPU.
+pub fn device() -> &'static Device {
+    static DEVICE: OnceLock<Device> = OnceLock::new();
+    DEVICE.get_or_init(|| Device::open(0).expect("a CUDA device"))
 }
 
 /// Whether only a few small shapes are wanted, from `TRIREME_TEST_SMALL`: a tool that watches every access of a kernel takes a

@@ -45,15 +45,10 @@ impl Net {
         Self::Shared(Box::new(Authority::new()))
     }
 
-    /// `None`, and a line that says so, where no library is named.
-    pub fn rdma() -> Option<Self> {
-        match std::env::var_os("TRIREME_NIXL_LIBRARY") {
-            Some(library) => Some(Self::Rdma(Box::new(Authority::new()), library.into())),
-            None => {
-                println!("skipped: TRIREME_NIXL_LIBRARY names no libnixl_capi.so");
-                None
-            }
-        }
+    /// By the library that `TRIREME_NIXL_LIBRARY` names.
+    pub fn rdma() -> Self {
+        let library = std::env::var_os("TRIREME_NIXL_LIBRARY").expect("the path of libnixl_capi.so");
+        Self::Rdma(Box::new(Authority::new()), library.into())
     }
 
     /// An end for `worker` in its first incarnation.
