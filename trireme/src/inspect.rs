@@ -4,19 +4,22 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use model::{Checkpoint, Dtype, KvFormat, KvLayout, ModelConfig, Numerics, TensorInfo};
 
-use crate::up;
+use crate::{config::Mtp, up};
 
 /// Flags of `trireme inspect`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
     /// A checkpoint folder. Default: the demo model.
     pub model: Option<PathBuf>,
-    /// Expert workers to divide the routed experts among.
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=4096))]
+    /// Expert workers to divide the routed experts among; 0: they are inside prefill and decode.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(..=4096))]
     pub expert: u64,
     /// KV blocks of 64 tokens to plan for.
     #[arg(long, default_value_t = 2048)]
     pub kv_blocks_max: u64,
+    /// Whether blocks hold the MTP module's rows as well, as the cluster's `engine.mtp` says.
+    #[arg(long, value_enum, default_value_t = Mtp::Auto)]
+    pub mtp: Mtp,
     /// List every tensor.
     #[arg(long)]
     pub tensors: bool,
@@ -145,14 +148,20 @@ fn memory(config: &ModelConfig, parts: &BTreeMap<Part, Size>, args: &Args) {
     let row = |name: &str, serving: u64, reference: u64| {
         println!("  {name:<34} {:>12} {:>12}", bytes(serving), bytes(reference));
     };
-    row("prefill, decode: weights", resident.stored, resident.parameters * 4);
-    let share = |total: u64| total.div_ceil(args.expert);
-    row(
-        &format!("expert: 1/{} of the routed experts", args.expert),
-        share(routed.stored),
-        share(routed.parameters * 4),
-    );
-    let layout = |format| KvLayout::for_model(config, format, 0);
+    if args.expert == 0 {
+        let (stored, parameters) = (resident.stored + routed.stored, resident.parameters + routed.parameters);
+        row("prefill, decode: weights", stored, parameters * 4);
+    } else {
+        row("prefill, decode: weights", resident.stored, resident.parameters * 4);
+        let share = |total: u64| total.div_ceil(args.expert);
+        row(
+            &format!("expert: 1/{} of the routed experts", args.expert),
+            share(routed.stored),
+            share(routed.parameters * 4),
+        );
+    }
+    let mtp_layers = usize::from(args.mtp.applies_to(config));
+    let layout = |format| KvLayout::for_model(config, format, mtp_layers);
     for (name, of) in [
         ("prefill, decode: KV of one token", 0),
         ("prefill, decode: one KV block", 1),

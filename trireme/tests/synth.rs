@@ -15,6 +15,7 @@ use support::{Ask, ask, bits, grpc, in_process};
 use trireme::{
     cli::{Cli, Command},
     cluster::Carrier,
+    config::Mtp,
     inspect, synth,
 };
 
@@ -79,7 +80,13 @@ async fn what_is_written_is_served() {
         let projection = checkpoint.tensor("model.layers.1.self_attn.o_proj.weight").expect("a projection");
         let expected = if flags.contains("bf16") { Dtype::Bf16 } else { Dtype::F8E4m3 };
         assert_eq!(projection.dtype, expected, "{flags}");
-        let args = inspect::Args { model: Some(out.clone()), expert: 2, kv_blocks_max: 8, tensors: false };
+        let args = inspect::Args {
+            model: Some(out.clone()),
+            expert: 2,
+            kv_blocks_max: 8,
+            mtp: Mtp::Auto,
+            tensors: false,
+        };
         inspect::run(args).expect("inspected");
 
         let cluster = in_process(&out, "--kv-blocks-max 16", Carrier::InProcess).await;
