@@ -70,9 +70,20 @@ fn a_written_configuration_reads_back_the_same() {
 }
 
 #[test]
-fn the_documented_cluster_is_a_valid_one() {
+fn the_documented_cluster_is_valid_and_shows_defaults() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/cluster.toml");
     let config = Config::load(&path).expect("docs/cluster.toml");
-    assert_eq!(config.workers_of(Role::Expert).count(), 2);
+    assert_eq!(config.workers_of(Role::Expert).count(), 8);
     assert!(config.security.is_some());
+    // What it shows are the defaults, as it says.
+    assert_eq!(config.engine, EngineSection::default());
+    assert_eq!(config.fabric, FabricSection::default());
+    assert_eq!(config.cache, CacheSection::default());
+    assert_eq!(config.prefill, prefill::Config::default());
+    assert_eq!(config.decode, decode::Config::default());
+    assert_eq!(config.expert, expert::Config::default());
+    let router = router::Config::default();
+    let (http_listen, grpc_listen, control_listen) =
+        (router.http_listen, router.grpc_listen, router.control_listen);
+    assert_eq!(router::Config { http_listen, grpc_listen, control_listen, ..config.router }, router);
 }
