@@ -13,12 +13,6 @@ impl Mark {
     pub fn wait(&self) -> Result<(), CudaError> {
         self.0.synchronize().doing("finish its work")
     }
-
-    /// Milliseconds from this moment to a later one, both of which must have been waited for; needs marks that
-    /// [`Device::timed_mark`] made.
-    pub fn ms_until(&self, later: &Self) -> Result<f32, CudaError> {
-        self.0.elapsed_ms(&later.0).doing("read its timer")
-    }
 }
 
 impl Device {
@@ -26,12 +20,5 @@ impl Device {
     pub fn mark(&self) -> Result<Mark, CudaError> {
         self.bind()?;
         self.stream.record_event(None).map(Mark).doing("record an event")
-    }
-
-    /// As [`Self::mark`], with the device's time.
-    pub fn timed_mark(&self) -> Result<Mark, CudaError> {
-        self.bind()?;
-        let timed = cudarc::driver::sys::CUevent_flags::CU_EVENT_DEFAULT;
-        self.stream.record_event(Some(timed)).map(Mark).doing("record an event")
     }
 }

@@ -241,11 +241,6 @@ impl HeadMatrices {
         Ok(Self { heads, out_dim, in_dim, bf16: false, weights: device.alloc(0)? })
     }
 
-    /// Weights as bytes.
-    pub fn weights_mut(&mut self) -> ViewMut<'_, u8> {
-        self.weights.view_mut()
-    }
-
     /// Outputs of a head.
     pub fn out_dim(&self) -> usize {
         self.out_dim
