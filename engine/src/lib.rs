@@ -2,7 +2,7 @@
 //!
 //! [`Engine::step`] takes rows of any number of sequences and gives logits for the rows that want them. Whether a
 //! sequence decodes, verifies a draft or runs a chunk of its prompt is not known here, and a row's bits depend on its
-//! own sequence alone (DESIGN.md section 4). Routed experts are reached through [`Experts`].
+//! own sequence alone (ARCHITECTURE.md). Routed experts are reached through [`Experts`].
 //!
 //! Deliberately not here: which sequences run when (the roles' schedulers), where KV goes (`kvtransfer`), networks,
 //! clocks and tokio, but for the thread that keeps KV blocks on a disk

@@ -1,6 +1,6 @@
 //! Certificates for a cluster that nobody configured: one authority and one node certificate, made at start.
 //!
-//! Every process of a cluster proves membership with a certificate of the same authority (DESIGN, 8). `up` makes
+//! Every process of a cluster proves membership with a certificate of the same authority. `up` makes
 //! both fresh in its state directory, so two clusters on one machine never trust each other. Elsewhere the
 //! operator names the three files in `[security]`; nothing here is then used but [`load`].
 
