@@ -128,6 +128,13 @@ impl Device {
         self.stack_kernel(&w.0)
     }
 
+    /// The kernel for a layer's experts, whose rows are sorted once for all their matrices: the matrix unit's where each of
+    /// them fits it.
+    pub fn experts_kernel(&self, matrices: [&ExpertMatrices; 3]) -> LinearKernel {
+        let fit = matrices.iter().all(|w| self.expert_kernel(w) == LinearKernel::Wgmma);
+        if fit { LinearKernel::Wgmma } else { LinearKernel::Plain }
+    }
+
     fn stack_kernel(&self, w: &Stack) -> LinearKernel {
         let step = match w.format {
             WeightFormat::Fp8 => BLOCK,
@@ -202,7 +209,7 @@ impl Device {
         self.multiply(operands, Order::All, Outputs::F32(y))
     }
 
-    /// Each row by the matrices of its experts, sorted as `groups` says: `y[p]` is row `order[p] / rows_per` of `x` by its
+    /// Each row by the matrices of its experts, sorted as `groups` says, for a kernel that [`Self::experts_kernel`] names: `y[p]` is row `order[p] / rows_per` of `x` by its
     /// expert's `w`, and beside it by its `w2` where there is one.
     ///
     /// # Panics
@@ -309,7 +316,9 @@ impl Device {
             x_vector: u32::from(x.rows_by_four(w.cols)),
             y_bf16: u32::from(matches!(y, Outputs::Bf16(_))),
         };
-        let wgmma = [Some(w), w2].into_iter().flatten().all(|w| self.stack_kernel(w) == LinearKernel::Wgmma);
+        let fits = [Some(w), w2].into_iter().flatten().all(|w| self.stack_kernel(w) == LinearKernel::Wgmma);
+        // Rows sorted for the plain kernel are its own, whatever else would fit.
+        let wgmma = fits && groups.is_none_or(|groups| groups.tile_rows() != PLAIN_ROWS);
         let kernel = match (x, w.format) {
             (Inputs::Fp8 { .. }, WeightFormat::Fp8) | (Inputs::Bf16(_), WeightFormat::Bf16) if wgmma => {
                 LinearKernel::Wgmma

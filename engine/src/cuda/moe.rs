@@ -99,7 +99,7 @@ impl Moe {
         let routing = Routing { logits, slices, experts, row_count, bias, rule: &self.rule };
         match &self.experts {
             Some(held) => {
-                let kernel = device.expert_kernel(&held.gate);
+                let kernel = held.kernel(device);
                 device.route_and_group(routing, ids, weights, kernel, &mut work.groups)?;
             }
             None => device.route(routing, ids, weights)?,

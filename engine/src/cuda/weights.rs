@@ -32,6 +32,13 @@ pub(super) struct Experts {
     pub down: ExpertMatrices,
 }
 
+impl Experts {
+    /// The kernel that their rows are sorted for.
+    pub fn kernel(&self, device: &Device) -> LinearKernel {
+        device.experts_kernel([&self.gate, &self.up, &self.down])
+    }
+}
+
 /// Where weights come from, before there is a device.
 pub(super) enum Origin<'a, 'b> {
     Checkpoint(&'a mut Loader<'b>),
