@@ -15,6 +15,8 @@ use super::{Chunk, Scheduler, SequenceId};
 
 /// Prompts in progress at once for the sake of the short ones among them: each holds blocks for its whole length.
 const INTERLEAVED_MAX: usize = 8;
+/// Tokens of a step that something is wanted of each: their logits lie in memory together, half a megabyte a token with V3's vocabulary.
+pub(super) const WANTED_TOKENS_MAX: usize = 256;
 
 impl Scheduler {
     /// Forms the next step into `step`, which is cleared first; empty when there is nothing to run.
@@ -22,6 +24,7 @@ impl Scheduler {
     /// not find in the pool comes from `tier`.
     pub fn schedule(&mut self, step: &mut Vec<Chunk>, tier: &mut dyn LowerTier, now: Instant) {
         step.clear();
+        self.wanted_left = WANTED_TOKENS_MAX;
         let mut budget = self.limits.step_tokens_max;
         if self.running.is_empty() && !self.admit_head(tier, now) {
             return;
@@ -30,8 +33,7 @@ impl Scheduler {
         let lacking = self.remaining(oldest);
         let reserved = lacking.min(budget.div_ceil(2));
         // The oldest's chunk stands first, whatever it comes to.
-        self.chunk(oldest, reserved, step);
-        budget -= reserved;
+        budget -= self.chunk(oldest, reserved, step);
         budget -= self.run_short_ones(lacking / 2, budget, step, tier, now);
         budget -= self.lengthen_first(budget, step);
         let mut next = 1;
@@ -58,7 +60,8 @@ impl Scheduler {
     ) -> usize {
         let mut left = budget;
         while left > 0 {
-            let others = self.running.iter().copied().filter(|&id| !self.in_step(id));
+            let others =
+                self.running.iter().copied().filter(|&id| !self.in_step(id) && self.room(id, left) > 0);
             let shortest = others.min_by_key(|&id| self.remaining(id));
             match shortest.filter(|&id| self.remaining(id) <= tokens_max) {
                 Some(id) => left -= self.chunk(id, left, step),
@@ -77,18 +80,35 @@ impl Scheduler {
     /// Gives the step's first chunk up to `budget` more tokens; returns how many it takes.
     fn lengthen_first(&mut self, budget: usize, step: &mut [Chunk]) -> usize {
         let Some(first) = step.first_mut() else { return 0 };
+        let room = self.room(first.id, budget);
         let Some(sequence) = self.sequences.get(&first.id) else { return 0 };
-        let more = (sequence.prompt.len() - first.start - first.tokens).min(budget);
+        let more = (sequence.prompt.len() - first.start - first.tokens).min(room);
+        if sequence.recompute {
+            self.wanted_left -= more;
+        }
         first.tokens += more;
         first.last = first.start + first.tokens == sequence.prompt.len();
         more
     }
 
+    /// Of `budget` tokens those that a prompt may have in this step.
+    fn room(&self, id: SequenceId, budget: usize) -> usize {
+        let wanted = self.sequences.get(&id).is_some_and(|sequence| sequence.recompute);
+        if wanted { budget.min(self.wanted_left) } else { budget }
+    }
+
     /// A chunk of up to `budget` tokens of an admitted prompt; returns how many it takes.
     fn chunk(&mut self, id: SequenceId, budget: usize, step: &mut Vec<Chunk>) -> usize {
+        let room = self.room(id, budget);
         let Some(sequence) = self.sequences.get_mut(&id) else { return 0 };
         let remaining = sequence.prompt.len() - sequence.computed;
-        let tokens = remaining.min(budget);
+        let tokens = remaining.min(room);
+        if tokens == 0 {
+            return 0;
+        }
+        if sequence.recompute {
+            self.wanted_left -= tokens;
+        }
         sequence.in_step = true;
         step.push(Chunk { id, start: sequence.computed, tokens, last: tokens == remaining });
         tokens

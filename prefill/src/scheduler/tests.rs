@@ -336,6 +336,37 @@ fn a_long_prompt_keeps_half_of_every_step_and_short_ones_get_the_other() {
     assert!(steps <= 20, "twice as long as alone, not {steps} steps");
 }
 
+/// Logits of each of a prompt's tokens take memory: few of them are in one step, and others use the rest of it.
+#[test]
+fn prompts_with_something_wanted_of_each_token_take_a_few_tokens_of_a_step() {
+    let limits =
+        Limits { step_tokens_max: 1000, queue_tokens_max: 9000, kv_blocks: 99, active_max: 9, ..LIMITS };
+    let mut scheduler = Scheduler::new(limits);
+    for (id, tokens, recompute) in [(0, 600, true), (1, 300, true), (2, 700, false), (3, 10, true)] {
+        scheduler.submit(Arrival { recompute, ..arrival(id, tokens) }, Instant::now()).expect("room");
+    }
+    let mut computed = [0; 4];
+    let mut steps = Vec::new();
+    loop {
+        let step = step_of(&mut scheduler);
+        scheduler.check_invariants();
+        if step.is_empty() {
+            break;
+        }
+        let wanted: usize = step.iter().filter(|chunk| chunk.0 != 2).map(|chunk| chunk.2).sum();
+        assert!(wanted <= step::WANTED_TOKENS_MAX, "{step:?}");
+        for &(id, start, tokens, _) in &step {
+            assert_eq!(start, computed[id as usize], "{step:?}");
+            computed[id as usize] += tokens;
+        }
+        steps.push(step);
+    }
+    assert_eq!(computed, [600, 300, 700, 10]);
+    // 910 tokens, 256 a step; the prompt of which nothing is wanted is through at once.
+    assert_eq!(steps.len(), 4, "{steps:?}");
+    assert!(steps[0].contains(&(2, 0, 700, true)), "{steps:?}");
+}
+
 #[test]
 fn tenants_share_by_prompt_tokens_and_batch_waits_until_it_has_aged() {
     let start = Instant::now();
