@@ -148,8 +148,12 @@ impl Worker {
         while self.receive() {
             self.schedule();
             let outcome = self.step();
+            let failed = outcome.is_err();
             self.postprocess(outcome);
-            self.prefill();
+            // Who failed a step may have no device any more.
+            if !failed {
+                self.prefill();
+            }
         }
         if self.tier.has_disk() {
             self.scheduler.keep_cached(&mut self.tier.behind(self.engine.kv_mut()));

@@ -60,6 +60,16 @@ pub enum EngineError {
         /// KV blocks that would fit.
         blocks_fit: u64,
     },
+    /// The device's kernels cannot compute a width of the model.
+    #[error("{field} is {value}: this device computes it in multiples of {multiple}")]
+    Width {
+        /// The field of the checkpoint's configuration.
+        field: &'static str,
+        /// Its value.
+        value: usize,
+        /// What would do.
+        multiple: usize,
+    },
     /// An option is outside its range.
     #[error("{option} must be at least 1")]
     Zero {

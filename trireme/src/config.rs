@@ -285,7 +285,8 @@ impl Config {
     pub fn validate(&self) -> Result<(), ConfigError> {
         let invalid = |field: &str, reason: String| ConfigError::Invalid { field: field.to_owned(), reason };
         range("engine.kv_blocks_max", self.engine.kv_blocks_max, 1, 1 << 24)?;
-        range("engine.step_tokens_max", self.engine.step_tokens_max, 1, 1 << 16)?;
+        // A launch on a GPU has at most so many rows.
+        range("engine.step_tokens_max", self.engine.step_tokens_max, 1, 65_535)?;
         self.cache.validate()?;
         self.router.validate().map_err(|e| invalid("router", e.to_string()))?;
         self.prefill.validate().map_err(|e| invalid("prefill", e.to_string()))?;

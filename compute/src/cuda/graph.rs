@@ -41,8 +41,14 @@ impl Device {
         // SAFETY: begun above; ended in any case.
         let graph = unsafe { result::stream::end_capture(stream) }.doing("record a step");
         // A call that failed also ends the recording, and says more.
-        outcome?;
-        let graph = graph?;
+        let graph = match (outcome, graph) {
+            (Ok(()), graph) => graph?,
+            (Err(error), graph) => {
+                // SAFETY: what was recorded until then, if anything, is nobody's.
+                let _ = graph.map(|graph| unsafe { result::graph::destroy(graph) });
+                return Err(error);
+            }
+        };
         let mut executable = std::ptr::null_mut();
         // SAFETY: a graph just recorded, an out-pointer to a live handle.
         let made = unsafe { sys::cuGraphInstantiateWithFlags(&mut executable, graph, 0) }.result();

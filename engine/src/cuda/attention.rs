@@ -300,7 +300,7 @@ impl AttentionWorkspace {
                 attended: device.alloc(latents)?,
             },
             AttentionKernel::Wgmma => {
-                let row = heads * MlaParts::of(config.max_position_embeddings);
+                let row = heads * MlaParts::of(config.max_position_embeddings.next_power_of_two());
                 let pairs = (rows_max * row).min(PARTS_MAX).max(row);
                 Core::Bf16 {
                     nope: device.alloc(nopes)?,

@@ -10,13 +10,25 @@ use compute::cuda::{
     Activations, Buffer, CudaError, Device, GroupStaging, Groups, InputFormat, ResultBuffer, ResultStaging,
     RowStaging,
 };
-use model::{Checkpoint, ExpertId, Numerics, schema};
+use model::{Checkpoint, ExpertId, ModelConfig, Numerics, schema};
 
+use super::plan::RESERVE;
 use super::weights::{Experts, Origin, Weights};
 use crate::deepseek::Loader;
 use crate::error::EngineError;
 use crate::experts::{ExpertGroup, ExpertJobs, ExpertsError};
 use crate::options::wire_activation_format;
+
+/// Rows of the largest job that memory is planned for: twice the `step_vectors_max` that an expert worker has by default, since
+/// room is made in powers of two.
+const PLANNED_ROWS: u64 = 1 << 15;
+
+/// Bytes of [`DeviceScratch`] for it, each row of another token.
+fn largest_job(config: &ModelConfig) -> u64 {
+    let (hidden, inside) = (config.hidden_size as u64, config.moe_intermediate_size as u64);
+    // Inputs and what is inside in f32 at most, both halves before SwiGLU, results.
+    PLANNED_ROWS * (hidden * 4 + inside * 4 + 2 * inside * 4 + hidden * 4)
+}
 
 /// Some experts of some layers, on a device.
 pub(crate) struct DeviceBank {
@@ -51,15 +63,9 @@ impl DeviceBank {
         });
         let mut loader = Loader::new(checkpoint, numerics, specs, progress)?.unarranged();
         let bytes = loader.bytes_total();
-        let free = device.memory()?.0 as u64;
-        if bytes > free {
-            return Err(EngineError::DeviceMemory {
-                weights: bytes,
-                kv: 0,
-                workspace: 0,
-                free,
-                blocks_fit: 0,
-            });
+        let (free, workspace) = (device.memory()?.0 as u64, largest_job(config));
+        if bytes + workspace + RESERVE > free {
+            return Err(EngineError::DeviceMemory { weights: bytes, kv: 0, workspace, free, blocks_fit: 0 });
         }
         let format = InputFormat::from(wire_activation_format(config, numerics));
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -149,7 +155,7 @@ impl DeviceBank {
         work.staging.send(device, activations, &mut work.input)?;
         let place = |expert: ExpertId| places[usize::from(expert.0)].map_or(0, usize::from);
         let counts = groups.iter().map(|group| (place(group.expert), group.rows));
-        let kernel = device.expert_kernel(&experts.gate);
+        let kernel = experts.kernel(device);
         device.take_groups(rows, counts, kernel, &mut work.group_staging, &mut work.groups)?;
         let gate_up = &mut work.gate_up.slice_mut(0..count * 2 * self.inside);
         let read = work.input.inputs(activations.rows());

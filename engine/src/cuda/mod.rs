@@ -39,7 +39,7 @@ use inputs::StepInputs;
 use layer::Layer;
 use mtp::Mtp;
 use plan::Plan;
-use recorded::{RECORDED_ROWS_MAX, Recorded, recorded_rows};
+use recorded::{RECORDED_MAX, RECORDED_ROWS_MAX, Recorded, recorded_rows};
 use step::{Remote, Step};
 use weights::{Linear, Norm, Origin, Weights};
 use workspace::{Tail, Workspace};
@@ -65,6 +65,8 @@ pub(crate) struct CudaEngine {
     inputs: StepInputs,
     workspace: Workspace,
     recorded: Vec<Recorded>,
+    /// Whether steps are recorded: until that fails.
+    records: bool,
     draw_plan: DrawPlan,
     /// When each layer's cache rows of the step that was asked for will be stored, for an observer that wants to know.
     stored: Vec<(usize, Mark)>,
@@ -145,6 +147,7 @@ impl CudaEngine {
         origin: Origin<'_, '_>,
         (weight_bytes, hash): (u64, WeightsHash),
     ) -> Result<Self, EngineError> {
+        check_widths(config)?;
         let device = Arc::new(Device::open(ordinal as usize)?);
         let rows_max = options.step_tokens_max;
         let plan = Plan::new(&device, config, options, &layout, weight_bytes)?;
@@ -181,6 +184,7 @@ impl CudaEngine {
             numerics: options.numerics,
             config: config.clone(),
             recorded: Vec::new(),
+            records: true,
             stored: Vec::new(),
             draw_plan: DrawPlan::new(&device)?,
             mtp: module.map(|module| Mtp::new(&device, module, config, rows_max)).transpose()?,
@@ -315,21 +319,37 @@ impl CudaEngine {
         launch: impl Fn(&mut Self, usize) -> Result<(), StepError>,
     ) -> Result<(), StepError> {
         let context_max = context_max.next_power_of_two().max(1024);
-        let found = |recorded: &&Recorded| recorded.is(of, rows, context_max);
-        if let Some(recorded) = self.recorded.iter().find(found) {
-            return Ok(self.device.replay(&recorded.graph)?);
+        if let Some(at) = self.recorded.iter().position(|recorded| recorded.is(of, rows, context_max)) {
+            // The last one is the one used last.
+            self.recorded[at..].rotate_left(1);
+            return Ok(self
+                .recorded
+                .last()
+                .map_or(Ok(()), |recorded| self.device.replay(&recorded.graph))?);
         }
         // Once as it is: what a kernel does at its first launch cannot be recorded.
         launch(self, context_max)?;
         let device = Arc::clone(&self.device);
-        let graph = device.record(|| launch(self, context_max))?;
-        self.recorded.push(Recorded { of, rows, context_max, graph });
+        match device.record(|| launch(self, context_max)) {
+            Ok(graph) => {
+                if self.recorded.len() == RECORDED_MAX {
+                    self.recorded.remove(0);
+                }
+                self.recorded.push(Recorded { of, rows, context_max, graph });
+            }
+            Err(StepError::Device(error)) if !matches!(error, cuda::CudaError::Fault { .. }) => {
+                // The step itself is under way.
+                tracing::warn!(%error, rows, context_max, "a step could not be recorded; from now on none is");
+                self.records = false;
+            }
+            Err(error) => return Err(error),
+        }
         Ok(())
     }
 
     /// Whether a step of `count` rows is worth recording, and can be: the host has no part in it.
     fn may_record(&self, count: usize) -> bool {
-        self.remote.is_none() && count <= RECORDED_ROWS_MAX
+        self.records && self.remote.is_none() && count <= RECORDED_ROWS_MAX
     }
 
     /// Asks for the whole step: from tokens to logits of the first `wanted` wanted rows.
@@ -376,6 +396,19 @@ impl CudaEngine {
         step.stage(Stage::Head)?;
         stored.extend(step.stored.into_iter().enumerate());
         Ok(())
+    }
+}
+
+/// Refuses widths that the row kernels, which take several channels at once, have no tail for.
+fn check_widths(config: &ModelConfig) -> Result<(), EngineError> {
+    let widths = [
+        ("hidden_size", config.hidden_size, 4),
+        ("qk_nope_head_dim", config.qk_nope_head_dim, 2),
+        ("qk_rope_head_dim", config.qk_rope_head_dim, 2),
+    ];
+    match widths.into_iter().find(|(_, value, multiple)| !value.is_multiple_of(*multiple)) {
+        Some((field, value, multiple)) => Err(EngineError::Width { field, value, multiple }),
+        None => Ok(()),
     }
 }
 

@@ -165,8 +165,9 @@ impl CudaEngine {
         mtp.begin_storing(device, values)?;
         if mtp.last.len() < values {
             let room = values.next_power_of_two();
+            let host_last = device.pinned(room)?;
             (mtp.first, mtp.last) = (device.alloc(room)?, device.alloc(room)?);
-            mtp.host_last = device.pinned(room)?;
+            mtp.host_last = host_last;
         }
         for (input, state) in inputs.iter().zip(mtp.host_stored.chunks_exact_mut(hidden_size)) {
             // Zero before position 0, where there is none.

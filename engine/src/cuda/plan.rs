@@ -16,7 +16,10 @@ pub(super) struct Plan {
 }
 
 /// What kernels, graphs and the driver's own needs are left.
-const RESERVE: u64 = 1 << 30;
+pub(super) const RESERVE: u64 = 1 << 30;
+/// Rows of a step that logits are wanted of, at most: decode's largest batch with all the drafts that it may have. Prefill
+/// wants few rows' of its larger steps.
+const WANTED_MAX: u64 = 8192;
 
 impl Plan {
     pub fn new(
@@ -75,7 +78,9 @@ fn workspace(config: &ModelConfig, rows: u64, mtp: bool) -> u64 {
     // States, embeddings and both of them normed, in f32 and as the projection takes them.
     let module = if mtp { hidden * 24 } else { 0 };
     let rows_bytes = rows * (query * 2 + latents + values + experts + mlp + hidden * 20 + module);
-    rows_bytes + (1 << 30)
+    // As `Workspace::make_room` has it: logits, and states in f32 and as the head takes them.
+    let wanted_bytes = rows.min(WANTED_MAX).next_power_of_two() * (config.vocab_size as u64 * 4 + hidden * 8);
+    rows_bytes + wanted_bytes + (1 << 30)
 }
 
 fn gib(bytes: u64) -> f64 {

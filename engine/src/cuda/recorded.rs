@@ -8,6 +8,10 @@ use crate::batch::RowsOf;
 /// not to matter.
 pub(super) const RECORDED_ROWS_MAX: usize = 512;
 
+/// Recorded steps that are kept: those used last. Sizes and contexts make some hundreds, of which few are in use at a time, and each
+/// takes memory of the device.
+pub(super) const RECORDED_MAX: usize = 96;
+
 /// A step of `rows` rows that see at most `context_max` cache rows.
 pub(super) struct Recorded {
     pub of: RowsOf,

@@ -81,7 +81,8 @@ impl Workspace {
         }
         recorded.clear();
         let room = wanted.next_power_of_two();
-        // The old room goes first: both may not fit.
+        // The old room goes first: both may not fit. Until the new one is there, there is none.
+        self.wanted_max = 0;
         self.logits = device.alloc(0)?;
         self.logits = device.alloc(room * self.vocab_size)?;
         self.normed = device.alloc(room * self.hidden_size)?;
