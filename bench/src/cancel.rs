@@ -1,7 +1,7 @@
 //! `trireme bench cancel`: how soon both ends of a hand-off are free once a client has gone away.
 //!
 //! Requests with prompts that nobody has seen are sent to a running cluster, and their connections dropped while prefill computes the
-//! first of them and the others, where there are any, wait in its queue. From then on the workers' own metrics are read, over and
+//! first of them and the others, where there are any, are beside it, wait in its queue or at the router's door. From then on the workers' own metrics are read, over and
 //! over, until no sequence holds a block and none waits: in prefill's pool, in decode's. So what is told has the way through
 //! every process in it, and one reading of the metrics.
 
@@ -34,7 +34,8 @@ pub struct Args {
     /// The same of each decode worker.
     #[arg(long, required = true, value_delimiter = ',')]
     decode: Vec<String>,
-    /// Requests that are cancelled at once. With several of them, some wait.
+    /// Requests that are cancelled at once. With several of them, some wait; the door must not refuse any of them
+    /// (`up --ttft-ms-max`).
     #[arg(long, value_delimiter = ',', default_values_t = [1, 16])]
     requests: Vec<usize>,
     /// Tokens of each prompt.
@@ -98,8 +99,12 @@ pub async fn run(args: &Args) -> anyhow::Result<()> {
     let door = Client::new(&args.url, None, STALLED)?;
     let model = door.first_model().await?;
     let http = reqwest::Client::builder().timeout(STALLED).tcp_nodelay(true).build()?;
-    let prefill = Pool { http: http.clone(), role: "prefill", urls: &args.prefill };
-    let decode = Pool { http, role: "decode", urls: &args.decode };
+    let pool = |role, urls| Pool { http: http.clone(), role, urls };
+    let (router, prefill, decode) = (
+        pool("router", std::slice::from_ref(&args.url)),
+        pool("prefill", &args.prefill),
+        pool("decode", &args.decode),
+    );
     println!(
         "prompts of {} tokens, {} cancels of each kind, from the dropped connections",
         args.prompt, args.runs
@@ -119,7 +124,7 @@ pub async fn run(args: &Args) -> anyhow::Result<()> {
         let mut samples = Vec::new();
         let mut through = 0;
         while samples.len() < args.runs {
-            match cancel(&door, &model, requests, args.prompt, [&prefill, &decode]).await? {
+            match cancel(&door, &model, requests, args.prompt, [&router, &prefill, &decode]).await? {
                 Some(sample) => samples.push(sample),
                 None => through += 1,
             }
@@ -140,7 +145,7 @@ async fn cancel(
     model: &str,
     requests: usize,
     prompt_tokens: usize,
-    [prefill, decode]: [&Pool<'_>; 2],
+    [router, prefill, decode]: [&Pool<'_>; 3],
 ) -> anyhow::Result<Option<Sample>> {
     let started = Instant::now();
     prefill.until_free(started).await?;
@@ -154,10 +159,11 @@ async fn cancel(
         clients.spawn(async move { door.stream("/v1/completions", &body, |_| ()).await.map(drop) });
     }
     let waiting = loop {
-        let [active, waiting] = prefill.read(["active", "waiting"]).await?;
-        // The door lets in few at a time, and prefill may share its step among them.
-        if active > 0.0 && (requests == 1 || active + waiting > 1.0) {
-            break active + waiting - 1.0;
+        // The door lets in few at a time: all have come when it holds the others.
+        let [computed] = prefill.read(["active"]).await?;
+        let [admitted, queued] = router.read(["sequences", "queue_depth"]).await?;
+        if computed > 0.0 && admitted + queued >= requests as f64 {
+            break admitted + queued - 1.0;
         }
         if let Some(ended) = clients.try_join_next() {
             ended?.context("a request that was to be cancelled")?;
@@ -193,10 +199,14 @@ fn row(requests: usize, samples: &[Sample]) -> Vec<String> {
     row
 }
 
-/// A metric without labels in a Prometheus text.
+/// A metric in a Prometheus text, its labels added up.
 fn value(text: &str, name: &str) -> Option<f64> {
-    let of = |line: &str| line.strip_prefix(name)?.strip_prefix(' ')?.split(' ').next()?.parse().ok();
-    text.lines().find_map(of)
+    let of = |line: &str| -> Option<f64> {
+        let rest = line.strip_prefix(name)?;
+        let rest = if rest.starts_with('{') { rest.split_once('}')?.1 } else { rest };
+        rest.strip_prefix(' ')?.split(' ').next()?.parse().ok()
+    };
+    text.lines().filter_map(of).fold(None, |sum, value| Some(sum.unwrap_or(0.0) + value))
 }
 
 #[cfg(test)]
@@ -209,6 +219,13 @@ mod tests {
         assert_eq!(value(text, "prefill_kv_blocks"), Some(12.0));
         assert_eq!(value(text, "prefill_kv_blocks_free"), Some(7.0));
         assert_eq!(value(text, "prefill_kv"), None);
+    }
+
+    #[test]
+    fn a_metric_of_several_labels_is_their_sum() {
+        let text = "router_queue_depth{class=\"interactive\"} 7\nrouter_queue_depth{class=\"batch\"} 2\n";
+        assert_eq!(value(text, "router_queue_depth"), Some(9.0));
+        assert_eq!(value(text, "router_queue"), None);
     }
 
     #[test]
