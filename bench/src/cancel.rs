@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 use crate::client::Client;
 use crate::table;
 
-/// Without an answer, or without both ends' being free.
+/// Without an answer, without both ends' being free, or without a cancel that meets prefill.
 const STALLED: Duration = Duration::from_secs(30);
 /// Cancels are spread over this, so that they meet a step at any point of it.
 const SPREAD_US: u64 = 20_000;
@@ -35,7 +35,7 @@ pub struct Args {
     #[arg(long, required = true, value_delimiter = ',')]
     decode: Vec<String>,
     /// Requests that are cancelled at once. With several of them, some wait; the door must not refuse any of them
-    /// (`up --ttft-ms-max`).
+    /// (`up --ttft-ms-max 60000`), nor leave their prompts to decode (`--prefill-on-decode never`).
     #[arg(long, value_delimiter = ',', default_values_t = [1, 16])]
     requests: Vec<usize>,
     /// Tokens of each prompt.
@@ -122,15 +122,18 @@ pub async fn run(args: &Args) -> anyhow::Result<()> {
     let mut rows = vec![header.map(str::to_owned).to_vec()];
     for &requests in &args.requests {
         let mut samples = Vec::new();
-        let mut through = 0;
+        let mut last = Instant::now();
         while samples.len() < args.runs {
-            match cancel(&door, &model, requests, args.prompt, [&router, &prefill, &decode]).await? {
-                Some(sample) => samples.push(sample),
-                None => through += 1,
+            if let Some(sample) =
+                cancel(&door, &model, requests, args.prompt, [&router, &prefill, &decode]).await?
+            {
+                samples.push(sample);
+                last = Instant::now();
             }
             ensure!(
-                through <= 10 * args.runs,
-                "prefill is through before it can be cancelled: longer prompts"
+                last.elapsed() < STALLED,
+                "no cancel has met prefill for {STALLED:?}: it is through before (longer prompts), or decode computes the prompts \
+                 (up --prefill-on-decode never)"
             );
         }
         rows.push(row(requests, &samples));
