@@ -1,9 +1,9 @@
 //! `trireme bench cancel`: how soon both ends of a hand-off are free once a client has gone away.
 //!
 //! Requests with prompts that nobody has seen are sent to a running cluster, and their connections dropped while prefill computes the
-//! first of them and the others, where there are any, are beside it, wait in its queue or at the router's door. From then on the workers' own metrics are read, over and
-//! over, until no sequence holds a block and none waits: in prefill's pool, in decode's. So what is told has the way through
-//! every process in it, and one reading of the metrics.
+//! first of them and the others, where there are any, are beside it, wait in its queue or at the router's door. From then on the
+//! workers' own metrics are read, over and over, until no sequence holds a block and none waits: in prefill's pool, in decode's. So
+//! what is told has the way through every process in it, and one reading of the metrics.
 
 use std::time::{Duration, Instant};
 

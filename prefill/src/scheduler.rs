@@ -143,8 +143,6 @@ pub struct Scheduler {
     queued_tokens: usize,
     /// Prompt tokens of these and the rest of `running`.
     uncomputed_tokens: usize,
-    /// Tokens that prompts of which something is wanted of each may still have in the step that is being formed.
-    wanted_left: usize,
     prefix: PrefixStats,
 }
 
@@ -183,7 +181,6 @@ impl Scheduler {
             running: VecDeque::new(),
             queued_tokens: 0,
             uncomputed_tokens: 0,
-            wanted_left: 0,
             prefix: PrefixStats::default(),
         }
     }

@@ -209,8 +209,8 @@ impl Device {
         self.multiply(operands, Order::All, Outputs::F32(y))
     }
 
-    /// Each row by the matrices of its experts, sorted as `groups` says, for a kernel that [`Self::experts_kernel`] names: `y[p]` is row `order[p] / rows_per` of `x` by its
-    /// expert's `w`, and beside it by its `w2` where there is one.
+    /// Each row by the matrices of its experts, sorted as `groups` says, for a kernel that [`Self::experts_kernel`] names: `y[p]`
+    /// is row `order[p] / rows_per` of `x` by its expert's `w`, and beside it by its `w2` where there is one.
     ///
     /// # Panics
     /// As [`Self::linear_pair`].

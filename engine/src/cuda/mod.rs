@@ -320,12 +320,11 @@ impl CudaEngine {
     ) -> Result<(), StepError> {
         let context_max = context_max.next_power_of_two().max(1024);
         if let Some(at) = self.recorded.iter().position(|recorded| recorded.is(of, rows, context_max)) {
-            // The last one is the one used last.
-            self.recorded[at..].rotate_left(1);
-            return Ok(self
-                .recorded
-                .last()
-                .map_or(Ok(()), |recorded| self.device.replay(&recorded.graph))?);
+            // Those used last stand last.
+            let recorded = self.recorded.remove(at);
+            let replayed = self.device.replay(&recorded.graph);
+            self.recorded.push(recorded);
+            return Ok(replayed?);
         }
         // Once as it is: what a kernel does at its first launch cannot be recorded.
         launch(self, context_max)?;

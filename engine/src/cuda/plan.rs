@@ -3,6 +3,7 @@
 use compute::cuda::Device;
 use model::{KvLayout, ModelConfig};
 
+use super::workspace::Workspace;
 use crate::error::EngineError;
 use crate::options::EngineOptions;
 
@@ -78,9 +79,7 @@ fn workspace(config: &ModelConfig, rows: u64, mtp: bool) -> u64 {
     // States, embeddings and both of them normed, in f32 and as the projection takes them.
     let module = if mtp { hidden * 24 } else { 0 };
     let rows_bytes = rows * (query * 2 + latents + values + experts + mlp + hidden * 20 + module);
-    // As `Workspace::make_room` has it: logits, and states in f32 and as the head takes them.
-    let wanted_bytes = rows.min(WANTED_MAX).next_power_of_two() * (config.vocab_size as u64 * 4 + hidden * 8);
-    rows_bytes + wanted_bytes + (1 << 30)
+    rows_bytes + Workspace::room_bytes(config, rows.min(WANTED_MAX)) + (1 << 30)
 }
 
 fn gib(bytes: u64) -> f64 {

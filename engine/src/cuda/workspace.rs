@@ -69,6 +69,12 @@ impl Workspace {
         })
     }
 
+    /// Bytes that [`Self::make_room`] takes of the device for `wanted` rows: logits, and states in f32 and as the head takes them, in
+    /// f32 at most.
+    pub fn room_bytes(config: &ModelConfig, wanted: u64) -> u64 {
+        wanted.next_power_of_two() * (config.vocab_size as u64 + 2 * config.hidden_size as u64) * 4
+    }
+
     /// Makes room for the logits of `wanted` rows. Recorded steps name the old room.
     pub fn make_room(
         &mut self,

@@ -24,7 +24,6 @@ impl Scheduler {
     /// not find in the pool comes from `tier`.
     pub fn schedule(&mut self, step: &mut Vec<Chunk>, tier: &mut dyn LowerTier, now: Instant) {
         step.clear();
-        self.wanted_left = WANTED_TOKENS_MAX;
         let mut budget = self.limits.step_tokens_max;
         if self.running.is_empty() && !self.admit_head(tier, now) {
             return;
@@ -61,7 +60,7 @@ impl Scheduler {
         let mut left = budget;
         while left > 0 {
             let others =
-                self.running.iter().copied().filter(|&id| !self.in_step(id) && self.room(id, left) > 0);
+                self.running.iter().copied().filter(|&id| !self.in_step(id) && self.room(id, left, step) > 0);
             let shortest = others.min_by_key(|&id| self.remaining(id));
             match shortest.filter(|&id| self.remaining(id) <= tokens_max) {
                 Some(id) => left -= self.chunk(id, left, step),
@@ -79,35 +78,37 @@ impl Scheduler {
 
     /// Gives the step's first chunk up to `budget` more tokens; returns how many it takes.
     fn lengthen_first(&mut self, budget: usize, step: &mut [Chunk]) -> usize {
+        let room = step.first().map_or(0, |first| self.room(first.id, budget, step));
         let Some(first) = step.first_mut() else { return 0 };
-        let room = self.room(first.id, budget);
         let Some(sequence) = self.sequences.get(&first.id) else { return 0 };
         let more = (sequence.prompt.len() - first.start - first.tokens).min(room);
-        if sequence.recompute {
-            self.wanted_left -= more;
-        }
         first.tokens += more;
         first.last = first.start + first.tokens == sequence.prompt.len();
         more
     }
 
-    /// Of `budget` tokens those that a prompt may have in this step.
-    fn room(&self, id: SequenceId, budget: usize) -> usize {
-        let wanted = self.sequences.get(&id).is_some_and(|sequence| sequence.recompute);
-        if wanted { budget.min(self.wanted_left) } else { budget }
+    /// Of `budget` tokens those that a prompt may have beside what is in the step already.
+    fn room(&self, id: SequenceId, budget: usize, step: &[Chunk]) -> usize {
+        if !self.recomputes(id) {
+            return budget;
+        }
+        let wanted = step.iter().filter(|chunk| self.recomputes(chunk.id)).map(|chunk| chunk.tokens);
+        budget.min(WANTED_TOKENS_MAX.saturating_sub(wanted.sum()))
+    }
+
+    /// Whether something is wanted of each of a prompt's tokens.
+    fn recomputes(&self, id: SequenceId) -> bool {
+        self.sequences.get(&id).is_some_and(|sequence| sequence.recompute)
     }
 
     /// A chunk of up to `budget` tokens of an admitted prompt; returns how many it takes.
     fn chunk(&mut self, id: SequenceId, budget: usize, step: &mut Vec<Chunk>) -> usize {
-        let room = self.room(id, budget);
+        let room = self.room(id, budget, step);
         let Some(sequence) = self.sequences.get_mut(&id) else { return 0 };
         let remaining = sequence.prompt.len() - sequence.computed;
         let tokens = remaining.min(room);
         if tokens == 0 {
             return 0;
-        }
-        if sequence.recompute {
-            self.wanted_left -= tokens;
         }
         sequence.in_step = true;
         step.push(Chunk { id, start: sequence.computed, tokens, last: tokens == remaining });
